@@ -1,0 +1,37 @@
+"""Train steps over any loss: compile them, place them, run them, resume them."""
+
+from fmjax.train.compile import jit_step, pmap_step
+from fmjax.train.optim import adamw, decays, ema_of, track_ema, warmup_linear
+from fmjax.train.sharding import make_mesh, shardings
+from fmjax.train.step import (
+    accumulate,
+    all_reduce,
+    cast,
+    gradient,
+    init_state,
+    is_param,
+    make_eval_step,
+    make_train_step,
+)
+from fmjax.types import TrainState
+
+__all__ = [
+    "TrainState",
+    "accumulate",
+    "adamw",
+    "all_reduce",
+    "cast",
+    "decays",
+    "ema_of",
+    "gradient",
+    "init_state",
+    "is_param",
+    "jit_step",
+    "make_eval_step",
+    "make_mesh",
+    "make_train_step",
+    "pmap_step",
+    "shardings",
+    "track_ema",
+    "warmup_linear",
+]

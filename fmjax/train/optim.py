@@ -1,0 +1,116 @@
+"""What fmjax adds to Optax: a moving average in the chain, and the usual fine-tuning recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fmjax.tree import map_with_path
+from fmjax.types import PyTree, Variables
+
+
+class EmaState(NamedTuple):
+    """The averaged trainable leaves."""
+
+    ema: Variables
+
+
+def track_ema(decay: float) -> optax.GradientTransformation:
+    """An exponential moving average of the weights, kept in ``opt_state``.
+
+    ``ema <- decay * ema + (1 - decay) * params`` after each update. It must come last in the
+    chain, because it sees the final update; it changes nothing itself.
+
+    Raises:
+        ValueError: `decay` is outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
+
+    def init(params: PyTree) -> EmaState:
+        # A copy: the state is donated, and one buffer must not be donated twice.
+        return EmaState(jax.tree.map(jnp.copy, params))
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("track_ema needs the params: call tx.update(grads, state, params)")
+        new = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(e.dtype), state.ema, new)
+        return updates, EmaState(ema)
+
+    return optax.GradientTransformation(init, update)
+
+
+def ema_of(opt_state: optax.OptState) -> Variables:
+    """The averaged leaves inside an optimizer state that has `track_ema` in its chain.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    is_ema = lambda x: isinstance(x, EmaState)  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ema) if is_ema(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"the optimizer state holds {len(found)} moving averages; put exactly one track_ema "
+            "last in the optax.chain"
+        )
+    return found[0].ema
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay applies: kernels and embeddings, not biases or norm scales.
+
+    The rule of BERT's and GPT's training code, where decay is for matrices alone.
+    """
+    return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
+
+
+def adamw(
+    learning_rate: float | Callable,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+    decay: Callable[[str], bool] = decays,
+) -> optax.GradientTransformation:
+    """AdamW with gradient clipping and decay on matrices only: the fine-tuning default.
+
+    Args:
+        learning_rate: a number or an Optax schedule of the step.
+        max_grad_norm: global norm the gradient is clipped to.
+        decay: says by leaf path which weights decay.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(
+            learning_rate,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            weight_decay=weight_decay,
+            mask=lambda params: map_with_path(lambda path, _: decay(path), params),
+        ),
+    )
+
+
+def warmup_linear(peak: float, *, steps: int, warmup: int) -> optax.Schedule:
+    """0 -> `peak` over `warmup` steps, then linearly to 0 at `steps` (Devlin et al. 2019, A.2).
+
+    Raises:
+        ValueError: `warmup` is not below `steps`.
+    """
+    if not 0 <= warmup < steps:
+        raise ValueError(f"warmup={warmup} must be at least 0 and below steps={steps}")
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.linear_schedule(peak, 0.0, steps - warmup),
+        ],
+        [warmup],
+    )

@@ -1,0 +1,128 @@
+"""Nested dicts of arrays, addressed by leaf path: ``"params/layers_0/attn/query/kernel"``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fmjax.types import PyTree, Variables
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by path, in the tree's order. Empty dicts vanish.
+
+    >>> flatten({"params": {"head": {"bias": 1}}})
+    {'params/head/bias': 1}
+    """
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"path {path!r} runs through the leaf {parent!r}")
+        node[name] = leaf
+    return tree
+
+
+def split(tree: Variables, predicate: Callable[[str], bool]) -> tuple[Variables, Variables]:
+    """(leaves whose path satisfies the predicate, the others), both nested as before."""
+    flat = flatten(tree)
+    chosen = {path: leaf for path, leaf in flat.items() if predicate(path)}
+    others = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return unflatten(chosen), unflatten(others)
+
+
+def merge(first: Variables, second: Variables) -> Variables:
+    """The union of two trees that share no leaf; the inverse of `split`."""
+    left, right = flatten(first), flatten(second)
+    if shared := left.keys() & right.keys():
+        raise ValueError(f"both trees have {sorted(shared)}; use override() to replace leaves")
+    return unflatten(left | right)
+
+
+def override(tree: Variables, updates: Variables) -> Variables:
+    """`tree` with the leaves of `updates` in place of its own; new leaves are refused."""
+    flat, new = flatten(tree), flatten(updates)
+    if unknown := sorted(new.keys() - flat.keys()):
+        raise ValueError(f"updates for {unknown}, which the tree does not have")
+    return unflatten(flat | new)
+
+
+def map_with_path(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """`fn(path, leaf)` over any pytree, its dataclass fields and indices joined into the path."""
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: fn(path_of(keys), leaf), tree)
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """A jax key path as a string: dict keys, attribute names and indices joined by "/"."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+_LAYER = re.compile(r"^(.*/)?layers_(\d+)/(.*)$")
+
+
+def stack_layers(tree: Variables) -> Variables:
+    """``layers_{i}/x`` [...] for all i become ``layers/x`` [L, ...], the form a scan reads."""
+    flat = flatten(tree)
+    groups: dict[str, dict[int, Any]] = {}
+    stacked = {}
+    for path, leaf in flat.items():
+        if match := _LAYER.match(path):
+            name = f"{match[1] or ''}layers/{match[3]}"
+            groups.setdefault(name, {})[int(match[2])] = leaf
+            stacked[name] = None  # keeps the order of first appearance
+        else:
+            stacked[path] = leaf
+    for name, layers in groups.items():
+        if sorted(layers) != list(range(len(layers))):
+            raise ValueError(f"{name}: layers {sorted(layers)} are not 0..{len(layers) - 1}")
+        stacked[name] = _stack([layers[i] for i in range(len(layers))])
+    return unflatten(stacked)
+
+
+def unstack_layers(tree: Variables) -> Variables:
+    """The inverse of `stack_layers`: one leaf a layer."""
+    flat = {}
+    for path, leaf in flatten(tree).items():
+        match = re.match(r"^(.*/)?layers/(.*)$", path)
+        if match is None:
+            flat[path] = leaf
+            continue
+        for i in range(leaf.shape[0]):
+            flat[f"{match[1] or ''}layers_{i}/{match[2]}"] = _take(leaf, i)
+    return unflatten(flat)
+
+
+def _stack(leaves: list[Any]) -> Any:
+    first = leaves[0]
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
+    return jnp.stack(leaves)
+
+
+def _take(leaf: Any, index: int) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return leaf[index]
+
+
+def count(tree: PyTree) -> int:
+    """How many numbers the tree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

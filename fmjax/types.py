@@ -1,0 +1,131 @@
+"""The contract: loss -> gradient -> step. Every other file is written in these words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+PyTree = Any
+Variables = dict[str, Any]
+"""Flax collections as nested dicts: ``{"params": ..., "batch_stats": ..., ...}``."""
+Batch = Mapping[str, Array]
+"""Named arrays; every leaf has leading axis B."""
+
+
+class Mean(NamedTuple):
+    """A weighted mean kept as its two sums, so that means of unequal parts combine exactly.
+
+    Args:
+        total: weighted sum, float32 [].
+        weight: sum of weights (examples, tokens, ...), float32 [].
+    """
+
+    total: Array
+    weight: Array
+
+    @classmethod
+    def of(cls, values: Array, weights: Array) -> Mean:
+        """The mean of ``values`` under ``weights`` (same shape)."""
+        values, weights = jnp.asarray(values, jnp.float32), jnp.asarray(weights, jnp.float32)
+        # A row of weight 0 is padding: whatever was computed there, even nan, must not count.
+        return cls(jnp.sum(jnp.where(weights == 0, 0.0, values * weights)), jnp.sum(weights))
+
+    @property
+    def value(self) -> Array:
+        """total / weight; 0 where nothing was weighed."""
+        return self.total / jnp.where(self.weight == 0, 1.0, self.weight)
+
+    def __add__(self, other: Mean) -> Mean:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+
+class Aux(NamedTuple):
+    """What a loss returns beside its value.
+
+    Args:
+        weight: what the loss is a mean over (examples, tokens), float32 []; it is how losses and
+            gradients of parts are averaged.
+        metrics: further means to log.
+        updates: new values of mutable collections (``batch_stats``); ``{}`` if there are none.
+    """
+
+    weight: Array
+    metrics: dict[str, Mean]
+    updates: Variables
+
+
+class LossFn(Protocol):
+    """(variables, batch, rng) -> (loss, Aux): the mean loss over the batch, float32 []."""
+
+    def __call__(
+        self, variables: Variables, batch: Batch, rng: Array | None
+    ) -> tuple[Array, Aux]: ...
+
+
+class GradFn(Protocol):
+    """(trainable, non_trainable, batch, rng) -> (grads, loss, Aux); grads shaped as trainable."""
+
+    def __call__(
+        self, trainable: Variables, non_trainable: Variables, batch: Batch, rng: Array | None
+    ) -> tuple[Variables, Array, Aux]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs to go on, and arrays only: Orbax saves and restores it as it is.
+
+    Args:
+        step: steps done, int32 [].
+        trainable: what is differentiated and updated.
+        non_trainable: what the loss reads besides: frozen weights, teacher, batch statistics.
+        opt_state: the Optax state over ``trainable``.
+        rng: typed base key; it never changes: step t uses ``fold_in(rng, t)``, so resuming is
+            exact.
+    """
+
+    step: Array
+    trainable: Variables
+    non_trainable: Variables
+    opt_state: optax.OptState
+    rng: Array
+
+
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Mean]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a model returns, under Hugging Face's names; a field is None where it does not apply.
+
+    Args:
+        logits: float32; [B, C] per example, [B, T, C] per token, [B, T, V] over the vocabulary.
+        last_hidden_state: [B, T, D].
+        pooler_output: [B, D].
+        prediction_logits: [B, T, V], pretraining head.
+        seq_relationship_logits: [B, 2], pretraining head.
+        start_logits, end_logits: [B, T], question answering.
+        hidden_states: L + 1 arrays [B, T, D], embeddings first, when asked for.
+        attentions: L arrays [B, H, T, S] of probabilities, when asked for.
+        cross_attentions: the same over the encoder's states.
+        cache: keys and values so far, to be passed to the next call, when one was given.
+    """
+
+    logits: Array | None = None
+    last_hidden_state: Array | None = None
+    pooler_output: Array | None = None
+    prediction_logits: Array | None = None
+    seq_relationship_logits: Array | None = None
+    start_logits: Array | None = None
+    end_logits: Array | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    cache: PyTree = None
