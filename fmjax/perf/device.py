@@ -41,7 +41,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _device_memory(device: jax.Device) -> int | None:
+def _device_memory(device: Any) -> int | None:
     if device.process_index != jax.process_index():
         return None  # another host's device does not answer
     stats = device.memory_stats()
