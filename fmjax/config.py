@@ -1,0 +1,181 @@
+"""config.json in and out, strictly: a key that is not understood is an error, never dropped.
+
+Silently dropping a key such as ``rope_scaling`` is how wrong models are born.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# Keys that say nothing about the function: provenance, how to run it, how to generate with it.
+BOOKKEEPING = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels
+    architectures attn_implementation auto_map directionality dtype finetuning_task
+    gradient_checkpointing model_type name_or_path output_attentions output_hidden_states
+    output_past pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+    pooler_size_per_head pooler_type return_dict task_specific_params tf_legacy_loss
+    tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
+    xla_device
+    bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_scores prefix remove_invalid_values repetition_penalty return_dict_in_generate
+    sep_token_id suppress_tokens temperature top_k top_p typical_p
+    chunk_size_feed_forward tie_encoder_decoder label2id num_labels
+    """.split()
+)
+# Keys that would change the function if they had another value, in every family.
+FIXED_EVERYWHERE = {"pruned_heads": {}, "cross_attention_hidden_size": None}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The parsed config.json of a folder.
+
+    Raises:
+        OSError: there is no config.json.
+        ValueError: it is not UTF-8 JSON, not an object, or unreasonably large.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} has no config.json; give a folder that transformers or fmjax wrote"
+        )
+    if file.stat().st_size > 10_000_000:
+        raise ValueError(f"{file} is {file.stat().st_size} bytes; a config is under 10 MB")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not UTF-8 JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} holds a {type(data).__name__}; it must be a JSON object")
+    return data
+
+
+def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]) -> T:
+    """The dataclass `cls` from the keys of a config.json.
+
+    Args:
+        cls: a family's Config.
+        data: the parsed file.
+        fixed: keys that are not fields and must have the value given here.
+
+    Raises:
+        ValueError: keys that are neither fields, nor bookkeeping, nor at their fixed value; values
+            of the wrong type; contradictory labels. All problems are listed.
+    """
+    fixed = FIXED_EVERYWHERE | dict(fixed)
+    hints = typing.get_type_hints(cls)
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key == "id2label":
+            continue
+        if key in hints:
+            if _fits(value, hints[key]):
+                values[key] = value
+            else:
+                problems.append(f"{key}={value!r} must be {_readable(hints[key])}")
+        elif key in fixed:
+            if value != fixed[key]:
+                problems.append(f"{key}={value!r} is not supported; only {fixed[key]!r} is")
+        elif key not in BOOKKEEPING:
+            problems.append(f"{key}={value!r} is not a key this family knows")
+    if "id2label" in hints:
+        labels, label_problems = _labels(data)
+        problems += label_problems
+        if labels is not None:
+            values["id2label"] = labels
+    if problems:
+        raise ValueError(
+            f"config.json of model_type {data.get('model_type')!r}:\n  "
+            + "\n  ".join(problems)
+            + "\nA key that changes nothing can be deleted from the file; one that matters needs "
+            "support in the family."
+        )
+    return cls(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option in (type(None), None) and value is None:
+            return True
+        # bool is an int in Python, but not in a config.
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return True
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return True
+        if option in (bool, str) and isinstance(value, option):
+            return True
+    return False
+
+
+def _readable(hint: Any) -> str:
+    return str(hint) if isinstance(hint, types.UnionType) else hint.__name__
+
+
+def _labels(data: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, list[str]]:
+    """Label names in order of their numbers, and what is wrong with them."""
+    table = data.get("id2label")
+    number = data.get("num_labels", data.get("_num_labels"))
+    if table is None:
+        if number is None:
+            return None, []
+        if not _fits(number, int) or not 0 < number < 1_000_000:
+            return None, [f"num_labels={number!r} must be a positive int"]
+        return default_labels(number), []
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        return None, [f"id2label={table!r} must map numbers to names"]
+    try:
+        numbered = sorted((int(key), name) for key, name in table.items())
+    except ValueError:
+        return None, [f"id2label has keys {sorted(table)}; they must be numbers"]
+    if [key for key, _ in numbered] != list(range(len(numbered))):
+        return None, [
+            f"id2label has keys {[key for key, _ in numbered]}; they must be 0, 1, 2, ..."
+        ]
+    return tuple(name for _, name in numbered), []
+
+
+def default_labels(number: int) -> tuple[str, ...]:
+    """Names for labels that have none: LABEL_0, LABEL_1, ..., as Hugging Face calls them."""
+    return tuple(f"LABEL_{i}" for i in range(number))
+
+
+def config_to_json(config: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json for a Config dataclass, sorted; `extra` is added to them.
+
+    Fields whose metadata say ``saved=False`` are told by the weights and are not written.
+    """
+    data: dict[str, Any] = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.metadata.get("saved", True)
+    }
+    labels: Sequence[str] | None = data.pop("id2label", None)
+    if labels is not None:
+        data["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        data["label2id"] = {name: i for i, name in enumerate(labels)}
+    data |= extra
+    return dict(sorted(data.items()))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON under a temporary name and renames it, so that no reader sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,398 @@
+"""load / save / create: checkpoints of any Hugging Face format in, Hugging Face folders out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import fmjax.models
+from fmjax.config import config_to_json, default_labels, parse_config, read_config, write_json
+from fmjax.tree import flatten, unflatten, unstack_layers
+from fmjax.types import PyTree, Variables
+from fmjax.weights import (
+    export_params,
+    fit_prefix,
+    import_params,
+    modern_names,
+    open_checkpoint,
+    rule_tensor_names,
+    write_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = (
+    ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+    ("flax_model.msgpack", "flax_model.msgpack.index.json", "flax_model-*.msgpack"),
+)
+OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
+
+
+def family_of(model_type: str) -> ModuleType:
+    """The module of a Hugging Face ``model_type``: ``fmjax/models/<model_type>.py``.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    name = model_type.replace("-", "_")
+    known = families()
+    if name not in known:
+        raise ValueError(f"model_type {model_type!r} is not among the families {known}")
+    return importlib.import_module(f"fmjax.models.{name}")
+
+
+def families() -> list[str]:
+    """Names of all families, which are the files of fmjax/models."""
+    folder = Path(fmjax.models.__path__[0])
+    return sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+
+
+def create(
+    model_type: str,
+    variant_or_config: Any,
+    *,
+    head: str = "model",
+    rng: Array,
+    num_labels: int | Sequence[str] | None = None,
+    dtype: Any = None,
+    scan: bool = False,
+    remat: bool = False,
+) -> tuple[Any, Variables]:
+    """A model with random weights.
+
+    Args:
+        model_type: a family, e.g. "bert".
+        variant_or_config: a key of the family's VARIANTS, or its Config.
+        head: Hugging Face's class suffix in snake case; "model" is the bare model.
+        rng: a typed key.
+        num_labels: how many labels, or their names.
+        dtype: of the floating-point weights; None is float32.
+        scan: layers stacked and scanned: compiles in time independent of depth.
+        remat: blocks recomputed in the backward pass: less memory, more compute.
+
+    Returns:
+        (model, variables): ``model.apply(variables, input_ids=...)``.
+
+    Raises:
+        ValueError: an unknown family, variant or head.
+    """
+    family = family_of(model_type)
+    config = variant_or_config
+    if isinstance(config, str):
+        if config not in family.VARIANTS:
+            raise ValueError(
+                f"{model_type} has no variant {config!r}; it has {list(family.VARIANTS)}, or pass "
+                f"a fmjax.models.{family.__name__.rsplit('.', 1)[-1]}.Config"
+            )
+        config = family.VARIANTS[config]
+    elif not isinstance(config, family.Config):
+        raise ValueError(f"{config!r} is neither a variant's name nor a {model_type} Config")
+    config = _with_labels(config, num_labels)
+    _check_head(model_type, family, head)
+    model = family.Model(config, head=head, scan=scan, remat=remat)
+
+    @jax.jit
+    def init(rng: Array) -> Variables:
+        variables = model.init(rng, **family.inputs(config, head))
+        return jax.tree.map(lambda leaf: leaf.astype(_dtype_for(leaf.dtype, dtype)), variables)
+
+    return model, init(rng)
+
+
+def abstract_variables(model: Any) -> Variables:
+    """The shapes and dtypes of a model's variables, without computing them."""
+    family = family_module(model)
+    return jax.eval_shape(
+        lambda: model.init(jax.random.key(0), **family.inputs(model.config, model.head))
+    )
+
+
+def family_module(model: Any) -> ModuleType:
+    """The family a model belongs to."""
+    return family_of(type(model).__module__.rsplit(".", 1)[-1])
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    head: str | None = None,
+    num_labels: int | Sequence[str] | None = None,
+    new: Sequence[str] = (),
+    dtype: Any = None,
+    scan: bool = False,
+    remat: bool = False,
+    shardings: PyTree | Callable[[Variables], PyTree] = None,
+    rng: Array | None = None,
+) -> tuple[Any, Variables]:
+    """A model and its weights from a checkpoint folder or a hub id; no torch is needed.
+
+    Reads safetensors, PyTorch .bin and Flax msgpack, whole or sharded, leaf by leaf.
+
+    Args:
+        path_or_id: a folder with config.json and weights, or a hub id such as
+            "google-bert/bert-base-uncased" (through huggingface_hub, its cache and HF_HUB_OFFLINE).
+        head: which head the model gets; None reads it from config.json's ``architectures``.
+        num_labels: how many labels, or their names; None is what config.json says.
+        new: patterns of parameters to initialise afresh instead of reading, matched at the start
+            of their path inside the collection: ``("head/",)``. Nothing else is ever initialised.
+        dtype: floating-point weights are cast to it; None keeps the file's.
+        scan: layers stacked and scanned.
+        remat: blocks recomputed in the backward pass.
+        shardings: where each leaf goes: a tree like the variables, a function from their abstract
+            tree to such a tree, or None for the default device.
+        rng: typed key for what `new` names; None is ``jax.random.key(0)``.
+
+    Returns:
+        (model, variables).
+
+    Raises:
+        OSError: no such folder, or the hub cannot be reached.
+        ValueError: a config key, tensor or shape that does not fit; everything wrong is listed.
+    """
+    folder = find_folder(path_or_id)
+    data = read_config(folder)
+    model_type = data.get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError(
+            f"{folder / 'config.json'} has model_type={model_type!r}; it must name one of the "
+            f"families {families()}"
+        )
+    family = family_of(model_type)
+    config = _with_labels(parse_config(family.Config, data, family.FIXED), num_labels)
+    if head is None:
+        head = _head_of(data, family, folder)
+    _check_head(model_type, family, head)
+    with open_checkpoint(folder) as checkpoint:
+        tensors = modern_names(checkpoint.tensors)
+        config = family.from_tensors(config, head, tensors)
+        model = family.Model(config, head=head, scan=scan, remat=remat)
+        loop = model.clone(scan=False)
+        abstract = flatten(abstract_variables(loop))
+        table = family.rules(config, head)
+        tensors = fit_prefix(tensors, rule_tensor_names(table, abstract), family.PREFIX)
+        if callable(shardings):
+            shardings = shardings(abstract_variables(model))
+        placer = _Placer(abstract, dtype, shardings, scan)
+        read = import_params(
+            table,
+            tensors,
+            abstract,
+            place=placer.place,
+            new=new,
+            ignored=family.IGNORED,
+            known=_known_names(family, config),
+        )
+    fresh = [path for path in abstract if path not in read]
+    for path, leaf in _initialise(loop, family, fresh, rng).items():
+        placer.place(path, np.asarray(leaf))
+    return model, unflatten({path: placer.placed[path] for path in placer.order})
+
+
+class _Placer:
+    """Puts leaves on devices one at a time; for a scanned model, once all layers are there."""
+
+    def __init__(
+        self, abstract: Mapping[str, Any], dtype: Any, shardings: PyTree, scan: bool
+    ) -> None:
+        self.dtype = dtype
+        self.placed: dict[str, Array] = {}
+        self.stacks: dict[str, np.ndarray] = {}
+        self.filled: dict[str, int] = {}
+        self.layers: dict[str, int] = {}
+        self.scan = scan
+        for path in abstract:
+            self.layers[self._stacked(path)[0]] = self.layers.get(self._stacked(path)[0], 0) + 1
+        self.order = list(self.layers)
+        if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+            self.shardings = dict.fromkeys(self.order, shardings)
+        else:
+            self.shardings = flatten(shardings)
+        if missing := sorted(set(self.order) - set(self.shardings)):
+            raise ValueError(f"shardings has no leaf for {missing}")
+
+    def _stacked(self, path: str) -> tuple[str, int | None]:
+        """The path a leaf ends up under, and its place in the stack of layers if it has one."""
+        match = re.match(r"^(.*/)layers_(\d+)/(.*)$", path)
+        if not self.scan or match is None:
+            return path, None
+        return f"{match[1]}layers/{match[3]}", int(match[2])
+
+    def place(self, path: str, leaf: np.ndarray) -> None:
+        leaf = leaf.astype(_dtype_for(leaf.dtype, self.dtype), copy=False)
+        final, layer = self._stacked(path)
+        if layer is not None:
+            if final not in self.stacks:
+                self.stacks[final] = np.empty((self.layers[final], *leaf.shape), leaf.dtype)
+            self.stacks[final][layer] = leaf
+            self.filled[final] = self.filled.get(final, 0) + 1
+            if self.filled[final] < self.layers[final]:
+                return
+            leaf = self.stacks.pop(final)
+        self.placed[final] = _put(leaf, self.shardings[final])
+
+
+def _put(leaf: np.ndarray, sharding: Any) -> Array:
+    """A device array that owns its memory: `leaf` may be a view of a file about to be closed."""
+    if sharding is None:
+        return jax.device_put(leaf, may_alias=False).block_until_ready()
+    array = jax.make_array_from_callback(leaf.shape, sharding, lambda at: np.array(leaf[at]))
+    return array.block_until_ready()
+
+
+def _initialise(
+    model: Any, family: ModuleType, paths: Sequence[str], rng: Array | None
+) -> dict[str, Array]:
+    """Random values for some of a model's leaves; the compiler drops the rest."""
+    if not paths:
+        return {}
+
+    @jax.jit
+    def init(rng: Array) -> dict[str, Array]:
+        flat = flatten(model.init(rng, **family.inputs(model.config, model.head)))
+        return {path: flat[path] for path in paths}
+
+    logger.info("initialised %d new leaves: %s", len(paths), ", ".join(paths))
+    return init(jax.random.key(0) if rng is None else rng)
+
+
+def _known_names(family: ModuleType, config: Any) -> set[str]:
+    """Tensors outside the layers that some head of the family has, with and without prefix."""
+    names: set[str] = set()
+    for head in family.HEADS:
+        for rule in family.rules(config, head):
+            names |= {name for name in rule.tensor_names() if "{" not in name}
+    bare = {name.removeprefix(family.PREFIX) for name in names}
+    return names | bare | {family.PREFIX + name for name in bare}
+
+
+def _dtype_for(have: Any, wanted: Any) -> Any:
+    return wanted if wanted is not None and jnp.issubdtype(have, jnp.floating) else have
+
+
+def _with_labels(config: Any, num_labels: int | Sequence[str] | None) -> Any:
+    if num_labels is None:
+        return config
+    names = default_labels(num_labels) if isinstance(num_labels, int) else tuple(num_labels)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"num_labels={num_labels!r} must be a positive number or distinct names")
+    return dataclasses.replace(config, id2label=names)
+
+
+def _check_head(model_type: str, family: ModuleType, head: str) -> None:
+    if head not in family.HEADS:
+        raise ValueError(f"{model_type} has no head {head!r}; it has {list(family.HEADS)}")
+
+
+def _head_of(data: Mapping[str, Any], family: ModuleType, folder: Path) -> str:
+    """The head that config.json's ``architectures`` names; the bare model where it names none."""
+    names = data.get("architectures") or [family.HEADS["model"]]
+    by_class = {name: head for head, name in family.HEADS.items()}
+    known = [by_class[plain] for name in names if (plain := name.removeprefix("Flax")) in by_class]
+    if not known:
+        raise ValueError(
+            f"{folder / 'config.json'} has architectures={names}, none of {list(by_class)}; "
+            f"say which head to load: head= one of {list(family.HEADS)}"
+        )
+    return known[0]
+
+
+def find_folder(path_or_id: str | Path) -> Path:
+    """A local folder as it is, or the snapshot of a hub id in huggingface_hub's cache.
+
+    Raises:
+        OSError: no such folder or repository, or the hub cannot be reached.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise NotADirectoryError(f"{path} is a file; give the folder with its config.json")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)):
+        raise FileNotFoundError(f"there is no folder {path}, and it is not a hub id either")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    folder = None
+    try:
+        for patterns in WEIGHT_FILES:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    str(path_or_id), allow_patterns=[*OTHER_FILES, *patterns]
+                )
+            )
+            if any(file for pattern in patterns for file in folder.glob(pattern)):
+                break
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {str(path_or_id)!r}, and as a hub id it could not be fetched: "
+            f"{error}"
+        ) from error
+    assert folder is not None
+    return folder
+
+
+def save(
+    path: str | Path,
+    model: Any,
+    variables: Variables,
+    tokenizer: Any = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Writes a Hugging Face folder that PyTorch's ``from_pretrained`` loads.
+
+    Args:
+        path: the folder, made if missing.
+        model: from `load` or `create`.
+        variables: its variables; scanned layers are unstacked.
+        tokenizer: anything with ``save_pretrained``; written alongside.
+        max_shard_size: bytes, or "5GB", "200MB"; above it the weights are sharded.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: variables that are not this model's.
+    """
+    folder = Path(path).expanduser()
+    family = family_module(model)
+    leaves = flatten(unstack_layers(variables) if model.scan else variables)
+    expected = flatten(abstract_variables(model.clone(scan=False)))
+    wrong = [
+        f"{name} has shape {tuple(leaf.shape)}, the model's is {expected[name].shape}"
+        for name, leaf in leaves.items()
+        if name in expected and tuple(leaf.shape) != expected[name].shape
+    ]
+    wrong += [f"{name} is missing" for name in expected if name not in leaves]
+    wrong += [f"{name} is not in the model" for name in leaves if name not in expected]
+    if wrong:
+        raise ValueError("the variables are not this model's:\n  " + "\n  ".join(wrong))
+    tensors = export_params(family.rules(model.config, model.head), leaves)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(folder, tensors, max_shard_size=max_shard_size)
+    dtypes = {
+        str(leaf.dtype) for leaf in leaves.values() if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    extra: dict[str, Any] = {
+        "model_type": family.__name__.rsplit(".", 1)[-1].replace("_", "-"),
+        "architectures": [family.HEADS[model.head]],
+    }
+    if len(dtypes) == 1:
+        extra["dtype"] = dtypes.pop()
+    write_json(folder / "config.json", config_to_json(model.config, extra))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder

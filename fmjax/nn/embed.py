@@ -1,0 +1,48 @@
+"""Embedding tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from fmjax.nn.linear import matmul
+
+
+class Embed(nn.Module):
+    """A table of vectors [V, D], looked up by integer or, tied, multiplied for logits.
+
+    Args:
+        num_embeddings: V.
+        features: D.
+        embedding_init: initializer of the table.
+        padding_index: a row that starts at zero and that lookups do not train, as PyTorch's
+            ``padding_idx``; None for none.
+    """
+
+    num_embeddings: int
+    features: int
+    embedding_init: Callable[..., Array] = nn.initializers.normal(0.02)
+    padding_index: int | None = None
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding", self._init, (self.num_embeddings, self.features), jnp.float32
+        )
+
+    def _init(self, rng: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        table = self.embedding_init(rng, shape, dtype)
+        return table if self.padding_index is None else table.at[self.padding_index].set(0.0)
+
+    def __call__(self, ids: Array) -> Array:  # [...] -> [..., D]
+        vectors = jnp.take(self.embedding, ids, axis=0)
+        if self.padding_index is None:
+            return vectors
+        padding = (ids == self.padding_index)[..., None]
+        return jnp.where(padding, jax.lax.stop_gradient(vectors), vectors)
+
+    def attend(self, x: Array) -> Array:  # [..., D] -> [..., V] float32
+        return matmul(x, self.embedding.T)

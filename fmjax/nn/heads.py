@@ -1,0 +1,42 @@
+"""Output heads that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flax import linen as nn
+from jax import Array
+
+from fmjax.nn.embed import Embed
+from fmjax.nn.linear import Dense, matmul
+from fmjax.nn.mlp import activation
+from fmjax.nn.norm import LayerNorm
+
+
+class VocabularyHead(nn.Module):
+    """Transform, norm and logits over the vocabulary (Devlin et al. 2019, masked LM).
+
+    Args:
+        vocab_size: V.
+        act: name of the activation after the transform.
+        epsilon: of the layer norm.
+        tied: whether the input embedding is the output matrix.
+        kernel_init: initializer of the kernels.
+    """
+
+    vocab_size: int
+    act: str
+    epsilon: float
+    tied: bool
+    kernel_init: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Array, embed: Embed) -> Array:  # [B, T, D] -> [B, T, V] float32
+        width = x.shape[-1]
+        x = Dense(width, kernel_init=self.kernel_init, name="transform")(x)
+        x = LayerNorm(self.epsilon, name="norm")(activation(self.act)(x))
+        bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
+        if self.tied:
+            return embed.attend(x) + bias
+        kernel = self.param("kernel", self.kernel_init, (width, self.vocab_size))
+        return matmul(x, kernel) + bias

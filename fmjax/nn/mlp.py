@@ -1,0 +1,57 @@
+"""Feed-forward blocks and the activations that config.json names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from flax import linen as nn
+from jax import Array
+
+from fmjax.nn.linear import Dense
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": jax.nn.squared_relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "tanh": jax.numpy.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The function that ``hidden_act`` names in a Hugging Face config.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not known; use one of {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Mlp(nn.Module):
+    """``down(act(up(x)))``.
+
+    Args:
+        width: F, the inner width.
+        act: name of the activation, as in config.json.
+        kernel_init: initializer of both kernels.
+    """
+
+    width: int
+    act: str
+    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
+        hidden = Dense(self.width, kernel_init=self.kernel_init, name="up")(x)  # [..., F]
+        hidden = activation(self.act)(hidden)
+        return Dense(x.shape[-1], kernel_init=self.kernel_init, name="down")(hidden)

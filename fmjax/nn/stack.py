@@ -1,0 +1,86 @@
+"""A stack of equal blocks, as a Python loop or as one scan over stacked weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from jax import Array
+
+from fmjax.types import PyTree
+
+
+class LayerOutput(NamedTuple):
+    """What a block returns beside its hidden state; None where not asked for.
+
+    Args:
+        cache: the block's cache with the new positions.
+        hidden_state: [B, T, D], a copy of the hidden state.
+        attentions: [B, H, T, S].
+        cross_attentions: [B, H, T, S].
+    """
+
+    cache: PyTree = None
+    hidden_state: Array | None = None
+    attentions: Array | None = None
+    cross_attentions: Array | None = None
+
+
+class StackOutput(NamedTuple):
+    """The last hidden state, each layer's `LayerOutput`, and the new cache."""
+
+    hidden: Array
+    layers: tuple[LayerOutput, ...]
+    cache: dict[str, PyTree] | None
+
+
+def run_stack(
+    block: type[nn.Module],
+    fields: dict[str, Any],
+    hidden: Array,
+    shared: PyTree,
+    *,
+    num_layers: int,
+    cache: dict[str, PyTree] | None = None,
+    scan: bool = False,
+    remat: bool = False,
+) -> StackOutput:
+    """Runs `num_layers` blocks named ``layers_{i}`` (or, scanned, ``layers``) in a compact method.
+
+    Args:
+        block: a module whose call is ``(hidden, cache, shared) -> (hidden, LayerOutput)``.
+        fields: the block's fields.
+        hidden: [B, T, D].
+        shared: a tree of arrays that every block reads: masks, encoder states.
+        num_layers: L.
+        cache: by layer name, as the parameters are; None for none.
+        scan: one compiled block over weights stacked along a leading axis L.
+        remat: whether blocks are recomputed in the backward pass instead of kept.
+    """
+    if remat:
+        # Inside a scan the loop itself keeps XLA from merging the recomputation away.
+        block = nn.remat(block, prevent_cse=not scan)
+    if scan:
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=num_layers,
+        )
+        layer_cache = None if cache is None else cache["layers"]
+        hidden, stacked = scanned(**fields, name="layers")(hidden, layer_cache, shared)
+        layers = tuple(
+            LayerOutput(*jax.tree.map(lambda leaf, i=i: leaf[i], tuple(stacked)))
+            for i in range(num_layers)
+        )
+        return StackOutput(hidden, layers, None if cache is None else {"layers": stacked.cache})
+    layers = []
+    for i in range(num_layers):
+        name = f"layers_{i}"
+        layer_cache = None if cache is None else cache[name]
+        hidden, layer = block(**fields, name=name)(hidden, layer_cache, shared)
+        layers.append(layer)
+    new_cache = {f"layers_{i}": layer.cache for i, layer in enumerate(layers)}
+    return StackOutput(hidden, tuple(layers), None if cache is None else new_cache)
