@@ -17,7 +17,8 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,7 +149,7 @@ def default_buckets(longest: int, max_length: int) -> list[int]:
     return sorted({min(length, max_length) for length in lengths[: last + 1]})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
     """Which examples make batch k, for any k: what grain calls a random-access source.
 
@@ -172,17 +173,18 @@ class _Plan:
     def batches_per_epoch(self) -> int:
         return -(-sum(len(group) for group in self.groups) // self.batch_size)
 
-    def __getitem__(self, k: int) -> tuple[int, np.ndarray]:
-        """Length in tokens and example indices [B] of batch k, -1 for padding rows."""
-        epoch, within = divmod(k, self.batches_per_epoch)
-        return self._epoch(epoch if self.shuffle else 0)[within]
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
+        """Of one batch: its length in tokens and its examples [B], -1 for padding rows."""
+        epoch, within = divmod(index, self.batches_per_epoch)
+        return self.epoch(epoch if self.shuffle else 0)[within]
 
     @functools.cached_property
-    def _epoch(self) -> Any:
-        # Two epochs: around the end of one, prefetching already works on the next.
-        return functools.lru_cache(maxsize=2)(self._make_epoch)
+    def epoch(self) -> Callable[[int], list[tuple[int, np.ndarray]]]:
+        """All batches of an epoch, by its number."""
+        # Two are kept: around the end of one, prefetching already works on the next.
+        return functools.lru_cache(maxsize=2)(self._epoch)
 
-    def _make_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+    def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         rng = np.random.default_rng([self.seed, epoch])
         batches = []
         promoted = np.zeros(0, np.int64)
@@ -229,7 +231,7 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
         import grain  # over a second
 
         self.batches_per_epoch = plan.batches_per_epoch
-        lengths = sorted({length for length, _ in plan._make_epoch(0)})
+        lengths = sorted({length for length, _ in plan.epoch(0)})
         self.shapes = [(plan.batch_size // process_count, length) for length in lengths]
         self._data = data
         self._plan = plan
@@ -244,6 +246,8 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
                 grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
             )
         )
+        # A stream that is dropped half-way takes its thread with it.
+        weakref.finalize(self, self._iterator.close)
 
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._iterator)
