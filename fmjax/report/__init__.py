@@ -1,0 +1,13 @@
+"""The report of a run: what a run folder holds, and the page written from it."""
+
+from fmjax.report.page import write_report
+from fmjax.report.run_folder import Predictions, Run, atomic_write, load_run, save_predictions
+
+__all__ = [
+    "Predictions",
+    "Run",
+    "atomic_write",
+    "load_run",
+    "save_predictions",
+    "write_report",
+]
