@@ -205,7 +205,7 @@ def _label_reader(
             value = float(cell)
         except ValueError:
             raise ValueError(f"is {cell!r}, a number was expected") from None
-        if not math.isfinite(value) or not math.isfinite(np.float32(value)):
+        if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
             raise ValueError(f"is {cell!r}, a finite float32 was expected")
         return value
 
