@@ -396,3 +396,14 @@ def save(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def load_tokenizer(path_or_id: str | Path) -> Any:
+    """The Hugging Face tokenizer of a folder or hub id.
+
+    Raises:
+        OSError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(find_folder(path_or_id))

@@ -1,0 +1,235 @@
+"""``fmjax ...``: parses, calls, prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fmjax.recipes.text_classification import Settings
+from fmjax.recipes.texts import TextData
+
+ModelArg = Annotated[str, tyro.conf.Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Show what a checkpoint holds, or, without one, this machine and the families."""
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """A folder or hub id."""
+    families: bool = False
+    """The table of families, heads and published sizes, in Markdown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turn any readable checkpoint (Flax msgpack, PyTorch .bin, ...) into safetensors."""
+
+    source: ModelArg
+    """A folder or hub id."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """The new folder: PyTorch-named safetensors, config.json and tokenizer."""
+    max_shard_size: str = "5GB"
+    """Above this the weights are sharded."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Cast the weights; by default they keep the dtype of the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Classify texts."""
+
+    model: ModelArg
+    """A folder or hub id of a classifier."""
+    texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """The texts."""
+    file: Path | None = None
+    """A file with one text a line, beside or instead of `texts`."""
+    max_length: int = 512
+    """Tokens a text is cut to."""
+    json: bool = False
+    """Print one JSON object a line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(TextData):
+    """Measure a classifier on labelled texts."""
+
+    model: ModelArg
+    """A folder or hub id of a classifier."""
+    split: str = "test"
+    """Split of a named set; a file is read whole."""
+    json: bool = False
+    """Print the metrics as JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Embed:
+    """Write one vector a text to a .npy file."""
+
+    model: ModelArg
+    """A folder or hub id, or "minilm"."""
+    file: Annotated[Path, tyro.conf.Positional]
+    """A file with one text a line."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """The .npy file: float32 [N, D]."""
+    pooling: Literal["mean", "cls", "max", "pooler"] = "mean"
+    """How tokens become one vector."""
+    normalize: bool = False
+    """Scale vectors to length 1."""
+    max_length: int = 512
+    """Tokens a text is cut to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write a run's report.html again."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+
+
+def info(args: Info) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    import fmjax.hub as hub
+    from fmjax.perf.device import describe_machine
+    from fmjax.recipes.checkpoints import describe_checkpoint, families_table
+
+    if args.families:
+        print(families_table())
+        return
+    rows: dict[str, Any]
+    if args.model is None:
+        rows = describe_machine() | {"families": ", ".join(hub.families())}
+    else:
+        rows = describe_checkpoint(args.model)
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        table.add_row(f"[bold]{name}[/bold]", text)
+    Console(soft_wrap=True).print(table)
+
+
+def convert(args: Convert) -> None:
+    from fmjax.recipes.checkpoints import convert_checkpoint
+
+    for line in convert_checkpoint(
+        args.source, args.target, max_shard_size=args.max_shard_size, dtype=args.dtype
+    ):
+        print(line)
+
+
+def predict(args: Predict) -> None:
+    from fmjax.recipes.predict import predict_texts, read_texts
+
+    texts = [*args.texts, *(read_texts(args.file) if args.file is not None else ())]
+    if not texts:
+        raise ValueError('no texts; write them after the model: fmjax predict MODEL "a text"')
+    names, rows = predict_texts(args.model, texts, max_length=args.max_length)
+    for text, row in zip(texts, rows, strict=True):
+        scores = {name: round(float(score), 6) for name, score in zip(names, row, strict=True)}
+        if args.json:
+            print(json.dumps({"text": text, "scores": scores}, ensure_ascii=False))
+        else:
+            best = max(scores, key=lambda name: scores[name])
+            print(f"{best}\t{scores[best]:.4f}\t{text}")
+
+
+def evaluate(args: Evaluate) -> None:
+    from fmjax.recipes.predict import evaluate_texts
+
+    metrics = evaluate_texts(args.model, args, args.split)
+    if args.json:
+        print(json.dumps(metrics, indent=2))
+        return
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            print(f"{name}\t{value:.4f}")
+    if "report_text" in metrics:
+        print(metrics["report_text"])
+
+
+def embed(args: Embed) -> None:
+    import numpy as np
+
+    from fmjax.recipes.predict import embed_texts, read_texts
+    from fmjax.train.recording import writable_folder
+
+    folder = writable_folder(args.output.parent)
+    vectors = embed_texts(
+        args.model,
+        read_texts(args.file),
+        pooling=args.pooling,
+        normalize=args.normalize,
+        max_length=args.max_length,
+    )
+    temporary = folder / f".{args.output.name}.{os.getpid()}.npy"
+    try:
+        np.save(temporary, vectors)
+        temporary.replace(args.output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{args.output}: float32 {list(vectors.shape)}")
+
+
+def report(args: Report) -> None:
+    from fmjax.report import write_report
+
+    print(write_report(args.run))
+
+
+def finetune(args: Settings) -> None:
+    from fmjax.recipes.text_classification import finetune, results_table
+
+    results = finetune(args)
+    print(results_table(args.output, results))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; bad input is printed without a traceback and ends with 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("fmjax").setLevel(logging.INFO)
+    sub = tyro.conf.subcommand
+    args = tyro.cli(
+        Annotated[Info, sub("info")]
+        | Annotated[Convert, sub("convert")]
+        | Annotated[Settings, sub("finetune")]
+        | Annotated[Predict, sub("predict")]
+        | Annotated[Evaluate, sub("evaluate")]
+        | Annotated[Embed, sub("embed")]
+        | Annotated[Report, sub("report")],
+        prog="fmjax",
+        description="Foundation models as pure functions in JAX.",
+        args=argv,
+    )
+    try:
+        match args:
+            case Info():
+                info(args)
+            case Convert():
+                convert(args)
+            case Settings():
+                finetune(args)
+            case Predict():
+                predict(args)
+            case Evaluate():
+                evaluate(args)
+            case Embed():
+                embed(args)
+            case Report():
+                report(args)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if os.environ.get("FMJAX_DEBUG"):
+            raise
+        print(f"fmjax: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,98 @@
+"""Looking at checkpoints and converting them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fmjax.hub as hub
+from fmjax.config import read_config
+from fmjax.recipes.texts import model_source
+from fmjax.tree import count
+from fmjax.weights import open_checkpoint
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+
+
+def convert_checkpoint(
+    source: str, target: Path, *, max_shard_size: str = "5GB", dtype: str | None = None
+) -> list[str]:
+    """Reads a checkpoint of any format and writes it as a Hugging Face folder.
+
+    Args:
+        source: a folder or hub id.
+        target: the new folder; config.json, safetensors with PyTorch names, the tokenizer's files.
+        max_shard_size: see `fmjax.save`.
+        dtype: cast the weights; None keeps them.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        ValueError: the target is the source, or the checkpoint is not what it says it is.
+        OSError: a file cannot be read or written.
+    """
+    folder = hub.find_folder(model_source(source))
+    if target.exists() and target.resolve() == folder.resolve():
+        raise ValueError(f"{target} is the source itself; choose a new folder")
+    with open_checkpoint(folder) as checkpoint:
+        read = f"{checkpoint.format}, {len(checkpoint.files)} file(s)"
+    model, variables = hub.load(folder, dtype=dtype)
+    hub.save(target, model, variables, max_shard_size=max_shard_size)
+    copied = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for name in copied:
+        (target / name).write_bytes((folder / name).read_bytes())
+    return [
+        f"read {folder}: {read}",
+        f"{type(model).__module__.rsplit('.', 1)[-1]} with head {model.head}: "
+        f"{count(variables):,} parameters",
+        f"wrote {target}: {', '.join(sorted(path.name for path in target.iterdir()))}",
+    ]
+
+
+def describe_checkpoint(model: str) -> dict[str, Any]:
+    """Format, family, head, size and config of a checkpoint, without loading its weights."""
+    folder = hub.find_folder(model_source(model))
+    data = read_config(folder)
+    with open_checkpoint(folder) as checkpoint:
+        tensors = checkpoint.tensors.values()
+        dtypes: dict[str, int] = {}
+        for tensor in tensors:
+            size = 1
+            for axis in tensor.shape:
+                size *= axis
+            dtypes[str(tensor.dtype)] = dtypes.get(str(tensor.dtype), 0) + size
+        facts = {
+            "folder": str(folder),
+            "format": checkpoint.format,
+            "files": [file.name for file in checkpoint.files],
+            "tensors": len(checkpoint.tensors),
+            "parameters": {dtype: f"{size:,}" for dtype, size in dtypes.items()},
+        }
+    return facts | {"config": data, "supported": data.get("model_type") in _model_types()}
+
+
+def _model_types() -> set[str]:
+    return {name for family in hub.families() for name in (family, family.replace("_", "-"))}
+
+
+def families_table() -> str:
+    """Families with their heads and published sizes, as a Markdown table."""
+    lines = ["| family | heads | published sizes (parameters) |", "|---|---|---|"]
+    for name in hub.families():
+        family = hub.family_of(name)
+        sizes = []
+        for variant, config in family.VARIANTS.items():
+            model = family.Model(config, head="model")
+            sizes.append(f"{variant} {count(hub.abstract_variables(model)) / 1e6:.1f} M")
+        lines.append(f"| {name} | {', '.join(family.HEADS)} | {', '.join(sizes)} |")
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""Predictions and embeddings of texts by a saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import fmjax.hub as hub
+from fmjax.data import TextExamples, load_text
+from fmjax.recipes.texts import (
+    TextData,
+    encode_splits,
+    evaluation_batches,
+    labels_of,
+    model_source,
+)
+from fmjax.tasks import sequence_classification as task
+from fmjax.tasks.apply import collect
+from fmjax.tasks.feature_extraction import embed
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """One text a line of a UTF-8 file.
+
+    Raises:
+        ValueError: not UTF-8, or no lines, or empty ones.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 (byte {error.start}); convert it, for instance with iconv"
+        ) from error
+    empty = [number for number, line in enumerate(lines, 1) if not line.strip()]
+    if not lines or empty:
+        raise ValueError(
+            f"{file}: lines {empty[:10]} are empty"
+            if lines
+            else f"{file} is empty; one text a line"
+        )
+    return lines
+
+
+def _rows(
+    fn: Any, model: Any, variables: Any, tokenizer: Any, texts: TextExamples, max_length: int
+) -> np.ndarray:
+    encoded = encode_splits(
+        tokenizer,
+        {"texts": texts},
+        max_length=min(max_length, model.config.max_position_embeddings),
+        vocab_size=model.config.vocab_size,
+    )["texts"]
+    stream = evaluation_batches(encoded, tokenizer.pad_token_id)
+    return collect(jax.jit(fn), variables, stream, size=len(texts))
+
+
+def predict_texts(
+    model: str, texts: Sequence[str], *, max_length: int = 512
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """(label names, rows [N, C]) of a classifier: probabilities, or numbers of a regression.
+
+    Args:
+        model: a folder or hub id with a sequence-classification head.
+        texts: N texts.
+        max_length: tokens a text is cut to.
+    """
+    source = model_source(model)
+    module, variables = hub.load(source, head="sequence_classification")
+    examples = TextExamples(list(texts), None, ())
+    rows = _rows(
+        task.predict(module), module, variables, hub.load_tokenizer(source), examples, max_length
+    )
+    return module.config.id2label, rows
+
+
+def embed_texts(
+    model: str,
+    texts: Sequence[str],
+    *,
+    pooling: str = "mean",
+    normalize: bool = False,
+    max_length: int = 512,
+) -> np.ndarray:
+    """Vectors [N, D] float32 of texts; see `fmjax.tasks.feature_extraction.embed`."""
+    source = model_source(model)
+    module, variables = hub.load(source, head="model")
+    return _rows(
+        embed(module, pooling=pooling, normalize=normalize),
+        module,
+        variables,
+        hub.load_tokenizer(source),
+        TextExamples(list(texts), None, ()),
+        max_length,
+    )
+
+
+def evaluate_texts(model: str, data: TextData, split: str) -> dict[str, Any]:
+    """Metrics of a saved classifier on labelled texts.
+
+    Args:
+        model: a folder or hub id; its label names are those the texts must use.
+        data: where the texts come from; a file is read whole, whatever `split` says.
+        split: of a named set.
+    """
+    source = model_source(model)
+    module, variables = hub.load(source, head="sequence_classification")
+    kind = task.problem_type_of(module)
+    named = data.data.startswith(("sentiment/", "tfds:", "hf:"))
+    texts = load_text(
+        data.data,
+        split if named else None,
+        text=data.text,
+        text_pair=data.text_pair,
+        label=data.label,
+        label_names=None if kind == task.REGRESSION else module.config.id2label,
+        problem_type=kind,
+    )
+    rows = _rows(
+        task.predict(module),
+        module,
+        variables,
+        hub.load_tokenizer(source),
+        texts,
+        data.max_length,
+    )
+    return task.metrics_of(module, rows, labels_of(texts))

@@ -1,0 +1,62 @@
+"""Feature extraction: one vector for each text from a frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from fmjax.tasks.apply import apply_fn
+from fmjax.types import Batch, Variables
+
+POOLINGS = ("mean", "cls", "max", "pooler")
+
+
+def embed(
+    model: Any, *, pooling: str = "mean", normalize: bool = False
+) -> Callable[[Variables, Batch], Array]:
+    """``(variables, batch) -> [B, D]`` float32: the pooled last hidden state.
+
+    Args:
+        model: with the head ``model``.
+        pooling: "mean" over tokens that are not padding (Reimers & Gurevych 2019,
+            arXiv:1908.10084), "max" over them, "cls" (the first token), or "pooler" (the model's
+            own pooled output).
+        normalize: whether vectors are scaled to length 1.
+
+    Raises:
+        ValueError: an unknown pooling, or "pooler" of a model that has none.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}; it must be one of {POOLINGS}")
+    apply = apply_fn(model)
+
+    def embed_fn(variables: Variables, batch: Batch) -> Array:
+        output = apply(variables, batch, None, train=False)[0]
+        hidden = output.last_hidden_state
+        if hidden is None:
+            raise ValueError(
+                f"the model has the head {model.head!r}, which returns no last_hidden_state; load "
+                'it with head="model"'
+            )
+        hidden = hidden.astype(jnp.float32)  # [B, T, D]
+        keep = batch["attention_mask"].astype(bool)[..., None]  # [B, T, 1]
+        if pooling == "mean":
+            total = jnp.where(keep, hidden, 0.0).sum(axis=1)
+            vectors = total / jnp.maximum(keep.sum(axis=1), 1)
+        elif pooling == "max":
+            vectors = jnp.where(keep, hidden, -jnp.inf).max(axis=1)
+        elif pooling == "cls":
+            vectors = hidden[:, 0]
+        elif output.pooler_output is not None:
+            vectors = output.pooler_output.astype(jnp.float32)
+        else:
+            raise ValueError('this model has no pooler; use pooling="mean"')
+        if normalize:
+            length = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+            vectors = vectors / jnp.maximum(length, 1e-12)
+        return vectors
+
+    return embed_fn

@@ -1,0 +1,137 @@
+"""Sequence classification: one label, several labels or a number for each text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from fmjax.metrics.classification import classification_metrics, multi_label_metrics
+from fmjax.metrics.regression import regression_metrics
+from fmjax.tasks.apply import apply_fn, collect
+from fmjax.types import Aux, Batch, LossFn, Mean, Variables
+
+SINGLE, MULTI, REGRESSION = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
+
+
+def problem_type_of(model: Any) -> str:
+    """What the logits mean: config.json's ``problem_type``; by default one number is a regression
+    and several are classes.
+
+    Raises:
+        ValueError: config.json names something else.
+    """
+    stated = model.config.problem_type
+    if stated is None:
+        return REGRESSION if len(model.config.id2label) == 1 else SINGLE
+    if stated not in (SINGLE, MULTI, REGRESSION):
+        raise ValueError(
+            f"problem_type is {stated!r}; it must be {SINGLE!r}, {MULTI!r} or {REGRESSION!r}"
+        )
+    return stated
+
+
+def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> LossFn:
+    """Cross-entropy (nats), binary cross-entropy summed over labels' mean, or squared error.
+
+    As Hugging Face's ``problem_type`` has it. Batches have ``labels``: int [B], float [B, C] of 0
+    and 1, or float [B] (or [B, C]); and ``weight`` float [B], 0 for padding rows.
+
+    Args:
+        model: with the head ``sequence_classification``.
+        train: whether dropout is on.
+        label_smoothing: share of probability spread over all classes (Szegedy et al. 2016,
+            arXiv:1512.00567, section 7); for single labels only.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1)")
+    kind = problem_type_of(model)
+    if label_smoothing and kind != SINGLE:
+        raise ValueError(f"label_smoothing={label_smoothing} is for single labels, not for {kind}")
+    apply = apply_fn(model)
+
+    def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
+        output, updates = apply(variables, batch, rng, train=train)
+        logits, labels = output.logits, batch["labels"]  # [B, C]
+        assert logits is not None
+        metrics = {}
+        if kind == SINGLE:
+            classes = logits.shape[-1]
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), label_smoothing)
+            losses = optax.softmax_cross_entropy(logits, targets)  # [B]
+            metrics["accuracy"] = Mean.of(jnp.argmax(logits, -1) == labels, batch["weight"])
+        elif kind == MULTI:
+            losses = optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=-1)
+            right = ((logits > 0) == (labels > 0.5)).all(axis=-1)
+            metrics["accuracy"] = Mean.of(right, batch["weight"])
+        else:
+            labels = labels.reshape(logits.shape).astype(jnp.float32)
+            losses = jnp.square(logits - labels).mean(axis=-1)
+        mean = Mean.of(losses, batch["weight"])
+        return mean.value, Aux(mean.weight, metrics, updates)
+
+    return loss_fn
+
+
+def predict(model: Any) -> Callable[[Variables, Batch], Array]:
+    """``(variables, batch) -> [B, C]``: probabilities of classes, of labels, or the numbers."""
+    kind, apply = problem_type_of(model), apply_fn(model)
+
+    def predict_fn(variables: Variables, batch: Batch) -> Array:
+        logits = apply(variables, batch, None, train=False)[0].logits
+        assert logits is not None
+        if kind == SINGLE:
+            return jax.nn.softmax(logits, axis=-1)
+        return jax.nn.sigmoid(logits) if kind == MULTI else logits
+
+    return predict_fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Predictions over a whole set, in its order, and what they are worth.
+
+    Args:
+        predictions: float32 [N, C], see `predict`.
+        labels: as the data has them.
+        metrics: plain numbers and nested reports, ready for JSON.
+    """
+
+    predictions: np.ndarray
+    labels: np.ndarray
+    metrics: dict[str, Any]
+
+
+def evaluate(
+    model: Any, variables: Variables, batches: Iterable[Batch], labels: np.ndarray
+) -> Evaluation:
+    """Predicts a whole set and measures it: accuracy, F1, calibration; or errors of a regression.
+
+    Args:
+        model: with the head ``sequence_classification``.
+        variables: its variables.
+        batches: one epoch, unshuffled.
+        labels: the set's labels, in its order.
+    """
+    rows = collect(jax.jit(predict(model)), variables, batches, size=len(labels))
+    return Evaluation(rows, labels, metrics_of(model, rows, labels))
+
+
+def metrics_of(model: Any, rows: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """The metrics that fit the problem type, for predictions [N, C]."""
+    kind, names = problem_type_of(model), model.config.id2label
+    if kind == SINGLE:
+        return classification_metrics(rows, labels, names)
+    if kind == MULTI:
+        return multi_label_metrics(rows, labels, names)
+    return dict(regression_metrics(rows.reshape(labels.shape), labels))
