@@ -54,23 +54,37 @@ class Recorder:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, step: int = 0) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore
 
         self.folder = writable_folder(folder)
         path = self.folder / "metrics.jsonl"
         _drop_after(path, step)
         self._lines = path.open("a", encoding="utf-8")
-        # TensorBoard hides events from purge_step on that were written before this one.
-        self._events = SummaryWriter(str(self.folder / "tb"), purge_step=step + 1)
+        (self.folder / "tb").mkdir(exist_ok=True)
+        # Not SummaryWriter: it writes from a thread, whose queue dies with the process, and names
+        # files by the second, so that a quick restart overwrites the events before it.
+        self._events = EventsWriter(str(self.folder / "tb" / "events"), f".{time.time_ns()}")
+        # TensorBoard then hides what earlier files have for this step and later ones.
+        self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Appends one line, and a TensorBoard scalar ``{split}/{name}`` for every value."""
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
+
         numbers = {name: float(value) for name, value in values.items()}
         shown = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._lines.write(json.dumps({"step": step, "split": split, **shown}) + "\n")
         self._lines.flush()
-        for name, x in numbers.items():
-            self._events.add_scalar(f"{split}/{name}", x, global_step=step)
+        scalars = [
+            Summary.Value(tag=f"{split}/{name}", simple_value=x) for name, x in numbers.items()
+        ]
+        self._write_event(step, summary=Summary(value=scalars))
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent  # pyright: ignore
+
+        self._events.write_event(TensorBoardEvent(step=step, wall_time=time.time(), **content))
         self._events.flush()
 
     def close(self) -> None:
