@@ -33,13 +33,17 @@ _MAX_DOTS = 2000
 
 
 class Line(NamedTuple):
-    """One curve: steps [N] and values [N]; few, far measurements are better shown with markers."""
+    """One curve: steps [N] and values [N].
+
+    `markers` shows each of a few far measurements; `noisy` adds a running mean to many near ones.
+    """
 
     label: str
     steps: np.ndarray
     values: np.ndarray
     color: str
     markers: bool = False
+    noisy: bool = True
 
 
 def line_chart(
@@ -156,7 +160,7 @@ def _draw_line(axes: "Axes", line: Line) -> None:
             label=line.label,
         )
         return
-    window = max(1, len(steps) // 25)
+    window = max(1, len(steps) // 25) if line.noisy else 1
     smooth = _trailing_mean(values, window)
     if window > 1:
         axes.plot(steps, values, color=line.color, linewidth=0.9, alpha=0.3)
@@ -199,9 +203,10 @@ def _style(axes: "Axes", *, x_label: str, y_label: str) -> None:
 
 
 def tick(value: float) -> str:
-    """A short number for an axis: 12k, 0.25, 2e-5."""
-    if abs(value) >= 10_000:
-        return f"{value / 1000:,.6g}k"
+    """A short number for an axis: 12k, 1.5M, 0.25, 2e-5."""
+    for unit, size, end in (("k", 1e3, 1e6), ("M", 1e6, 1e9)):
+        if max(size, 1e4) <= abs(value) < end:
+            return f"{value / size:.6g}{unit}"
     text = f"{value:.6g}"
     return re.sub(r"e([+-])0*(\d)", lambda m: f"e{m[1].strip('+')}{m[2]}", text)
 

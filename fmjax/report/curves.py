@@ -97,6 +97,8 @@ def _single(run: Run, key: str, title: str, y_label: str) -> Markup | None:
     lines = _curve(run, "train", key, FIRST)
     if not lines:
         return None
+    if key == "learning_rate":
+        lines = [lines[0]._replace(noisy=False)]
     values = lines[0].values
     log = key == "grad_norm" and values.min() > 0 and values.max() > _LOG_SPAN * values.min()
     note = {

@@ -108,7 +108,7 @@ def _matrix(matrix: np.ndarray, names: list[str]) -> Markup:
     caption = "Rows are the true class, columns the predicted class; percentages are of the row."
     return Markup(
         '<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">'
-        f'<table class="matrix"><caption>{caption}</caption>'
+        f'<table class="matrix"><caption><span>{caption}</span></caption>'
         f'<thead><tr><th scope="col">true \N{RIGHTWARDS ARROW} predicted</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -1,7 +1,6 @@
 """Small builders of HTML: whatever is not already Markup is escaped, so nothing slips through."""
 
 import html
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -64,7 +63,7 @@ def table(
     attribute = f' class="{kind}"' if kind else ""
     return Markup(
         f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}">'
-        f"<table{attribute}><caption>{escape(caption)}</caption>"
+        f"<table{attribute}><caption><span>{escape(caption)}</span></caption>"
         f"<thead><tr>{headings}</tr></thead><tbody>\n"
         + "\n".join(lines)
         + "\n</tbody></table></div>"
@@ -109,8 +108,8 @@ def count(value: int) -> str:
 
 
 def short(value: float) -> str:
-    """A number with four significant digits: 0.6931, 2e-05, 1,024."""
-    return f"{value:,.4g}" if abs(value) < 1000 or math.isinf(value) else f"{value:,.0f}"
+    """A number with four significant digits: 0.6931, 2e-05; whole from a thousand on: 12,345."""
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

@@ -37,12 +37,12 @@ nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 section { background: var(--card); border: 1px solid var(--grid); border-radius: 12px;
   padding: 1.35rem 1.5rem; margin: 0 0 1.25rem; scroll-margin-top: 1rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .75rem;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.4rem, 1fr)); gap: .75rem;
   margin: 0 0 1.4rem; padding: 0; }
 .tile { border: 1px solid var(--grid); border-radius: 10px; padding: .8rem .95rem; }
 .tile dt { color: var(--muted); font-size: .82rem; }
 .tile dd { margin: 0; }
-.tile .value { font-size: 1.6rem; font-weight: 650; line-height: 1.25;
+.tile .value { font-size: 1.25rem; font-weight: 650; line-height: 1.25;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .tile .note { font-size: .82rem; line-height: 1.4; }
 .notice { background: var(--notice); border-left: 4px solid var(--notice-edge); border-radius: 6px;
@@ -57,12 +57,16 @@ figcaption { font-size: .85rem; margin-top: .35rem; }
 .scroll:last-child { margin-bottom: 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--muted); font-size: .85rem; padding: 0 0 .4rem; }
+/* The caption stays in view when a wide table is scrolled sideways. */
+caption span { display: inline-block; position: sticky; left: 0;
+  max-width: min(46rem, calc(100vw - 4rem)); }
 th, td { text-align: left; vertical-align: top; padding: .4rem .9rem .4rem 0;
   border-bottom: 1px solid var(--grid); }
-thead th { color: var(--muted); font-weight: 600; white-space: nowrap; }
+thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 500; }
-.number { text-align: right; white-space: nowrap; }
-tr.total th, tr.total td { border-bottom: 0; }
+@media (min-width: 40rem) { table:not(.wide) tbody th { white-space: nowrap; } }
+td.number { text-align: right; white-space: nowrap; }
+th.number { text-align: right; }
 .wide { width: 100%; }
 .wide th:first-child { min-width: min(22rem, 60vw); overflow-wrap: anywhere; }
 .facts th { color: var(--muted); white-space: nowrap; }
@@ -72,10 +76,11 @@ tr.total th, tr.total td { border-bottom: 0; }
 .matrix th, .matrix td { border: 0; padding: .45rem .7rem; }
 .matrix td { text-align: right; border-radius: 6px; min-width: 4.2rem; }
 .matrix .share { display: block; font-size: .78rem; color: var(--ink); }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
-  gap: 0 2.5rem; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  gap: 1.1rem 2.5rem; }
 .columns > * { min-width: 0; }
 details { margin: .4rem 0; }
+th details { margin: 0; }
 summary { cursor: pointer; }
 code, pre { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { margin: 0 0 1.1rem; padding: .75rem .95rem; background: var(--page); border-radius: 8px;
@@ -86,7 +91,10 @@ footer { color: var(--muted); font-size: .85rem; padding-bottom: 2.5rem; }
   header, nav, main, footer { padding-left: .8rem; padding-right: .8rem; }
   section { padding: 1.1rem 1rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
-  .tile .value { font-size: 1.3rem; }
+  th, td { padding-right: .6rem; }
+  table { font-size: .84rem; }
+  .wide th:first-child { min-width: 42vw; }
+  .matrix th, .matrix td { padding: .4rem .5rem; min-width: 0; }
 }
 @media print {
   body { background: none; }

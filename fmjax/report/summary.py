@@ -63,9 +63,11 @@ def summary_section(run: Run, notices: list[str]) -> Section:
     tiles = _tiles(run)
     if tiles:
         parts.append(Markup('<dl class="tiles">' + "".join(tiles) + "</dl>"))
+    columns = [_facts(run)]
     if run.results is not None:
-        parts.append(_comparison(run, run.results))
-    parts.append(_facts(run))
+        columns.insert(0, _comparison(run, run.results))
+    cells = "".join(f"<div>{column}</div>" for column in columns)
+    parts.append(Markup(f'<div class="columns">{cells}</div>'))
     return Section("summary", "Summary", "Summary", parts)
 
 
@@ -121,9 +123,9 @@ def _tiles(run: Run) -> list[str]:
             gap = 100 * (scores[key] - known[name])
             tiles.append(
                 _tile(
-                    "Against the best baseline",
-                    f"{gap:+.1f} points".replace("-", "\N{MINUS SIGN}"),
-                    f"{name}: {score(known[name])}",
+                    "Over the best baseline",
+                    f"{gap:+.1f}".replace("-", "\N{MINUS SIGN}"),
+                    f"points; {name} has {score(known[name])}",
                 )
             )
     if "expected_calibration_error" in scores:
@@ -186,7 +188,9 @@ def _comparison(run: Run, results: dict[str, Any]) -> Markup:
         for split in ("test", "val"):
             scores = scalars(splits.get(split, {}))
             if scores:
-                columns.append((f"{name}, {split}", scores))
+                # The heading breaks between name and split only.
+                heading = name.replace(" ", "\N{NO-BREAK SPACE}")
+                columns.append((f"{heading}, {split}", scores))
     if not columns:
         return paragraph("results.json holds no scores.", kind="note")
     keys = list(dict.fromkeys(key for _, scores in columns for key in scores))

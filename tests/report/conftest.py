@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,12 @@ def write_run(
     }
     (folder / "results.json").write_text(json.dumps(results))
     return folder
+
+
+@pytest.fixture(scope="session")
+def example() -> SimpleNamespace:
+    """What the run folders of these tests are made of."""
+    return SimpleNamespace(hostile=HOSTILE, metric_rows=metric_rows, write_run=write_run)
 
 
 @pytest.fixture
