@@ -193,20 +193,20 @@ class Checkpoints:
             )
         if self._settings is None or run["settings"] is None:
             return
-        old, new = flatten(run["settings"]), flatten(self._settings)
+        old, new = (
+            {key: repr(value) for key, value in flatten(settings).items()}
+            for settings in (run["settings"], self._settings)
+        )
         differing = [
-            f"{key}: {old.get(key, 'not set')!r} in the checkpoint, {new.get(key, 'not set')!r} now"
+            f"{key}: {old.get(key, 'not set')} in the checkpoint, {new.get(key, 'not set')} now"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+            if old.get(key) != new.get(key)
         ]
         if differing:
             raise ValueError(
                 f"{where} is of a run with other settings; restore them, or use another folder:\n  "
                 + "\n  ".join(differing)
             )
-
-
-_ABSENT = object()
 
 
 @dataclasses.dataclass
