@@ -63,11 +63,9 @@ def summary_section(run: Run, notices: list[str]) -> Section:
     tiles = _tiles(run)
     if tiles:
         parts.append(Markup('<dl class="tiles">' + "".join(tiles) + "</dl>"))
-    columns = [_facts(run)]
     if run.results is not None:
-        columns.insert(0, _comparison(run, run.results))
-    cells = "".join(f"<div>{column}</div>" for column in columns)
-    parts.append(Markup(f'<div class="columns">{cells}</div>'))
+        parts.append(_comparison(run, run.results))
+    parts.append(_facts(run))
     return Section("summary", "Summary", "Summary", parts)
 
 
@@ -188,9 +186,7 @@ def _comparison(run: Run, results: dict[str, Any]) -> Markup:
         for split in ("test", "val"):
             scores = scalars(splits.get(split, {}))
             if scores:
-                # The heading breaks between name and split only.
-                heading = name.replace(" ", "\N{NO-BREAK SPACE}")
-                columns.append((f"{heading}, {split}", scores))
+                columns.append((f"{name}, {split}", scores))
     if not columns:
         return paragraph("results.json holds no scores.", kind="note")
     keys = list(dict.fromkeys(key for _, scores in columns for key in scores))
