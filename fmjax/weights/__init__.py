@@ -1,0 +1,48 @@
+"""Checkpoints: every format read without its framework, one table of rules in both directions."""
+
+from fmjax.weights.checkpoint import Checkpoint, open_checkpoint, parse_size, write_checkpoint
+from fmjax.weights.flax_file import to_torch_names
+from fmjax.weights.names import fit_prefix, modern_names
+from fmjax.weights.rules import Rule, export_params, import_params, rule_tensor_names
+from fmjax.weights.tensor import Tensor
+from fmjax.weights.transforms import (
+    CONV1D,
+    CONV2D,
+    IDENTITY,
+    PLUS_ONE,
+    TRANSPOSE,
+    Transform,
+    compose,
+    fused,
+    fused_per_head,
+    inverted,
+    permute,
+    stacked,
+)
+
+__all__ = [
+    "CONV1D",
+    "CONV2D",
+    "IDENTITY",
+    "PLUS_ONE",
+    "TRANSPOSE",
+    "Checkpoint",
+    "Rule",
+    "Tensor",
+    "Transform",
+    "compose",
+    "export_params",
+    "fit_prefix",
+    "fused",
+    "fused_per_head",
+    "import_params",
+    "inverted",
+    "modern_names",
+    "open_checkpoint",
+    "parse_size",
+    "permute",
+    "rule_tensor_names",
+    "stacked",
+    "to_torch_names",
+    "write_checkpoint",
+]

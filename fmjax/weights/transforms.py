@@ -1,0 +1,241 @@
+"""Invertible changes of layout between a checkpoint's tensors and a model's parameters.
+
+`load` takes a rule's tensors to its parameters and `save` takes them back; the `_shapes` twins do
+the same to shapes, so that everything can be checked before anything is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fmjax.weights.tensor import Shape
+
+Arrays = Sequence[np.ndarray]
+Shapes = Sequence[Shape]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A pair of inverse functions on lists of arrays, and what they do to shapes.
+
+    Attributes:
+        name: for errors.
+        load: a rule's tensors -> its parameters, as views where possible.
+        save: its parameters -> its tensors.
+        load_shapes: their shapes; ValueError where `load` does not apply.
+        save_shapes: their shapes; ValueError where `save` does not apply.
+    """
+
+    name: str
+    load: Callable[[Arrays], list[np.ndarray]]
+    save: Callable[[Arrays], list[np.ndarray]]
+    load_shapes: Callable[[Shapes], list[Shape]]
+    save_shapes: Callable[[Shapes], list[Shape]]
+
+
+IDENTITY = Transform("identity", list, list, list, list)
+
+
+def permute(*axes: int) -> Transform:
+    """Axes in another order, as `numpy.transpose` takes them; of each tensor of the rule."""
+    name = f"permute{axes}"
+    if sorted(axes) != list(range(len(axes))):
+        raise ValueError(f"{name}: axes must be 0 to {len(axes) - 1} in some order")
+    inverse = tuple(axes.index(axis) for axis in range(len(axes)))
+
+    def arrays(order: tuple[int, ...]) -> Callable[[Arrays], list[np.ndarray]]:
+        return lambda given: [array.transpose(order) for array in given]
+
+    def shapes(order: tuple[int, ...]) -> Callable[[Shapes], list[Shape]]:
+        def permuted(given: Shapes) -> list[Shape]:
+            for shape in given:
+                if len(shape) != len(order):
+                    raise ValueError(f"{name} needs {len(order)} axes, not {shape}")
+            return [tuple(shape[axis] for axis in order) for shape in given]
+
+        return permuted
+
+    return Transform(name, arrays(axes), arrays(inverse), shapes(axes), shapes(inverse))
+
+
+TRANSPOSE = permute(1, 0)  # Linear [O, I] -> [I, O]
+CONV1D = permute(2, 1, 0)  # [O, I, X] -> [X, I, O]
+CONV2D = permute(2, 3, 1, 0)  # [O, I, X, Y] -> [X, Y, I, O]
+
+
+def fused(parts: int | Sequence[int], axis: int = 0) -> Transform:
+    """One tensor that holds several parameters one after another along an axis.
+
+    Args:
+        parts: how many of equal size, or their sizes (grouped-query attention: H, G, G heads).
+        axis: of the tensor, >= 0.
+    """
+    name = f"fused({parts}, axis={axis})"
+    count = parts if isinstance(parts, int) else len(parts)
+    if count < 1 or axis < 0:
+        raise ValueError(f"{name}: needs at least one part and an axis >= 0")
+
+    def sizes(size: int) -> list[int]:
+        split = [size // count] * count if isinstance(parts, int) else list(parts)
+        if sum(split) != size:
+            raise ValueError(f"{name} does not divide an axis of {size}")
+        return split
+
+    def load(tensors: Arrays) -> list[np.ndarray]:
+        (tensor,) = tensors
+        return np.split(tensor, np.cumsum(sizes(tensor.shape[axis]))[:-1], axis=axis)
+
+    def save(params: Arrays) -> list[np.ndarray]:
+        return [np.concatenate(params, axis=axis)]
+
+    def load_shapes(given: Shapes) -> list[Shape]:
+        (shape,) = _exactly(name, given, 1)
+        _has_axis(name, shape, axis)
+        return [_resized(shape, axis, size) for size in sizes(shape[axis])]
+
+    def save_shapes(given: Shapes) -> list[Shape]:
+        for shape in _exactly(name, given, count):
+            _has_axis(name, shape, axis)
+        total = sum(shape[axis] for shape in given)
+        if list(given) != [_resized(given[0], axis, size) for size in sizes(total)]:
+            raise ValueError(f"{name}: its parameters have the shapes {list(given)}")
+        return [_resized(given[0], axis, total)]
+
+    return Transform(name, load, save, load_shapes, save_shapes)
+
+
+def fused_per_head(count: int, num_heads: int, axis: int = 0) -> Transform:
+    """One tensor that holds several parameters interleaved head by head (GPT-NeoX, BLOOM).
+
+    The axis is laid out [H, count, K] and gives `count` parameters of [H * K].
+
+    Args:
+        count: how many parameters.
+        num_heads: H.
+        axis: of the tensor, >= 0.
+    """
+    name = f"fused_per_head({count}, num_heads={num_heads}, axis={axis})"
+    if count < 1 or num_heads < 1 or axis < 0:
+        raise ValueError(f"{name}: needs at least one part, one head and an axis >= 0")
+
+    def load(tensors: Arrays) -> list[np.ndarray]:
+        (tensor,) = tensors
+        before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
+        head_size = tensor.shape[axis] // (count * num_heads)
+        heads = tensor.reshape(*before, num_heads, count, head_size, *after)
+        flat = (*before, num_heads * head_size, *after)
+        return [heads.take(part, axis=axis + 1).reshape(flat) for part in range(count)]
+
+    def save(params: Arrays) -> list[np.ndarray]:
+        shape = params[0].shape
+        split = (*shape[:axis], num_heads, shape[axis] // num_heads, *shape[axis + 1 :])
+        heads = np.stack([param.reshape(split) for param in params], axis=axis + 1)
+        return [heads.reshape(_resized(shape, axis, count * shape[axis]))]
+
+    def load_shapes(given: Shapes) -> list[Shape]:
+        (shape,) = _exactly(name, given, 1)
+        _has_axis(name, shape, axis)
+        if shape[axis] % (count * num_heads):
+            raise ValueError(f"{name} does not divide axis {axis} of {shape}")
+        return [_resized(shape, axis, shape[axis] // count)] * count
+
+    def save_shapes(given: Shapes) -> list[Shape]:
+        shape = _exactly(name, given, count)[0]
+        _has_axis(name, shape, axis)
+        if any(other != shape for other in given) or shape[axis] % num_heads:
+            raise ValueError(f"{name}: its parameters have the shapes {list(given)}")
+        return [_resized(shape, axis, count * shape[axis])]
+
+    return Transform(name, load, save, load_shapes, save_shapes)
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array
+
+
+def _add_one(tensors: Arrays) -> list[np.ndarray]:
+    """Half precision becomes float32: there, 1 + w would lose most of w."""
+    return [_wide(tensor) + 1 for tensor in tensors]
+
+
+def _subtract_one(params: Arrays) -> list[np.ndarray]:
+    return [(_wide(param) - 1).astype(param.dtype) for param in params]
+
+
+# Gemma's norms multiply by 1 + weight.
+PLUS_ONE = Transform("plus_one", _add_one, _subtract_one, list, list)
+
+
+def compose(first: Transform, *others: Transform) -> Transform:
+    """Transforms one after another: loading applies `first` first."""
+    result = first
+    for other in others:
+        result = _then(result, other)
+    return result
+
+
+def _then(first: Transform, second: Transform) -> Transform:
+    return Transform(
+        f"{first.name} then {second.name}",
+        lambda tensors: second.load(first.load(tensors)),
+        lambda params: first.save(second.save(params)),
+        lambda shapes: second.load_shapes(first.load_shapes(shapes)),
+        lambda shapes: first.save_shapes(second.save_shapes(shapes)),
+    )
+
+
+def inverted(transform: Transform) -> Transform:
+    """The other way round: ``inverted(fused(3))`` joins three tensors in one parameter."""
+    return Transform(
+        f"inverted {transform.name}",
+        transform.save,
+        transform.load,
+        transform.save_shapes,
+        transform.load_shapes,
+    )
+
+
+def stacked(each: Transform = IDENTITY) -> Transform:
+    """Many tensors of one shape as one parameter with a leading axis: the experts of a layer.
+
+    Args:
+        each: applied to every tensor; takes one to one.
+    """
+    name = f"stacked({each.name})"
+
+    def load(tensors: Arrays) -> list[np.ndarray]:
+        return [np.stack([each.load([tensor])[0] for tensor in tensors])]
+
+    def save(params: Arrays) -> list[np.ndarray]:
+        (param,) = params
+        return [each.save([expert])[0] for expert in param]
+
+    def load_shapes(given: Shapes) -> list[Shape]:
+        if not given or any(shape != given[0] for shape in given):
+            raise ValueError(f"{name} needs tensors of one shape, not {list(given)}")
+        return [(len(given), *_exactly(name, each.load_shapes([given[0]]), 1)[0])]
+
+    def save_shapes(given: Shapes) -> list[Shape]:
+        (shape,) = _exactly(name, given, 1)
+        _has_axis(name, shape, 0)
+        return _exactly(name, each.save_shapes([shape[1:]]), 1) * shape[0]
+
+    return Transform(name, load, save, load_shapes, save_shapes)
+
+
+def _exactly(name: str, shapes: Shapes, count: int) -> list[Shape]:
+    if len(shapes) != count:
+        raise ValueError(f"{name} is for {count} arrays, not {len(shapes)}")
+    return list(shapes)
+
+
+def _has_axis(name: str, shape: Shape, axis: int) -> None:
+    if axis >= len(shape):
+        raise ValueError(f"{name} needs an axis {axis}, which {shape} lacks")
+
+
+def _resized(shape: Shape, axis: int, size: int) -> Shape:
+    return (*shape[:axis], size, *shape[axis + 1 :])
