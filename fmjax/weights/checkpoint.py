@@ -23,7 +23,9 @@ PREFERENCE = (
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("flax_model.msgpack", "flax_model.msgpack.index.json"),
 )
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# What an earlier export left, finished or killed.
+FILES = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+OURS = re.compile(rf"({FILES})|\.({FILES})\.\d+\.tmp")
 SUFFIXES = {
     ".safetensors": "safetensors",
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), "torch"),
@@ -72,8 +74,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a checkpoint without reading its data.
 
     Args:
-        path: a folder, in which the first of `PREFERENCE` is taken, or one file: weights (.safetensors,
-            .bin, .pt, .pth, .ckpt, .msgpack) or an index of shards (.index.json).
+        path: a folder, in which the first of `PREFERENCE` is taken, or one file: weights
+            (.safetensors, .bin, .pt, .pth, .ckpt, .msgpack) or an index of shards (.index.json).
 
     Returns:
         The checkpoint: ``with open_checkpoint(path) as checkpoint: ...``.
@@ -111,12 +113,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     opened = False
     try:
         shards: dict[str, dict[str, Tensor]] = {}
+        metadata: dict[str, str] = {}
         for file in files:
             maps.append(_mapped(file))
-            tensors, metadata = _open(kind, maps[-1])
-            shards[file.name] = tensors
-            if kind == "safetensors" and has_flax_names(tensors.values(), metadata):
-                kind = "flax safetensors"
+            shards[file.name], of_shard = _open(kind, maps[-1])
+            metadata |= of_shard
+        everything = [tensor for shard in shards.values() for tensor in shard.values()]
+        if kind == "safetensors" and has_flax_names(everything, metadata):
+            kind = "flax safetensors"
         merged = _merge(place, shards, weight_map)
         if kind.startswith("flax"):
             merged = to_torch_names(merged)
@@ -280,8 +284,7 @@ def write_checkpoint(
         for path in temporary.values():
             path.unlink(missing_ok=True)
     for path in sorted(target.iterdir()):
-        ours = path.name in (SINGLE, INDEX) or SHARD.fullmatch(path.name)
-        if ours and path.name not in temporary:
+        if OURS.fullmatch(path.name) and path.name not in temporary:
             path.unlink()
     return [target / name for name in temporary]
 

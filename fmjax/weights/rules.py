@@ -305,7 +305,8 @@ def _own(array: np.ndarray, release: Callable[[], None]) -> np.ndarray:
     if array.nbytes <= COPY_BLOCK:
         result[...] = array
         return result
-    axis = int(np.argmax([stride * (size > 1) for size, stride in zip(array.shape, array.strides)]))
+    strides = np.where(np.array(array.shape) > 1, array.strides, 0)
+    axis = int(np.argmax(strides))
     step = max(1, COPY_BLOCK * array.shape[axis] // array.nbytes)
     for start in range(0, array.shape[axis], step):
         block = (slice(None),) * axis + (slice(start, start + step),)
@@ -356,7 +357,9 @@ def export_params(rules: Sequence[Rule], leaves: Mapping[str, ShapeDtype]) -> li
 
 
 def _saved(transform: Transform, leaves: Sequence[ShapeDtype], index: int) -> np.ndarray:
-    return transform.save([np.asarray(leaf) for leaf in leaves])[index]
+    array = transform.save([np.asarray(leaf) for leaf in leaves])[index].view()
+    array.flags.writeable = False  # it may be the model's own memory
+    return array
 
 
 def rule_tensor_names(rules: Sequence[Rule], abstract: Mapping[str, ShapeDtype]) -> set[str]:

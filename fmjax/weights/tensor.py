@@ -32,8 +32,9 @@ class Tensor:
         name: its name in the checkpoint.
         shape: what `read` returns has this shape.
         dtype: and this dtype; bfloat16 and float8 are those of ml_dtypes.
-        read: gives the array: often a read-only view of the mapped file, perhaps transposed or not
-            contiguous, valid for as long as it is referenced.
+        read: gives the array, perhaps transposed or not contiguous. A read-only one is a view of
+            memory that is not the caller's, mostly of the mapped file, valid for as long as it is
+            referenced; a writable one is the caller's to keep.
         release: lets the operating system drop the file's pages that `read` touched. Mapped pages
             count as resident memory, so a loader calls it once it has copied the tensor. Views
             stay valid: their pages are read again when touched.

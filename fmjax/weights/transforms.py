@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from fmjax.weights.tensor import Shape
 
+T = TypeVar("T")
 Arrays = Sequence[np.ndarray]
 Shapes = Sequence[Shape]
 
@@ -36,7 +38,11 @@ class Transform:
     save_shapes: Callable[[Shapes], list[Shape]]
 
 
-IDENTITY = Transform("identity", list, list, list, list)
+def _same(given: Sequence[T]) -> list[T]:
+    return list(given)
+
+
+IDENTITY = Transform("identity", _same, _same, _same, _same)
 
 
 def permute(*axes: int) -> Transform:
@@ -166,7 +172,7 @@ def _subtract_one(params: Arrays) -> list[np.ndarray]:
 
 
 # Gemma's norms multiply by 1 + weight.
-PLUS_ONE = Transform("plus_one", _add_one, _subtract_one, list, list)
+PLUS_ONE = Transform("plus_one", _add_one, _subtract_one, _same, _same)
 
 
 def compose(first: Transform, *others: Transform) -> Transform:
