@@ -4,7 +4,7 @@ scikit-learn is imported inside the functions, so importing this file costs noth
 checks its whole input first and raises one ValueError that lists all problems.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ _RESERVED = frozenset({"accuracy", "micro avg", "macro avg", "weighted avg", "sa
 
 
 def classification_metrics(
-    probabilities: ArrayLike, labels: ArrayLike, *, label_names: Sequence[str]
+    probabilities: ArrayLike, labels: ArrayLike, label_names: Sequence[str]
 ) -> dict[str, Any]:
     """Score single-label predictions; the predicted class is the most probable (first of ties).
 
@@ -75,8 +75,8 @@ def classification_metrics(
 def multi_label_metrics(
     probabilities: ArrayLike,
     labels: ArrayLike,
-    *,
     label_names: Sequence[str],
+    *,
     threshold: float = 0.5,
 ) -> dict[str, Any]:
     """Score multi-label predictions; label c is predicted where its probability >= threshold.
@@ -315,6 +315,9 @@ def _matrix_problems(probabilities: np.ndarray) -> list[str]:
 
 def _name_problems(probabilities: np.ndarray, label_names: Sequence[str]) -> list[str]:
     """What is wrong with the names of C classes."""
+    # A dictionary from class to name would pass for its keys.
+    if isinstance(label_names, str | Mapping) or not all(isinstance(n, str) for n in label_names):
+        return [f"label_names is {label_names!r}, expected the names as strings in class order"]
     problems = []
     if probabilities.ndim == 2 and len(label_names) != probabilities.shape[1]:
         problems.append(

@@ -37,10 +37,15 @@ def curves_section(run: Run) -> Section:
 
 
 def broken_loss(run: Run) -> int | None:
-    """The first step whose training loss is NaN or infinite."""
+    """The first step whose training loss was not finite; strict JSON has null for it."""
     steps, losses = run.series("train", "loss")
-    broken = steps[~np.isfinite(losses)]
-    return int(broken[0]) if len(broken) else None
+    broken = set(steps[~np.isfinite(losses)].tolist())
+    broken |= {
+        row["step"]
+        for row in run.metrics
+        if row["split"] == "train" and "loss" in row and row["loss"] is None
+    }
+    return min(broken, default=None)
 
 
 def _curve(run: Run, split: str, key: str, color: str, *, markers: bool = False) -> list[Line]:

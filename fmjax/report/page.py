@@ -125,14 +125,16 @@ def _settings(run: Run) -> Section:
 
 def _environment(run: Run) -> Section:
     environment = run.environment
+    memory = environment.get("memory_bytes")
     hardware = table(
         ("part", "value"),
         [
             ("Python", environment["python"]),
             ("Platform", environment["platform"]),
             ("Processor", environment["cpu"]),
-            ("Cores", environment["cores"]),
-            ("Devices", ", ".join(str(device) for device in environment["devices"])),
+            ("Cores", _plain(environment["cores"])),
+            *([("Memory", _gibibytes(memory))] if isinstance(memory, int) else []),
+            ("Devices", ", ".join(_device(device) for device in environment["devices"])),
         ],
         caption="Machine",
         kind="facts",
@@ -145,6 +147,20 @@ def _environment(run: Run) -> Section:
     )
     body = Markup(f'<div class="columns"><div>{hardware}</div><div>{versions}</div></div>')
     return Section("environment", "Environment", "Environment", [body])
+
+
+def _device(device: Any) -> str:
+    """A kind of device: 2 x NVIDIA H200 (gpu, 139.8 GiB)."""
+    if not isinstance(device, dict) or not {"platform", "kind", "count"} <= device.keys():
+        return str(device)
+    details = [device["platform"]]
+    if isinstance(device.get("memory_bytes"), int):
+        details.append(_gibibytes(device["memory_bytes"]))
+    return f"{device['count']} \N{MULTIPLICATION SIGN} {device['kind']} ({', '.join(details)})"
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,8 @@
 """The files of a run: reading a run folder, and writing the predictions into it.
 
     run.json                   what was run: model, data, settings, environment
-    metrics.jsonl              one JSON object a line: {"step": 10, "split": "train", "loss": ...}
+    metrics.jsonl              one JSON object a line: {"step": 20, "split": "train", "loss": ...};
+                               null is what was not finite, "seconds" the time since the line before
     predictions_{split}.npz    "labels" and "probabilities" [N, C] or "predictions" [N]
     predictions_{split}.texts.json    the N texts
     results.json               {"test": {...}, "val": {...}, "baselines": {...}, "seconds": {...}}
@@ -44,7 +45,7 @@ _CONTRACT: dict[str, tuple[type, ...]] = {
     "environment.python": (str,),
     "environment.platform": (str,),
     "environment.cpu": (str,),
-    "environment.cores": (int,),
+    "environment.cores": (int, type(None)),
     "environment.devices": (list,),
     "environment.versions": (dict,),
 }

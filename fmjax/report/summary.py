@@ -87,14 +87,12 @@ def wilson_interval(share: float, trials: int) -> tuple[float, float]:
 
 
 def total_seconds(run: Run) -> float | None:
-    """Seconds of the whole run: results.json's total or sum, else the last logged time."""
+    """Seconds of the whole run: results.json's total or sum, else of the training so far."""
     seconds = scalars((run.results or {}).get("seconds", {}))
     if seconds:
         return seconds.get("total", sum(seconds.values()))
-    logged = [
-        values[-1] for split in ("train", "val") if len(values := run.series(split, "seconds")[1])
-    ]
-    return max(logged, default=None)
+    _, intervals = run.series("train", "seconds")
+    return float(intervals.sum()) if len(intervals) else None
 
 
 def _tiles(run: Run) -> list[str]:

@@ -161,6 +161,9 @@ def test_probabilities_from_logits():
         ([[0.5, 0.5]], [0], ["a"], "1 label names for 2 columns"),
         ([[0.5, 0.5]], [0], ["a", "a"], r"these repeat: \['a'\]"),
         ([[0.5, 0.5]], [0], ["a", "accuracy"], "rename these classes"),
+        ([[0.5, 0.5]], [0], {"0": "a", "1": "b"}, "strings in class order"),
+        ([[0.5, 0.5]], [0], [0, 1], "strings in class order"),
+        ([[0.5, 0.5]], [0], "ab", "strings in class order"),
         ([["x", "y"]], [0], ["a", "b"], "expected float16"),
     ],
 )

@@ -63,7 +63,11 @@ def run_json(problem_type: str, label_names: list[str] | None) -> dict:
             "platform": "Linux-6.1-x86_64",
             "cpu": "Some CPU @ 2.60GHz",
             "cores": 2,
-            "devices": ["cpu:0"],
+            "memory_bytes": 8 * 2**30,
+            "devices": [
+                {"platform": "gpu", "kind": "NVIDIA H200", "count": 2, "memory_bytes": 150 * 10**9},
+                {"platform": "cpu", "kind": "cpu", "count": 1, "memory_bytes": None},
+            ],
             "versions": {"jax": "0.10.2", "flax": "0.12.8", "fmjax": "0.1.0", "numpy": "2.4.6"},
         },
     }
@@ -85,7 +89,7 @@ def metric_rows(metric: str) -> list[dict]:
                 metric: min(0.99, 0.95 - 0.4 * math.exp(-step / 150) + rng.normal(0, 0.03)),
                 "examples_per_second": float(rng.normal(118, 5)),
                 "tokens_per_second": float(rng.normal(3100, 140)),
-                "seconds": 0.27 * step,
+                "seconds": 1.35,
             }
         )
         if step % 50 == 0:

@@ -203,6 +203,9 @@ def test_settings_versions_and_hardware(finished):
         "resume": "yes",
     }
     assert ["jax", "0.10.2"] in page.table("Package versions")
+    assert ["Memory", "8.0 GiB"] in page.table("Machine")
+    devices = "2 x NVIDIA H200 (gpu, 139.7 GiB), 1 x cpu (cpu)"
+    assert ["Devices", devices.replace(" x ", " \N{MULTIPLICATION SIGN} ")] in page.table("Machine")
     assert ["Processor", "Some CPU @ 2.60GHz"] in page.table("Machine")
     assert ["Parameters", "22,713,986, 22,713,986 trained"] in page.table("What was run")
 
@@ -227,6 +230,8 @@ def test_an_interrupted_run_says_so(make_run):
     assert "interrupted before its final evaluation" in page.words
     assert "no saved predictions" in page.words
     assert "Test accuracy" not in page.words
+    rows = [row for row in load_run(folder).metrics if row["split"] == "train"]
+    assert f"Time {1.35 * len(rows):.0f} s {rows[-1]['step']} training steps" in page.words
     metrics.unlink()
     page = Page(write_report(folder))
     assert "Nothing was logged" in page.words
@@ -246,11 +251,12 @@ def test_charts_only_for_what_was_logged(make_run):
     assert labels[1].startswith("Reliability diagram")
 
 
-def test_a_loss_that_broke_is_announced(make_run):
+@pytest.mark.parametrize("broken", [None, float("inf"), float("nan")])
+def test_a_loss_that_broke_is_announced(make_run, broken):
     folder = make_run()
     rows = [
         {"step": step, "split": "train", "loss": loss, "grad_norm": 0.0}
-        for step, loss in ((1, 0.7), (2, float("inf")), (3, float("nan")))
+        for step, loss in ((1, 0.7), (2, broken), (3, broken))
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = Page(write_report(folder))
