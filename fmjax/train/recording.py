@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fmjax.train.events import EventFile
 from fmjax.train.loop import Event, Hook, Memory
 
 if TYPE_CHECKING:
@@ -54,38 +55,19 @@ class Recorder:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, step: int = 0) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore
-
         self.folder = writable_folder(folder)
         path = self.folder / "metrics.jsonl"
         _drop_after(path, step)
         self._lines = path.open("a", encoding="utf-8")
-        (self.folder / "tb").mkdir(exist_ok=True)
-        # Not SummaryWriter: it writes from a thread, whose queue dies with the process, and names
-        # files by the second, so that a quick restart overwrites the events before it.
-        self._events = EventsWriter(str(self.folder / "tb" / "events"), f".{time.time_ns()}")
-        # TensorBoard then hides what earlier files have for this step and later ones.
-        self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._events = EventFile(self.folder / "tb", step=step + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Appends one line, and a TensorBoard scalar ``{split}/{name}`` for every value."""
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
-
         numbers = {name: float(value) for name, value in values.items()}
         shown = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._lines.write(json.dumps({"step": step, "split": split, **shown}) + "\n")
         self._lines.flush()
-        scalars = [
-            Summary.Value(tag=f"{split}/{name}", simple_value=x) for name, x in numbers.items()
-        ]
-        self._write_event(step, summary=Summary(value=scalars))
-
-    def _write_event(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent  # pyright: ignore
-
-        self._events.write_event(TensorBoardEvent(step=step, wall_time=time.time(), **content))
-        self._events.flush()
+        self._events.scalars(step, {f"{split}/{name}": x for name, x in numbers.items()})
 
     def close(self) -> None:
         """Closes both files."""

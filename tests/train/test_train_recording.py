@@ -3,8 +3,10 @@
 import json
 import math
 import struct
+import time
 
 import pytest
+from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent
 from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -13,15 +15,23 @@ from fmjax.train.recording import Recorder, read_metrics, recording, writable_fo
 
 
 def tensorboard_events(folder):
-    """All events of a folder, oldest file first: length, checksum, event, checksum."""
+    """All events of a folder as TensorBoard reads them: length, checksum, event, checksum."""
     events = []
-    for path in sorted((folder / "tb").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted((folder / "tb").iterdir()):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (size,) = struct.unpack_from("<Q", data, at)
-            events.append(TensorBoardEvent.FromString(data[at + 12 : at + 12 + size]))
+            event = data[at + 12 : at + 12 + size]
+            assert struct.unpack_from("<I", data, at + 8)[0] == masked_crc(data[at : at + 8])
+            assert struct.unpack_from("<I", data, at + 12 + size)[0] == masked_crc(event)
+            events.append(TensorBoardEvent.FromString(event))
             at += 16 + size
     return events
+
+
+def masked_crc(data):
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def shown_scalars(folder):
@@ -45,6 +55,18 @@ def test_lines_and_events_are_on_disk_when_write_returns(tmp_path):
     assert shown["val/loss", 3] == 0.5
     assert math.isnan(shown["val/f1", 3])
     recorder.close()
+
+
+def test_events_have_a_version_and_times(tmp_path):
+    start = time.time()
+    with Recorder(tmp_path, step=299) as recorder:
+        recorder.write(70_000, "train", {"loss": 0.5, "learning_rate": 2e-5})
+    version, session, scalars = tensorboard_events(tmp_path)
+    assert version.file_version == "brain.Event:2"
+    assert session.step == 300
+    assert scalars.step == 70_000
+    assert [value.tag for value in scalars.summary.value] == ["train/loss", "train/learning_rate"]
+    assert start <= version.wall_time <= scalars.wall_time <= time.time()
 
 
 def test_resuming_drops_what_came_after_and_a_torn_line(tmp_path):
