@@ -445,9 +445,15 @@ def rules(config: Config, head: str) -> list[Rule]:
         return table + dense(f"{param}/out", f"{tensor}.output.dense")
 
     layer, here = f"{body}encoder.layer.{{i}}", "layers_{i}"
+    tied = ("cls.predictions.decoder.weight",) if config.tie_word_embeddings else ()
     table = [
+        Rule(
+            "params/embed/word/embedding", f"{body}embeddings.word_embeddings.weight", aliases=tied
+        )
+    ]
+    table += [
         Rule(f"params/embed/{name}/embedding", f"{body}embeddings.{name}_embeddings.weight")
-        for name in ("word", "position", "token_type")
+        for name in ("position", "token_type")
     ]
     table += norm("embed/norm", f"{body}embeddings.LayerNorm")
     table += attention(f"{here}/attn", f"{layer}.attention")

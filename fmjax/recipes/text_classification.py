@@ -89,6 +89,14 @@ class Settings(TextData):
     """Also fit a logistic regression on the frozen model's features, for comparison."""
 
 
+SELECTED_BY = {
+    task.SINGLE: "accuracy",
+    task.MULTI: "micro_f1",
+    task.REGRESSION: "mse",
+}
+"""What the best checkpoint is chosen by."""
+
+
 def plain_settings(settings: Settings) -> dict[str, Any]:
     """The settings as JSON values."""
     return {
@@ -200,7 +208,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
         },
     )
     every = max(1, train.batches_per_epoch // max(1, settings.evaluations))
-    metric = "mse" if settings.problem_type == "regression" else "accuracy"
+    metric = SELECTED_BY[settings.problem_type]
     with Checkpoints(run / "checkpoints", settings=trained_with(settings)) as checkpoints:
         restored, memory = checkpoints.restore_last(jax.eval_shape(lambda: state)), Memory()
         if restored is not None:
