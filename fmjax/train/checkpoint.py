@@ -37,8 +37,8 @@ class Checkpoints:
     at, the newest folder is a moment of the run in which everything belongs together, and the best
     state that its memory names is still there: older ones are deleted only after the rename.
 
-    Saving copies the arrays and returns; files are written by a thread. Use it in a ``with``
-    statement, which waits for the thread.
+    Files are written by a thread while the run goes on. Use it in a ``with`` statement, which waits
+    for the thread.
 
     Args:
         folder: made if it is missing; leftovers of saves that were cut off are removed.
@@ -65,7 +65,11 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState, data: Mapping[str, Any], memory: Memory) -> None:
-        """Starts saving; returns when the arrays are copied and the state may be donated.
+        """Starts saving; when it returns, the state may be donated.
+
+        On an accelerator the arrays have been copied to the host by then. On a CPU Orbax writes
+        from the buffers themselves; JAX leaves those that are being read alone and gives the next
+        step new ones, so that for a moment there are two states in memory.
 
         Nothing is done if the newest checkpoint is of this very step.
 
