@@ -185,8 +185,8 @@ def _open_stream(file: MappedFile) -> dict[str, Tensor]:
         )
 
     file.data.seek(0)
-    # Before anything is interpreted: the pickle of the magic number begins like this.
-    if file.bytes(0, 4) != b"\x80\x02\x8a\x0a" or plain() != MAGIC:
+    # Every pickle since protocol 2 begins with this byte; text would only give a stranger error.
+    if file.bytes(0, 1) != b"\x80" or plain() != MAGIC:
         raise ValueError(f"{file.path} is no PyTorch file: neither a zip nor the older stream")
     if plain() != PROTOCOL:
         raise ValueError(f"{file.path}: an unknown version of the older stream")
@@ -332,10 +332,12 @@ def _view(function: Global, arguments: tuple) -> _View:
     sizes, _ = check_shape("a tensor", shape, dtype.itemsize)
     # The stride of an axis of one element means nothing, and may be too large for numpy.
     strides = tuple(stride if size > 1 else 1 for size, stride in zip(sizes, strides, strict=True))
+    # An empty tensor touches nothing, wherever PyTorch says that it begins.
+    offset = 0 if 0 in sizes else offset
     last = offset + sum(
         (size - 1) * stride for size, stride in zip(sizes, strides, strict=True) if size
     )
-    if (last >= count and 0 not in sizes) or offset > count:
+    if last >= count and 0 not in sizes:
         raise ValueError(
             f"a tensor of shape {sizes}, strides {strides} and offset {offset} reaches beyond its "
             f"storage of {count}"
@@ -412,4 +414,5 @@ def _read(file: MappedFile, view: _View, place: _Place, swapped: bool) -> np.nda
         width = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
         flat = flat.view(f"u{width}").byteswap().view(dtype)
     steps = [stride * dtype.itemsize for stride in view.strides]
-    return np.lib.stride_tricks.as_strided(flat, view.shape, steps, writeable=False)
+    # As bytes, for numpy's own strided views do not know float8; it checks the bounds again.
+    return np.ndarray(view.shape, dtype, buffer=flat.view(np.uint8).data, strides=steps)
