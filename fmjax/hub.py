@@ -112,11 +112,16 @@ def create(
 
 
 def abstract_variables(model: Any) -> Variables:
-    """The shapes and dtypes of a model's variables, without computing them."""
+    """The shapes and dtypes of a model's variables, without computing them.
+
+    Only the scanned form is traced, which takes the time of one layer whatever the depth.
+    """
     family = family_module(model)
-    return jax.eval_shape(
-        lambda: model.init(jax.random.key(0), **family.inputs(model.config, model.head))
+    scanned = model.clone(scan=True)
+    abstract = jax.eval_shape(
+        lambda: scanned.init(jax.random.key(0), **family.inputs(model.config, model.head))
     )
+    return abstract if model.scan else unstack_layers(abstract)
 
 
 def family_module(model: Any) -> ModuleType:

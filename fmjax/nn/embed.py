@@ -45,4 +45,4 @@ class Embed(nn.Module):
         return jnp.where(padding, jax.lax.stop_gradient(vectors), vectors)
 
     def attend(self, x: Array) -> Array:  # [..., D] -> [..., V] float32
-        return matmul(x, self.embedding.T)
+        return matmul(x, self.embedding, transposed=True)

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.embed import Embed
-from fmjax.nn.linear import Dense, matmul
+from fmjax.nn.linear import Dense, add_bias, matmul
 from fmjax.nn.mlp import activation
 from fmjax.nn.norm import LayerNorm
 
@@ -37,6 +37,6 @@ class VocabularyHead(nn.Module):
         x = LayerNorm(self.epsilon, name="norm")(activation(self.act)(x))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
         if self.tied:
-            return embed.attend(x) + bias
+            return add_bias(embed.attend(x), bias)
         kernel = self.param("kernel", self.kernel_init, (width, self.vocab_size))
-        return matmul(x, kernel) + bias
+        return add_bias(matmul(x, kernel), bias)

@@ -87,6 +87,17 @@ def test_ways_to_run_agree(name, head, inputs):
         )
 
 
+@pytest.mark.parametrize(("name", "head"), CASES)
+def test_abstract_variables_are_those_of_the_loop(name, head):
+    family = hub.family_of(name)
+    model = family.Model(small(family), head=head)
+    inputs = family.inputs(model.config, head)
+    loop = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))
+    assert flatten(hub.abstract_variables(model)) == flatten(loop)
+    stacked = hub.abstract_variables(model.clone(scan=True))
+    assert flatten(stacked) == flatten(stack_layers(loop))
+
+
 @pytest.mark.parametrize("name", hub.families())
 def test_padding_changes_nothing(name, inputs):
     family = hub.family_of(name)
