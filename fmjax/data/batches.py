@@ -137,16 +137,37 @@ def encode(
     return encoded
 
 
-def default_buckets(longest: int, max_length: int) -> list[int]:
-    """Lengths 32, 64, 96, 128, then 192, 256, 384, 512, ... up to the first that holds `longest`.
+def choose_buckets(lengths: np.ndarray, *, max_length: int, count: int = 4) -> list[int]:
+    """The `count` lengths, multiples of 8, into which `lengths` pad with the fewest tokens.
 
-    The last is cut to `max_length`, which may be all the positions that the model has.
+    Each bucket costs a compilation and saves padding; four take a sentence set from half padding
+    to a fifth. Exact, by dynamic programming over the multiples of 8 up to the longest.
+
+    Args:
+      lengths: int [N], in tokens, of all splits that are to share compiled shapes.
+      max_length: the longest allowed, which may be all the positions that the model has.
+      count: at most this many; fewer where fewer do as well.
     """
-    lengths = [32, 64, 96]
-    while lengths[-1] < longest:
-        lengths += [lengths[-2] * 2, lengths[-1] * 2]
-    last = bisect.bisect_left(lengths, longest)
-    return sorted({min(length, max_length) for length in lengths[: last + 1]})
+    ends = np.unique(np.minimum(-(-np.asarray(lengths) // 8) * 8, max_length))  # [M] increasing
+    if not len(ends):
+        return [max_length]
+    within = np.searchsorted(np.sort(lengths), ends, side="right")  # examples up to each end
+    # cost[m]: tokens of the examples up to ends[m], padded into the buckets so far.
+    cost, splits = ends * within, []
+    for _ in range(min(count, len(ends)) - 1):
+        # One bucket more: it ends at m and begins after k.
+        table = cost[None, :] + ends[:, None] * (within[:, None] - within[None, :])  # [M, M]
+        table[np.triu_indices(len(ends))] = np.iinfo(np.int64).max
+        best = table.argmin(axis=1)
+        better = table[np.arange(len(ends)), best]
+        splits.append(np.where(better < cost, best, -1))
+        cost = np.minimum(better, cost)
+    chosen, m = [], len(ends) - 1
+    for before in reversed(splits):
+        if before[m] >= 0:
+            chosen.append(int(ends[m]))
+            m = before[m]
+    return [*reversed([*chosen, int(ends[m])])]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -325,7 +346,7 @@ def batches(
       seed: of the order of examples and batches; not negative.
       shuffle: False for evaluation: by bucket, then in the order of the data.
       epochs: None for a stream that never ends.
-      buckets: lengths in tokens, increasing; by default `default_buckets`.
+      buckets: lengths in tokens, increasing; by default `choose_buckets` of these examples.
       process_index, process_count: this process returns rows p, p + P, p + 2 P, ... of each
         global batch.
       prefetch: batches that a thread prepares ahead; 0 for no thread.
@@ -350,7 +371,11 @@ def batches(
     if process_count > 0 and batch_size % process_count:
         problems.append(f"batch_size={batch_size} does not divide by process_count={process_count}")
     longest = int(encoded.lengths.max(initial=0))
-    lengths = default_buckets(longest, encoded.max_length) if buckets is None else list(buckets)
+    lengths = (
+        choose_buckets(encoded.lengths, max_length=encoded.max_length)
+        if buckets is None
+        else list(buckets)
+    )
     if not lengths or lengths[0] < 1 or lengths != sorted(set(lengths)):
         problems.append(f"buckets={lengths} must be increasing lengths in tokens")
     elif lengths[-1] < longest:

@@ -12,7 +12,7 @@ import numpy as np
 import fmjax.hub as hub
 from fmjax.data import EncodedText, TextExamples
 from fmjax.metrics.classification import classification_metrics
-from fmjax.recipes.texts import evaluation_batches, labels_of
+from fmjax.recipes.texts import evaluation_batches, labels_of, shared_buckets
 from fmjax.tasks.apply import collect
 from fmjax.tasks.feature_extraction import embed
 
@@ -28,9 +28,14 @@ def features(
     pooling: str = "mean",
 ) -> dict[str, np.ndarray]:
     """Pooled features [N, D] float32 of every split, by one compiled function."""
-    embed_fn = jax.jit(embed(model, pooling=pooling))
+    embed_fn, buckets = jax.jit(embed(model, pooling=pooling)), shared_buckets(encoded)
     return {
-        split: collect(embed_fn, variables, evaluation_batches(texts, pad_id), size=len(texts))
+        split: collect(
+            embed_fn,
+            variables,
+            evaluation_batches(texts, pad_id, buckets=buckets),
+            size=len(texts),
+        )
         for split, texts in encoded.items()
     }
 

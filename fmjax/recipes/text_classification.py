@@ -26,6 +26,7 @@ from fmjax.recipes.texts import (
     labels_of,
     load_splits,
     model_source,
+    shared_buckets,
 )
 from fmjax.report import save_predictions, write_report
 from fmjax.tasks import sequence_classification as task
@@ -148,8 +149,10 @@ def finetune(settings: Settings) -> dict[str, Any]:
     )
     loaded = time.time()
 
+    buckets = shared_buckets(encoded)
     train = batches(
         encoded["train"],
+        buckets=buckets,
         batch_size=settings.batch_size,
         pad_id=tokenizer.pad_token_id,
         seed=settings.seed,
@@ -176,7 +179,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
         return collect(
             predict,
             merge(state.trainable, state.non_trainable),
-            evaluation_batches(encoded[split], tokenizer.pad_token_id),
+            evaluation_batches(encoded[split], tokenizer.pad_token_id, buckets=buckets),
             size=len(examples[split]),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from fmjax.data import (
     fetch,
     load_text,
 )
-from fmjax.data.batches import batches
+from fmjax.data.batches import batches, choose_buckets
 
 HELD_OUT = 10  # one text in ten, when a file of training texts comes without validation texts
 
@@ -117,11 +117,26 @@ def encode_splits(
     }
 
 
-def evaluation_batches(encoded: EncodedText, pad_id: int, *, batch_size: int = 64) -> BatchStream:
+def shared_buckets(encoded: Mapping[str, EncodedText]) -> list[int]:
+    """Lengths of batches that serve all splits, so that none compiles shapes of its own."""
+    return choose_buckets(
+        np.concatenate([texts.lengths for texts in encoded.values()]),
+        max_length=max(texts.max_length for texts in encoded.values()),
+    )
+
+
+def evaluation_batches(
+    encoded: EncodedText,
+    pad_id: int,
+    *,
+    buckets: Sequence[int] | None = None,
+    batch_size: int = 64,
+) -> BatchStream:
     """Each example once, in an order that pads little."""
     return batches(
         encoded,
-        batch_size=min(batch_size, max(len(encoded), 1)),
+        batch_size=batch_size,
+        buckets=buckets,
         pad_id=pad_id,
         shuffle=False,
         epochs=1,

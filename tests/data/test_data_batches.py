@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fmjax.data.batches import EncodedText, batches, default_buckets, encode
+from fmjax.data.batches import EncodedText, batches, choose_buckets, encode
 from fmjax.data.text import TextExamples
 
 PAD = 7
@@ -101,7 +102,7 @@ def test_every_example_once_an_epoch_whole_and_with_weight_one(lengths, batch_si
                 "weight": "float32",
                 "index": "int32",
             }
-    assert len(stream.shapes) <= len(default_buckets(max(lengths), 200))
+    assert len(stream.shapes) <= 4
 
 
 @settings(max_examples=25, deadline=None)
@@ -170,7 +171,7 @@ def test_batches_of_different_lengths_are_mixed():
     data = encoded_text([5] * 80 + [100] * 80)
     stream = batches(data, batch_size=4, pad_id=PAD, epochs=1)
     lengths = [batch["input_ids"].shape[1] for batch in stream]
-    assert lengths.count(32) == lengths.count(128) == 20
+    assert lengths.count(8) == lengths.count(104) == 20
     assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))
 
 
@@ -214,12 +215,26 @@ def test_labels_and_types_are_as_in_the_data(labels):
         assert data.labels.all(), "the data itself must stay as it is"
 
 
-def test_default_buckets():
-    assert default_buckets(5, 128) == [32]
-    assert default_buckets(33, 128) == [32, 64]
-    assert default_buckets(128, 128) == [32, 64, 96, 128]
-    assert default_buckets(50, 50) == [32, 50]  # never beyond the positions of the model
-    assert default_buckets(500, 512) == [32, 64, 96, 128, 192, 256, 384, 512]
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 4))
+def test_buckets_pad_as_little_as_any_choice(lengths, count):
+    """Against every choice of `count` multiples of 8."""
+    lengths = np.array(lengths)
+    buckets = choose_buckets(lengths, max_length=60, count=count)
+    assert buckets == sorted(set(buckets))
+    assert len(buckets) <= count
+    assert buckets[-1] == min(-(-lengths.max() // 8) * 8, 60)
+
+    def padded(ends):
+        return np.array(ends)[np.searchsorted(ends, lengths)].sum()
+
+    ends = sorted({min(8 * i, 60) for i in range(1, 9)})
+    last = ends.index(buckets[-1])
+    for others in itertools.combinations(ends[:last], min(count - 1, last)):
+        assert padded(buckets) <= padded([*others, buckets[-1]])
+
+
+def test_buckets_of_nothing_are_one():
+    assert choose_buckets(np.zeros(0, np.int64), max_length=50) == [50]
 
 
 def prefetch_threads():
@@ -417,7 +432,7 @@ def test_encoded_text_becomes_batches():
     examples = TextExamples(["a good film", "bad"], np.array([1, 0], np.int32), ("neg", "pos"))
     encoded = encode(tokenizer(), examples, max_length=16)
     batch = next(batches(encoded, batch_size=2, pad_id=0, shuffle=False))
-    assert batch["input_ids"].shape == (2, 16)
-    assert batch["input_ids"][1].tolist() == [2, 6, 3] + [0] * 13
+    assert batch["input_ids"].shape == (2, 8)
+    assert batch["input_ids"][1].tolist() == [2, 6, 3] + [0] * 5
     assert batch["attention_mask"].sum(axis=1).tolist() == [5, 3]
     assert batch["labels"].tolist() == [1, 0]
