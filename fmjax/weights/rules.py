@@ -187,7 +187,8 @@ def import_params(
         if name not in accepted and not any(re.search(pattern, name) for pattern in ignored)
     ]
     mismatch.unread += unread
-    _compare_layers(rules, binding.sites, tensors, mismatch)
+    if mismatch.unwritten or mismatch.unread:
+        _compare_layers(rules, binding.sites, tensors, mismatch)
     mismatch.raise_if_any()
     result: dict[str, T] = {}
     # Largest first, while little else is held: a tensor is briefly there twice.

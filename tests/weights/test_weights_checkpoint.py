@@ -1,5 +1,6 @@
 """Opening folders of every format, and writing them."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from fmjax.weights import Tensor, modern_names, open_checkpoint, parse_size, write_checkpoint
 
@@ -93,6 +95,23 @@ def test_a_single_msgpack_is_what_flax_loads():
     name = "bert.encoder.layer.1.attention.self.query.weight"
     np.testing.assert_array_equal(read[name], query.T)
     assert len(read) == len(list(flatten(tree)))
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "absent"),
+    [
+        ("resnet_bottleneck-cls", "AutoModelForImageClassification", "num_batches_tracked"),
+        ("gpt2-lm", "AutoModelForCausalLM", "lm_head.weight"),
+    ],
+)
+def test_translated_names_and_shapes_are_those_of_pytorch(name, auto, absent):
+    """Batch statistics, convolutions, and GPT-2's dense layers, which PyTorch has as [I, O]."""
+    config = transformers.AutoConfig.from_pretrained(FIXTURES / name)
+    model = getattr(transformers, auto).from_config(config)
+    with open_checkpoint(FIXTURES / name) as checkpoint:
+        shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == {key: shape for key, shape in expected.items() if not key.endswith(absent)}
 
 
 def flatten(tree):
@@ -293,7 +312,7 @@ def test_a_failing_export_leaves_everything_as_it_was(tmp_path):
         with pytest.raises(RuntimeError, match="on fire"):
             write_checkpoint(tmp_path, broken, max_shard_size=limit)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with pytest.raises(ValueError, match="more than once: \\['a'\\]"):
+    with pytest.raises(ValueError, match=r"more than once: .*'a'"):
         write_checkpoint(tmp_path, tensors_of(ARRAYS) * 2)
 
 
@@ -317,10 +336,8 @@ def test_an_export_killed_while_renaming_is_never_a_mixture(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "replace", counted(os.replace))
     monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         write_checkpoint(tmp_path, tensors_of(arrays), max_shard_size=32)
-    except KeyboardInterrupt:
-        pass
     monkeypatch.undo()
     try:
         found = read_all(tmp_path)
@@ -372,7 +389,7 @@ def test_closing(tmp_path):
 
 
 LOADER = """
-import resource, sys
+import sys
 import numpy as np
 from fmjax.weights import Rule, TRANSPOSE, import_params, open_checkpoint
 
@@ -381,7 +398,15 @@ class Leaf:
     def __init__(self, shape):
         self.shape = shape
 
-path, kind = sys.argv[1:]
+def status(key):
+    for line in open("/proc/self/status"):
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+
+path = sys.argv[1]
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak so far is forgotten
+before = status("VmRSS")
 with open_checkpoint(path) as checkpoint:
     names = sorted(checkpoint.tensors)
     abstract = {}
@@ -392,13 +417,6 @@ with open_checkpoint(path) as checkpoint:
         flip = len(shape) == 2 and int(name.split(".")[1]) % 2 == 0
         rules.append(Rule("params/" + name, name, *([TRANSPOSE] if flip else [])))
         abstract["params/" + name] = Leaf(shape[::-1] if flip else shape)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak so far is forgotten
-    def status(key):
-        for line in open("/proc/self/status"):
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024
-    before = status("VmRSS")
     params = import_params(rules, checkpoint.tensors, abstract, place=lambda path, leaf: leaf)
     peak = status("VmHWM") - before
 print(peak, sum(leaf.nbytes for leaf in params.values()))
@@ -419,13 +437,12 @@ def test_loading_takes_at_most_1_3_times_the_file(tmp_path, kind):
             tmp_path / "pytorch_model.bin",
         )
     else:
-        tree = {name: {"kernel": array} for name, array in state.items()}
         tree = {f"w.{i}": {"weight": array} for i, array in enumerate(state.values())}
         (tmp_path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
     del state
     (file,) = tmp_path.iterdir()
     result = subprocess.run(
-        [sys.executable, "-c", LOADER, str(tmp_path), kind],
+        [sys.executable, "-c", LOADER, str(tmp_path)],
         check=True,
         capture_output=True,
         text=True,

@@ -26,11 +26,13 @@ from fmjax.weights import (
     write_checkpoint,
 )
 
+FLOAT32 = np.dtype(np.float32)
+
 
 @dataclass
 class Leaf:
     shape: tuple
-    dtype: np.dtype = np.dtype(np.float32)
+    dtype: np.dtype = FLOAT32
 
 
 def tensor(name, array):
@@ -279,6 +281,14 @@ def test_new_parameters_are_left_out():
     assert set(read) - set(one) == {"params/layers_1/bias"}
     with pytest.raises(ValueError, match="no regular expression"):
         import_params(rules, tensors_of(arrays), abstract, place=keep, new=("(",))
+
+
+@pytest.mark.parametrize("in_file", [2, 3])
+def test_a_layer_may_be_new(in_file):
+    rules, _, abstract = simple(layers=3)
+    _, arrays, _ = simple(layers=in_file)
+    read = import_params(rules, tensors_of(arrays), abstract, place=keep, new=("layers_2/",))
+    assert set(read) == {path for path in abstract if "layers_2" not in path}
 
 
 def test_new_parameters_need_no_rule_and_may_be_part_of_a_tensor():
