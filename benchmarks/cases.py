@@ -1,0 +1,203 @@
+"""The cases that the benchmarks run, the same for fmjax and for its peer.
+
+The peer is PyTorch with `transformers` and scaled dot-product attention, on the same weights: the
+fmjax model is saved and PyTorch loads it. Before anything is timed the two must give the same
+logits; timing a different function would compare nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import fmjax
+from fmjax.models import bert
+from fmjax.types import Variables
+
+BASE = bert.VARIANTS["base"]
+# Wang et al. 2020, arXiv:2002.10957: the 6-layer, 384-wide student with BERT-base's 12 heads.
+MINILM = bert.Config(
+    hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+)
+SMOKE = bert.Config(
+    vocab_size=128,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=32,
+)
+# Largest difference of logits over the largest logit. bfloat16 keeps 8 bits of every activation,
+# and the two sides round at different places.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, a batch and a precision.
+
+    Attributes:
+        name: what `--cases` calls it.
+        config: the model's sizes.
+        head: the model's head.
+        batch_size: B.
+        length: T.
+        dtype: of the products. bfloat16 keeps float32 master weights and is the peer's autocast.
+    """
+
+    name: str
+    config: bert.Config
+    head: str
+    batch_size: int
+    length: int
+    dtype: str
+
+
+def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[Case]:
+    """The cases with these names (all if none are given); for a smoke run, made tiny.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    known = {case.name: case for case in cases}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown cases {unknown}; choose from {list(known)}")
+    chosen = [known[name] for name in names] if names else list(cases)
+    if smoke:
+        tiny = {"config": SMOKE, "batch_size": 2, "length": 16}
+        chosen = [dataclasses.replace(case, **tiny) for case in chosen]
+    return chosen
+
+
+def create(case: Case) -> tuple[Any, Variables]:
+    """The case's model with random weights from seed 0."""
+    return fmjax.create("bert", case.config, head=case.head, rng=jax.random.key(0))
+
+
+def make_batch(case: Case) -> dict[str, np.ndarray]:
+    """Random tokens without padding, from seed 0; labels where the head has some."""
+    random = np.random.default_rng(0)
+    shape = (case.batch_size, case.length)
+    batch = {
+        "input_ids": random.integers(0, case.config.vocab_size, shape, dtype=np.int32),
+        "attention_mask": np.ones(shape, np.int32),
+        "token_type_ids": np.zeros(shape, np.int32),
+    }
+    if case.head == "masked_lm":  # every position is labelled
+        batch["labels"] = random.integers(0, case.config.vocab_size, shape, dtype=np.int32)
+    if case.head == "sequence_classification":
+        batch["labels"] = random.integers(0, 2, case.batch_size, dtype=np.int32)
+    return batch
+
+
+def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch without its labels."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def forward_fn(model: Any, case: Case) -> Callable[[Variables, dict[str, Any]], Any]:
+    """The function whose output is compared and, in `forward.py`, timed: float32 weights in, the
+    case's precision inside."""
+
+    def forward(variables: Variables, inputs: dict[str, Any]) -> jax.Array:
+        low = jax.tree.map(lambda leaf: leaf.astype(case.dtype), variables)
+        output = model.apply(low, **inputs)
+        return output.last_hidden_state if case.head == "model" else output.logits
+
+    return forward
+
+
+def torch_is_there() -> bool:
+    """Whether PyTorch can be the peer on the device that JAX uses."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return jax.default_backend() == "cpu" or torch.cuda.is_available()
+
+
+class Peer:
+    """The case in PyTorch, with the same weights and the same batch."""
+
+    def __init__(
+        self, case: Case, model: Any, variables: Variables, batch: dict[str, np.ndarray]
+    ) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        self._torch = torch
+        self._dtype = case.dtype
+        self._device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+        torch.set_float32_matmul_precision("highest")
+        model_class = {
+            "model": transformers.BertModel,
+            "masked_lm": transformers.BertForMaskedLM,
+            "sequence_classification": transformers.BertForSequenceClassification,
+        }[case.head]
+        with tempfile.TemporaryDirectory() as folder:
+            fmjax.save(folder, model, variables)
+            loaded = model_class.from_pretrained(folder, attn_implementation="sdpa")
+        self.model = loaded.to(self._device).eval()
+        self._batch = {
+            name: torch.from_numpy(value).long().to(self._device) for name, value in batch.items()
+        }
+
+    def _autocast(self) -> Any:
+        low = self._dtype == "bfloat16"
+        return self._torch.autocast(self._device, dtype=self._torch.bfloat16, enabled=low)
+
+    def _wait(self) -> None:
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+
+    def forward(self) -> Any:
+        """The logits, or the last hidden state of the bare model."""
+        with self._torch.no_grad(), self._autocast():
+            output = self.model(**inputs_of(self._batch))
+        self._wait()
+        return output[0]
+
+    def train_step(self, *, learning_rate: float, weight_decay: float) -> Callable[[], None]:
+        """A thunk that takes one AdamW step with dropout on."""
+        self.model.train()
+        optimizer = self._torch.optim.AdamW(
+            self.model.parameters(), lr=learning_rate, weight_decay=weight_decay
+        )
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with self._autocast():
+                loss = self.model(**self._batch).loss
+            loss.backward()
+            optimizer.step()
+            self._wait()
+
+        return step
+
+
+def compare(
+    case: Case, model: Any, variables: Variables, batch: dict[str, np.ndarray], peer: Peer
+) -> float:
+    """The largest difference of the two sides' outputs, over the largest output.
+
+    Raises:
+        ValueError: it is beyond `TOLERANCE`: the benchmark would be void.
+    """
+    forward = jax.jit(forward_fn(model, case))
+    ours = np.asarray(forward(variables, inputs_of(batch)), np.float32)
+    theirs = peer.forward().float().cpu().numpy()
+    difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    if not difference <= TOLERANCE[case.dtype]:
+        raise ValueError(
+            f"{case.name}: fmjax and PyTorch differ by {difference:.2g} of the largest output, "
+            f"more than {TOLERANCE[case.dtype]:.0e}; their times are not comparable"
+        )
+    return difference

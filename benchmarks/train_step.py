@@ -1,0 +1,166 @@
+"""How fast is a train step, next to PyTorch sdpa in the same run?
+
+    python benchmarks/train_step.py                       about 5 minutes on 2 cores
+    python benchmarks/train_step.py --cases base-mlm-float32 --repeats 9
+    python benchmarks/train_step.py --smoke               a tiny model, seconds
+
+BERT-base masked language modelling (8 x 128 tokens, every position labelled on both sides) and
+fine-tuning a MiniLM-sized classifier (6 layers, width 384, 32 x 64 tokens). AdamW, dropout 0.1,
+float32 master weights; bfloat16 is `cast(loss, bfloat16)` here and autocast there. PyTorch's AdamW
+is `torch.optim.AdamW` with its defaults. Run it on an idle machine: other load slows the two sides
+unequally.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from typing import cast as cast_type
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from cases import (
+    BASE,
+    MINILM,
+    Case,
+    Peer,
+    compare,
+    create,
+    make_batch,
+    select,
+    torch_is_there,
+)
+from record import Row, document, measure_peaks, row, show, write
+
+from fmjax.perf.flops import count_flops
+from fmjax.perf.timing import compile_time, time_alternately
+from fmjax.tasks import sequence_classification
+from fmjax.tasks.apply import apply_fn
+from fmjax.train import cast, gradient, init_state, jit_step, make_train_step
+from fmjax.types import Aux, Batch, LossFn, TrainState, Variables
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+
+CASES = tuple(
+    Case(f"{name}-{dtype}", config, head, batch_size, length, dtype)
+    for name, config, head, batch_size, length in (
+        ("base-mlm", BASE, "masked_lm", 8, 128),
+        ("minilm-classification", MINILM, "sequence_classification", 32, 64),
+    )
+    for dtype in ("float32", "bfloat16")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of the run."""
+
+    cases: tuple[str, ...] = ()
+    """Names of the cases; none means all."""
+    repeats: int = 5
+    """Timed rounds; in each, fmjax and PyTorch take turns."""
+    peer: bool = True
+    """Whether PyTorch runs too, when it is installed."""
+    smoke: bool = False
+    """Tiny models, for the tests."""
+    json: Path | None = None
+    """Where the JSON goes; default benchmarks/results/train_step-DEVICE.json."""
+
+
+def masked_lm_loss(model: Any) -> LossFn:
+    """Cross-entropy (nats) over all positions, as the peer computes it."""
+    apply = apply_fn(model)
+
+    def loss_fn(variables: Variables, batch: Batch, rng: jax.Array | None):
+        output, updates = apply(variables, batch, rng, train=True)
+        assert output.logits is not None
+        losses = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["labels"])
+        return losses.mean(), Aux(jnp.float32(losses.size), {}, updates)
+
+    return loss_fn
+
+
+def loss_of(case: Case, model: Any) -> LossFn:
+    """The case's loss, in its precision."""
+    if case.head == "masked_lm":
+        loss_fn = masked_lm_loss(model)
+    else:
+        loss_fn = sequence_classification.loss(model)
+    return loss_fn if case.dtype == "float32" else cast(loss_fn, jnp.dtype(case.dtype))
+
+
+def stepper(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Any]], state: TrainState, batch: Batch
+) -> Callable[[], None]:
+    """A thunk that takes one step and keeps the state, whose buffers each step donates."""
+
+    def thunk() -> None:
+        nonlocal state
+        state, _ = step(state, batch)
+        jax.block_until_ready(state)
+
+    return thunk
+
+
+def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
+    """Compare, compile and time one case."""
+    model, variables = create(case)
+    batch = make_batch(case)
+    peer = Peer(case, model, variables, batch) if settings.peer and torch_is_there() else None
+    difference = None if peer is None else compare(case, model, variables, batch, peer)
+    tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    grad_fn = gradient(loss_of(case, model))
+    state = init_state(variables, tx, jax.random.key(0))
+    device_batch = jax.device_put({**batch, "weight": jnp.ones(case.batch_size)})
+    flops = count_flops(
+        grad_fn, state.trainable, state.non_trainable, device_batch, state.rng
+    ).total
+    step = cast_type(jax.stages.Wrapped, jit_step(make_train_step(grad_fn, tx)))
+    compiled = compile_time(step, state, device_batch)
+    thunks = {"fmjax": stepper(compiled.call, state, device_batch)}
+    if peer is not None:
+        thunks["torch"] = peer.train_step(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    timings = time_alternately(thunks, repeats=settings.repeats, warmup=1)
+    return [
+        row(
+            timing,
+            case=case.name,
+            side=side,
+            dtype=case.dtype,
+            batch_size=case.batch_size,
+            length=case.length,
+            model_flops=flops,
+            matmul_peak=peak,
+            compiled=compiled if side == "fmjax" else None,
+            max_difference=difference,
+        )
+        for side, timing in timings.items()
+    ]
+
+
+def main(settings: Settings) -> None:
+    """Run the cases, print the table, write the JSON."""
+    load = os.getloadavg()[0]
+    cases = select(CASES, settings.cases, smoke=settings.smoke)
+    peaks = measure_peaks({case.dtype for case in cases}, smoke=settings.smoke)
+    rows = [entry for case in cases for entry in run_case(case, settings, peaks[case.dtype])]
+    doc = document(
+        "train_step",
+        rows,
+        repeats=settings.repeats,
+        smoke=settings.smoke,
+        matmul_peak=peaks,
+        load=load,
+    )
+    show(doc)
+    if settings.json is not None or not settings.smoke:
+        print(f"wrote {write(doc, settings.json)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,128 @@
+"""The benchmark scripts on a tiny model: they run, compare first, and write their schema."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The modules that the scripts share, imported as the scripts import them."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import cases
+    import record
+
+    return cases, record
+
+
+@pytest.mark.parametrize(
+    ("script", "case", "dtype"),
+    [("forward", "base-bfloat16", "bfloat16"), ("train_step", "base-mlm-float32", "float32")],
+)
+def test_script_writes_the_schema(benchmarks, tmp_path, script, case, dtype) -> None:
+    _, record = benchmarks
+    path = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / f"{script}.py"), "--smoke", "--repeats", "2"]
+    done = subprocess.run(
+        [*command, "--cases", case, "--json", str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    doc = json.loads(path.read_text())
+    record.check(doc)
+    assert [(row["case"], row["side"]) for row in doc["rows"]] == [(case, "fmjax"), (case, "torch")]
+    ours, theirs = doc["rows"]
+    assert ours["dtype"] == dtype
+    assert ours["compile_seconds"]["compile"] > 0
+    assert ours["planned_bytes"] > 0
+    assert 0 < ours["max_difference"] <= 5e-2
+    ratio = theirs["seconds"]["median"] / ours["seconds"]["median"]
+    assert doc["ratios"] == {case: pytest.approx(ratio)}
+    assert case in done.stdout
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_wrong_model_is_not_timed(benchmarks) -> None:
+    cases, _ = benchmarks
+    case = cases.Case("tiny", cases.SMOKE, "masked_lm", 2, 8, "float32")
+    model, variables = cases.create(case)
+    batch = cases.make_batch(case)
+    peer = cases.Peer(case, model, variables, batch)
+    assert cases.compare(case, model, variables, batch, peer) < 1e-5
+    wrong = jax.tree.map(lambda leaf: leaf * 1.01, variables)
+    with pytest.raises(ValueError, match="not comparable"):
+        cases.compare(case, model, wrong, batch, peer)
+
+
+def test_train_step_flops_by_hand(benchmarks) -> None:
+    cases, _ = benchmarks
+    import train_step
+
+    from fmjax.perf.flops import count_flops
+
+    for name, head in (("float32", "masked_lm"), ("bfloat16", "masked_lm")):
+        case = cases.Case("tiny", cases.SMOKE, head, 2, 8, name)
+        model, variables = cases.create(case)
+        batch = cases.make_batch(case)
+        c = case.config
+        d, f, layers, n, t = c.hidden_size, c.intermediate_size, c.num_hidden_layers, 16, 8
+        forward = layers * (2 * n * (4 * d * d + 2 * d * f) + 4 * n * t * d)
+        forward += 2 * n * (d * d + d * c.vocab_size)
+        loss_fn = train_step.loss_of(case, model)
+        rng = jax.random.key(0)
+        count = count_flops(jax.value_and_grad(lambda v: loss_fn(v, batch, rng)[0]), variables)  # noqa: B023
+        # bias gradients may be products with a row of ones, far below one percent
+        assert 3 * forward <= count.total <= 3.03 * forward
+
+
+def test_unknown_case_is_named(benchmarks) -> None:
+    cases, _ = benchmarks
+    case = cases.Case("tiny", cases.SMOKE, "model", 2, 8, "float32")
+    with pytest.raises(ValueError, match=r"unknown cases \['huge'\]; choose from \['tiny'\]"):
+        cases.select([case], ["huge"], smoke=False)
+
+
+def test_schema_problems_are_all_listed(benchmarks) -> None:
+    _, record = benchmarks
+    timing = record.Timing(1.0, 2.0, 3.0, (1.0, 2.0, 3.0))
+    row = record.row(
+        timing,
+        case="a",
+        side="fmjax",
+        dtype="float32",
+        batch_size=4,
+        length=8,
+        model_flops=100,
+        matmul_peak=10.0,
+        compiled=None,
+        max_difference=None,
+    )
+    assert row.examples_per_second == 2.0
+    assert row.tokens_per_second == 16.0
+    assert row.peak_share == 5.0
+    peer = dataclasses.replace(row, side="torch", seconds={**row.seconds, "median": 3.0})
+    doc = record.document(
+        "x", [row, peer], repeats=3, smoke=True, matmul_peak={"float32": 10.0}, load=0.0
+    )
+    record.check(doc)
+    assert doc["ratios"] == {"a": 1.5}
+    doc["schema"], doc["repeats"] = 0, 2
+    del doc["machine"]
+    with pytest.raises(ValueError, match=r"\['machine'\].*schema is 0.*row 0: 3 times, not 2"):
+        record.check(doc)
+    assert np.isfinite(row.peak_share)
+
+
+def test_file_names_say_the_device(benchmarks) -> None:
+    _, record = benchmarks
+    gpu = {"devices": [{"platform": "gpu", "kind": "NVIDIA H200", "count": 1}]}
+    assert record.device_slug(gpu) == "nvidia-h200-x1"
+    cpu = {"devices": [{"platform": "cpu", "kind": "cpu"}], "cpu": "AMD EPYC", "cores": 2}
+    assert record.device_slug(cpu) == "amd-epyc-2-cores"
