@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 PyTree = Any
 Variables = dict[str, Any]
 """Flax collections as nested dicts: ``{"params": ..., "batch_stats": ..., ...}``."""
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Array | np.ndarray]
 """Named arrays; every leaf has leading axis B."""
 
 
@@ -30,7 +31,7 @@ class Mean(NamedTuple):
     weight: Array
 
     @classmethod
-    def of(cls, values: Array, weights: Array) -> Mean:
+    def of(cls, values: Array, weights: Array | np.ndarray) -> Mean:
         """The mean of ``values`` under ``weights`` (same shape)."""
         values, weights = jnp.asarray(values, jnp.float32), jnp.asarray(weights, jnp.float32)
         # A row of weight 0 is padding: whatever was computed there, even nan, must not count.

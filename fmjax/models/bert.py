@@ -192,10 +192,12 @@ class Embeddings(nn.Module):
         token_type_ids: Array | None,
         position_ids: Array,
     ) -> Array:  # [B, T] -> [B, T, D]
-        x = self.word(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            assert input_ids is not None  # the model has checked that there is exactly one
+            inputs_embeds = self.word(input_ids)
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, 1), jnp.int32)
-        x = x + self.token_type(token_type_ids) + self.position(position_ids)
+        x = inputs_embeds + self.token_type(token_type_ids) + self.position(position_ids)
         return self.dropout(self.norm(x))
 
 
@@ -213,10 +215,12 @@ class Head(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
 
-        def dense(features: int, x: Array, name: str) -> Array:
+        def dense(features: int, x: Array | None, name: str) -> Array:
+            assert x is not None  # every head that takes the pooled token is in POOLED
             return Dense(features, kernel_init=init, name=name)(x).astype(jnp.float32)
 
-        def drop(x: Array) -> Array:
+        def drop(x: Array | None) -> Array:
+            assert x is not None
             rate = config.classifier_dropout
             rate = config.hidden_dropout_prob if rate is None else rate
             return Dropout(rate, self.train)(x)
@@ -310,13 +314,16 @@ class Model(nn.Module):
         config = self.config
         if self.head not in HEADS:
             raise ValueError(f"bert has no head {self.head!r}; it has {sorted(HEADS)}")
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            batch_shape = input_ids.shape
+        elif inputs_embeds is not None and input_ids is None:
+            batch_shape = inputs_embeds.shape[:-1]
+        else:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if cache is not None and not config.is_decoder:
             raise ValueError("a cache needs a causal model: set is_decoder=True in the config")
         if encoder_hidden_states is not None and not config.add_cross_attention:
             raise ValueError("encoder_hidden_states needs add_cross_attention=True in the config")
-        batch_shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
         if self.head == "multiple_choice":
             per_choice = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
@@ -336,12 +343,11 @@ class Model(nn.Module):
                 f"{capacity} positions are more than the model's max_position_embeddings="
                 f"{config.max_position_embeddings}; truncate the input"
             )
-        if position_ids is None:
-            position_ids = start + jnp.arange(length)[None]  # [1, T]
+        positions = start + jnp.arange(length)[None] if position_ids is None else position_ids
         init = nn.initializers.normal(config.initializer_range)
 
         embed = Embeddings(config, train, name="embed")
-        hidden = embed(input_ids, inputs_embeds, token_type_ids, position_ids)  # [B, T, D]
+        hidden = embed(input_ids, inputs_embeds, token_type_ids, positions)  # [B, T, D]
         embedded = hidden
         encoder_mask = None
         if encoder_attention_mask is not None:

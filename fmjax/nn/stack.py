@@ -66,7 +66,7 @@ def run_stack(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=num_layers,
         )
         layer_cache = None if cache is None else cache["layers"]

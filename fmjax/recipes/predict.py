@@ -109,11 +109,10 @@ def evaluate_texts(model: str, data: TextData, split: str) -> dict[str, Any]:
     """
     source = model_source(model)
     module, variables = hub.load(source, head="sequence_classification")
-    kind = task.problem_type_of(module)
-    named = data.data.startswith(("sentiment/", "tfds:", "hf:"))
+    kind: Any = task.problem_type_of(module)
     texts = load_text(
         data.data,
-        split if named else None,
+        split if data.is_named() else None,
         text=data.text,
         text_pair=data.text_pair,
         label=data.label,

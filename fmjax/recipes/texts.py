@@ -52,6 +52,10 @@ class TextData:
     max_length: int = 128
     """Tokens a text is cut to."""
 
+    def is_named(self) -> bool:
+        """Whether `data` is a named set, with splits of its own, and not a file."""
+        return self.data.startswith(("sentiment/", "tfds:", "hf:"))
+
 
 def load_splits(settings: TextData) -> dict[str, TextExamples]:
     """The texts of "train", "val" and, where there are any, "test".
@@ -66,22 +70,22 @@ def load_splits(settings: TextData) -> dict[str, TextExamples]:
         "label": settings.label,
         "problem_type": settings.problem_type,
     }
-    named = settings.data.startswith("sentiment/") or settings.data.startswith(("tfds:", "hf:"))
-    if named:
+    sources: dict[str, tuple[str, str | None]] = {"train": (settings.data, None)}
+    if settings.is_named():
         if settings.val is not None or settings.test is not None:
             raise ValueError(
                 f"val={settings.val!r} and test={settings.test!r} are files, and data="
                 f"{settings.data!r} is a named set: choose val_split and test_split instead"
             )
-        wanted = {
-            "train": (settings.data, settings.train_split),
-            "val": (settings.data, settings.val_split),
-            "test": (settings.data, settings.test_split),
-        }
-        sources = {split: where for split, where in wanted.items() if where[1] is not None}
+        sources["train"] = (settings.data, settings.train_split)
+        sources["val"] = (settings.data, settings.val_split)
+        if settings.test_split is not None:
+            sources["test"] = (settings.data, settings.test_split)
     else:
-        files = {"train": settings.data, "val": settings.val, "test": settings.test}
-        sources = {split: (file, None) for split, file in files.items() if file is not None}
+        if settings.val is not None:
+            sources["val"] = (settings.val, None)
+        if settings.test is not None:
+            sources["test"] = (settings.test, None)
     train = load_text(*sources.pop("train"), **columns)
     names = train.label_names or None
     splits = {"train": train}

@@ -1,8 +1,12 @@
 """Train steps over any loss: compile them, place them, run them, resume them."""
 
+from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.compile import jit_step, pmap_step
+from fmjax.train.loop import Event, Memory, evaluation, fit
 from fmjax.train.optim import adamw, decays, ema_of, track_ema, warmup_linear
+from fmjax.train.recording import Recorder, progress, recording
 from fmjax.train.sharding import make_mesh, shardings
+from fmjax.train.signals import stop_signals
 from fmjax.train.step import (
     accumulate,
     all_reduce,
@@ -16,6 +20,10 @@ from fmjax.train.step import (
 from fmjax.types import TrainState
 
 __all__ = [
+    "Checkpoints",
+    "Event",
+    "Memory",
+    "Recorder",
     "TrainState",
     "accumulate",
     "adamw",
@@ -23,6 +31,8 @@ __all__ = [
     "cast",
     "decays",
     "ema_of",
+    "evaluation",
+    "fit",
     "gradient",
     "init_state",
     "is_param",
@@ -31,7 +41,11 @@ __all__ = [
     "make_mesh",
     "make_train_step",
     "pmap_step",
+    "progress",
+    "recording",
+    "saving",
     "shardings",
+    "stop_signals",
     "track_ema",
     "warmup_linear",
 ]

@@ -200,9 +200,10 @@ def make_train_step(grad_fn: GradFn, tx: optax.GradientTransformation) -> StepFn
             "grad_norm": Mean(optax.tree.norm(grads), jnp.ones(())),
             **aux.metrics,
         }
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         state = TrainState(
             step=state.step + 1,
-            trainable=optax.apply_updates(state.trainable, updates),
+            trainable=trainable,
             non_trainable=override(state.non_trainable, aux.updates),
             opt_state=opt_state,
             rng=state.rng,
