@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from peer import Peer
 
 import fmjax
 from fmjax.models import bert
@@ -123,64 +124,32 @@ def torch_is_there() -> bool:
     return jax.default_backend() == "cpu" or torch.cuda.is_available()
 
 
-class Peer:
-    """The case in PyTorch, with the same weights and the same batch."""
-
-    def __init__(
-        self, case: Case, model: Any, variables: Variables, batch: dict[str, np.ndarray]
-    ) -> None:
-        import torch
-        import transformers
-
-        torch.set_num_threads(os.cpu_count() or 1)
-        self._torch = torch
-        self._dtype = case.dtype
-        self._device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-        torch.set_float32_matmul_precision("highest")
-        model_class = {
-            "model": transformers.BertModel,
-            "masked_lm": transformers.BertForMaskedLM,
-            "sequence_classification": transformers.BertForSequenceClassification,
-        }[case.head]
-        with tempfile.TemporaryDirectory() as folder:
-            fmjax.save(folder, model, variables)
-            loaded = model_class.from_pretrained(folder, attn_implementation="sdpa")
-        self.model = loaded.to(self._device).eval()
-        self._batch = {
-            name: torch.from_numpy(value).long().to(self._device) for name, value in batch.items()
-        }
-
-    def _autocast(self) -> Any:
-        low = self._dtype == "bfloat16"
-        return self._torch.autocast(self._device, dtype=self._torch.bfloat16, enabled=low)
-
-    def _wait(self) -> None:
-        if self._device == "cuda":
-            self._torch.cuda.synchronize()
-
-    def forward(self) -> Any:
-        """The logits, or the last hidden state of the bare model."""
-        with self._torch.no_grad(), self._autocast():
-            output = self.model(**inputs_of(self._batch))
-        self._wait()
-        return output[0]
-
-    def train_step(self, *, learning_rate: float, weight_decay: float) -> Callable[[], None]:
-        """A thunk that takes one AdamW step with dropout on."""
-        self.model.train()
-        optimizer = self._torch.optim.AdamW(
-            self.model.parameters(), lr=learning_rate, weight_decay=weight_decay
+def start_peer(
+    case: Case,
+    model: Any,
+    variables: Variables,
+    batch: dict[str, np.ndarray],
+    *,
+    learning_rate: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Peer:
+    """The case in PyTorch, with the same weights and the same batch, in its own process."""
+    folder = tempfile.mkdtemp()
+    try:
+        fmjax.save(folder, model, variables)
+        peer = Peer(
+            folder,
+            head=case.head,
+            dtype=case.dtype,
+            device="cpu" if jax.default_backend() == "cpu" else "cuda",
+            batch=batch,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
         )
-
-        def step() -> None:
-            optimizer.zero_grad()
-            with self._autocast():
-                loss = self.model(**self._batch).loss
-            loss.backward()
-            optimizer.step()
-            self._wait()
-
-        return step
+        peer.logits()  # by then it has read the folder
+    finally:
+        shutil.rmtree(folder)
+    return peer
 
 
 def compare(
@@ -193,7 +162,7 @@ def compare(
     """
     forward = jax.jit(forward_fn(model, case))
     ours = np.asarray(forward(variables, inputs_of(batch)), np.float32)
-    theirs = peer.forward().float().cpu().numpy()
+    theirs = peer.logits()
     difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not difference <= TOLERANCE[case.dtype]:
         raise ValueError(

@@ -11,6 +11,7 @@ autocast does. Run it on an idle machine: other load slows the two sides unequal
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -20,13 +21,13 @@ import tyro
 from cases import (
     BASE,
     Case,
-    Peer,
     compare,
     create,
     forward_fn,
     inputs_of,
     make_batch,
     select,
+    start_peer,
     torch_is_there,
 )
 from record import Row, document, measure_peaks, row, show, write
@@ -60,14 +61,16 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     model, variables = create(case)
     batch = make_batch(case)
     inputs = jax.device_put(inputs_of(batch))
-    peer = Peer(case, model, variables, batch) if settings.peer and torch_is_there() else None
-    difference = None if peer is None else compare(case, model, variables, batch, peer)
     forward = forward_fn(model, case)
     compiled = compile_time(jax.jit(forward), variables, inputs)
     thunks = {"fmjax": lambda: jax.block_until_ready(compiled.call(variables, inputs))}
-    if peer is not None:
-        thunks["torch"] = peer.forward
-    timings = time_alternately(thunks, repeats=settings.repeats, warmup=2)
+    difference = None
+    with contextlib.ExitStack() as stack:
+        if settings.peer and torch_is_there():
+            peer = stack.enter_context(start_peer(case, model, variables, batch))
+            difference = compare(case, model, variables, batch, peer)
+            thunks["torch"] = peer.forward
+        timings = time_alternately(thunks, repeats=settings.repeats, warmup=2)
     flops = count_flops(forward, variables, inputs).total
     return [
         row(

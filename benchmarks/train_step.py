@@ -13,6 +13,7 @@ unequally.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -28,11 +29,11 @@ from cases import (
     BASE,
     MINILM,
     Case,
-    Peer,
     compare,
     create,
     make_batch,
     select,
+    start_peer,
     torch_is_there,
 )
 from record import Row, document, measure_peaks, row, show, write
@@ -111,8 +112,17 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     """Compare, compile and time one case."""
     model, variables = create(case)
     batch = make_batch(case)
-    peer = Peer(case, model, variables, batch) if settings.peer and torch_is_there() else None
-    difference = None if peer is None else compare(case, model, variables, batch, peer)
+    difference, peer = None, None
+    if settings.peer and torch_is_there():
+        peer = start_peer(
+            case,
+            model,
+            variables,
+            batch,
+            learning_rate=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+        )
+        difference = compare(case, model, variables, batch, peer)
     tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     grad_fn = gradient(loss_of(case, model))
     state = init_state(variables, tx, jax.random.key(0))
@@ -123,9 +133,10 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     step = cast_type(jax.stages.Wrapped, jit_step(make_train_step(grad_fn, tx)))
     compiled = compile_time(step, state, device_batch)
     thunks = {"fmjax": stepper(compiled.call, state, device_batch)}
-    if peer is not None:
-        thunks["torch"] = peer.train_step(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    timings = time_alternately(thunks, repeats=settings.repeats, warmup=1)
+    with contextlib.nullcontext() if peer is None else peer:
+        if peer is not None:
+            thunks["torch"] = peer.train_step
+        timings = time_alternately(thunks, repeats=settings.repeats, warmup=1)
     return [
         row(
             timing,

@@ -9,6 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import csv
+
 import jax
 import pytest
 from hypothesis import settings
@@ -22,3 +24,59 @@ settings.load_profile("fmjax")
 def rng():
     """A typed random key."""
     return jax.random.key(0)
+
+
+WORDS = "film story actor plot scene music long short quiet loud red blue".split()
+GOOD, BAD = "wonderful lovely great".split(), "awful boring dull".split()
+
+
+def sentences(count, seed):
+    """Sentences whose label is the kind of adjective in them."""
+    import numpy as np
+
+    draw = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        words = list(draw.choice(WORDS, draw.integers(2, 14)))
+        label = int(draw.integers(2))
+        words.insert(int(draw.integers(len(words))), draw.choice([BAD, GOOD][label]))
+        rows.append({"text": " ".join(words), "label": ["bad", "good"][label]})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def sentence_files(tmp_path_factory):
+    """A folder with train.csv, val.csv and test.csv."""
+    folder = tmp_path_factory.mktemp("sentences")
+    for split, count, seed in (("train", 150, 0), ("val", 40, 1), ("test", 41, 2)):
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(sentences(count, seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """A Hugging Face folder: a tiny random BERT with the words above as its tokenizer's."""
+    from transformers import BertTokenizerFast
+
+    import fmjax
+    from fmjax.models.bert import Config
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *GOOD, *BAD]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(words) + "\n")
+    tokenizer = BertTokenizerFast(vocab=str(vocabulary))
+    config = Config(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+    )
+    model, variables = fmjax.create("bert", config, head="model", rng=jax.random.key(0))
+    return fmjax.save(folder, model, variables, tokenizer=tokenizer)

@@ -54,7 +54,7 @@ def test_a_wrong_model_is_not_timed(benchmarks) -> None:
     case = cases.Case("tiny", cases.SMOKE, "masked_lm", 2, 8, "float32")
     model, variables = cases.create(case)
     batch = cases.make_batch(case)
-    peer = cases.Peer(case, model, variables, batch)
+    peer = cases.start_peer(case, model, variables, batch)
     assert cases.compare(case, model, variables, batch, peer) < 1e-5
     wrong = jax.tree.map(lambda leaf: leaf * 1.01, variables)
     with pytest.raises(ValueError, match="not comparable"):

@@ -1,0 +1,141 @@
+"""PyTorch as the peer, in a process of its own.
+
+In one process the two runtimes would slow each other: each keeps a pool of threads that spins for
+a while after its work, and their allocators share the heap. Here the peer waits, without using the
+processor, while fmjax runs, and the other way round; steps still alternate.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+MODELS = {
+    "model": "BertModel",
+    "masked_lm": "BertForMaskedLM",
+    "sequence_classification": "BertForSequenceClassification",
+}
+
+
+class Peer:
+    """A case in PyTorch with scaled dot-product attention, with the same weights and batch.
+
+    Use it in a ``with`` statement, which ends the process.
+
+    Args:
+        folder: what `fmjax.save` wrote.
+        head: a key of `MODELS`.
+        dtype: "float32", or "bfloat16" for autocast.
+        device: "cpu" or "cuda".
+        batch: inputs, and labels for a train step.
+        learning_rate, weight_decay: of AdamW.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        head: str,
+        dtype: str,
+        device: str,
+        batch: dict[str, np.ndarray],
+        learning_rate: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, far_end = context.Pipe()
+        self._process = context.Process(
+            target=_serve,
+            args=(far_end, folder, MODELS[head], dtype, device, batch, learning_rate, weight_decay),
+            daemon=True,
+        )
+        self._process.start()
+        far_end.close()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def _ask(self, what: str) -> Any:
+        self._connection.send(what)
+        return self._connection.recv()
+
+    def logits(self) -> np.ndarray:
+        """The logits (or the last hidden state of the bare model), without dropout."""
+        return self._ask("logits")
+
+    def forward(self) -> None:
+        """One forward pass."""
+        self._ask("forward")
+
+    def train_step(self) -> None:
+        """One AdamW step with dropout on."""
+        self._ask("train_step")
+
+
+def _serve(
+    connection: Connection,
+    folder: str,
+    model_class: str,
+    dtype: str,
+    device: str,
+    batch: dict[str, np.ndarray],
+    learning_rate: float,
+    weight_decay: float,
+) -> None:
+    """The peer's process: answers until the other end closes."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_float32_matmul_precision("highest")
+    model = vars(transformers.models.bert.modeling_bert)[model_class].from_pretrained(
+        folder, attn_implementation="sdpa"
+    )
+    model = model.to(device).eval()
+    tensors = {name: torch.from_numpy(value).long().to(device) for name, value in batch.items()}
+    inputs = {name: value for name, value in tensors.items() if name != "labels"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    low = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def forward() -> Any:
+        with torch.no_grad(), low:
+            output = model(**inputs)[0]
+        wait()
+        return output
+
+    def train_step() -> None:
+        model.train()
+        optimizer.zero_grad()
+        with low:
+            loss = model(**tensors).loss
+        loss.backward()
+        optimizer.step()
+        wait()
+
+    while True:
+        try:
+            what = connection.recv()
+        except EOFError:
+            return
+        if what == "logits":
+            connection.send(forward().float().cpu().numpy())
+        elif what == "forward":
+            forward()
+            connection.send(None)
+        else:
+            train_step()
+            connection.send(None)
