@@ -70,7 +70,7 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
             peer = stack.enter_context(start_peer(case, model, variables, batch))
             difference = compare(case, model, variables, batch, peer)
             thunks["torch"] = peer.forward
-        timings = time_alternately(thunks, repeats=settings.repeats, warmup=2)
+        timings = time_alternately(thunks, repeats=settings.repeats)
     flops = count_flops(forward, variables, inputs).total
     return [
         row(

@@ -136,7 +136,7 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     with contextlib.nullcontext() if peer is None else peer:
         if peer is not None:
             thunks["torch"] = peer.train_step
-        timings = time_alternately(thunks, repeats=settings.repeats, warmup=1)
+        timings = time_alternately(thunks, repeats=settings.repeats)
     return [
         row(
             timing,

@@ -249,11 +249,12 @@ class _Placer:
 
 
 def _put(leaf: np.ndarray, sharding: Any) -> Array:
-    """A device array that owns its memory: `leaf` may be a view of a file about to be closed."""
+    """The leaf on its devices; waiting keeps no more than one leaf twice in memory."""
     if sharding is None:
-        return jax.device_put(leaf, may_alias=False).block_until_ready()
-    array = jax.make_array_from_callback(leaf.shape, sharding, lambda at: np.array(leaf[at]))
-    return array.block_until_ready()
+        return jax.device_put(leaf).block_until_ready()
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, lambda at: leaf[at]
+    ).block_until_ready()
 
 
 def _initialise(

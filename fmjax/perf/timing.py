@@ -30,14 +30,16 @@ def time_alternately(
     """Time several thunks turn by turn: A B A B ..., so that each meets the same machine.
 
     Comparing two programs timed minutes apart compares two moods of the machine; neighbours,
-    clocks and heat move absolute times by more than most optimisations do.
+    clocks and heat move absolute times by more than most optimisations do. What a program does
+    over and over, it does with warm caches and memory that it holds: a turn begins with runs that
+    are not timed, because the turn of another, or merely waiting for it, took these away.
 
     Args:
         thunks: {name: thunk}. A thunk returns once its result exists: it calls
             `jax.block_until_ready` (or `torch.cuda.synchronize`) itself, else only the dispatch
             is timed.
-        repeats: timed rounds.
-        warmup: rounds before those, not timed.
+        repeats: timed runs of each thunk, one a turn.
+        warmup: runs at the start of every turn, not timed.
 
     Returns:
         {name: Timing} in the order of `thunks`.
@@ -54,13 +56,12 @@ def time_alternately(
         problems.append(f"warmup is {warmup}: it must be 0 or more")
     if problems:
         raise ValueError("; ".join(problems))
-    for _ in range(warmup):
-        for thunk in thunks.values():
-            thunk()
     seconds: dict[str, list[float]] = {name: [] for name in thunks}
     for _ in range(repeats):
         for name, thunk in thunks.items():
             gc.collect()  # else one thunk pays for the garbage of the other
+            for _ in range(warmup):
+                thunk()
             start = time.perf_counter()
             thunk()
             seconds[name].append(time.perf_counter() - start)

@@ -10,18 +10,18 @@ import pytest
 from fmjax.perf.timing import compile_time, peak_memory_bytes, time_alternately
 
 
-def test_turns_alternate_and_warmup_is_not_timed() -> None:
+def test_turns_alternate_and_begin_with_warmup() -> None:
     calls: list[str] = []
     timings = time_alternately(
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=2
     )
-    assert calls == ["a", "b"] * 5
+    assert calls == ["a", "a", "a", "b", "b", "b"] * 3
     assert list(timings) == ["a", "b"]
     assert all(len(timing.all) == 3 for timing in timings.values())
 
 
 def test_statistics_are_seconds() -> None:
-    pauses = iter([0.0, 0.03, 0.01, 0.02])
+    pauses = iter([0.0, 0.03, 0.0, 0.01, 0.0, 0.02])  # every other one is the warmup's
     timing = time_alternately({"sleep": lambda: time.sleep(next(pauses))}, repeats=3)["sleep"]
     assert timing.all == (timing.max, timing.min, timing.median)
     for value, pause in ((timing.min, 0.01), (timing.median, 0.02), (timing.max, 0.03)):

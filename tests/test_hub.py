@@ -1,0 +1,117 @@
+"""Finding folders, hub ids without a network, and what loading costs in memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fmjax
+from fmjax import hub
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+
+
+def test_what_is_no_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        fmjax.load(tmp_path / "nowhere" / "at" / "all")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(NotADirectoryError, match=r"give the folder with its config\.json"):
+        fmjax.load(file)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        fmjax.load(tmp_path)
+
+
+def test_a_hub_id_offline_says_that_it_could_not_be_fetched():
+    with pytest.raises(FileNotFoundError, match="as a hub id it could not be fetched"):
+        fmjax.load("nobody/nothing-at-all")
+
+
+@pytest.mark.parametrize(
+    ("present", "tried"),
+    [("model.safetensors", 1), ("pytorch_model.bin", 2), ("flax_model.msgpack", 3)],
+)
+def test_a_hub_id_is_fetched_in_the_best_format_it_has(monkeypatch, tmp_path, present, tried):
+    """Against a stand-in for the download, which has one format of weights only."""
+    import huggingface_hub
+
+    calls = []
+
+    def download(repo_id, *, allow_patterns):
+        assert repo_id == "somebody/something"
+        calls.append(allow_patterns)
+        if present in allow_patterns:
+            (tmp_path / present).write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.find_folder("somebody/something") == tmp_path
+    assert len(calls) == tried
+    assert all("*.json" in patterns for patterns in calls)
+
+
+def test_model_types_with_hyphens_are_files_with_underscores():
+    assert hub.families() == sorted(hub.families())
+    with pytest.raises(ValueError, match=r"'xlm-roberta-nope' is not among the families"):
+        hub.family_of("xlm-roberta-nope")
+
+
+MEMORY = """
+import resource, sys
+import jax, numpy as np
+import fmjax
+jax.block_until_ready(jax.numpy.zeros(3))
+fmjax.load(sys.argv[1])                      # imports, compiles and small things
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = resident()
+model, variables = fmjax.load(sys.argv[2], scan=sys.argv[3] == "scan")
+jax.block_until_ready(variables)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("form", ["loop", "scan"])
+def test_loading_costs_little_more_than_the_file(form, tmp_path_factory, rng):
+    """Peak resident memory grows by at most 1.3 times the file, with transposes and stacking."""
+    from fmjax.models.bert import Config
+
+    folder = tmp_path_factory.mktemp("large")
+    config = Config(
+        hidden_size=1024,
+        num_hidden_layers=10,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        vocab_size=1000,
+    )
+    fmjax.save(folder, *fmjax.create("bert", config, rng=rng))
+    size = (folder / "model.safetensors").stat().st_size
+    assert size > 400e6
+    small = FIXTURES / "bert-mlm-legacy"
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(small), str(folder), form],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout)
+    (folder / "model.safetensors").unlink()
+    assert grown <= 1.3 * size, f"{grown / size:.2f} times the file"
+
+
+def test_saving_leaves_a_folder_that_says_what_it_is(tmp_path, rng):
+    model, variables = fmjax.load(FIXTURES / "bert-seqcls")
+    fmjax.save(tmp_path / "a" / "b", model, variables)
+    data = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert data["architectures"] == ["BertForSequenceClassification"]
+    assert data["model_type"] == "bert"
+    assert data["dtype"] == "float32"
+    assert "add_pooling_layer" not in data
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
