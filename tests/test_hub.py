@@ -59,17 +59,18 @@ def test_model_types_with_hyphens_are_files_with_underscores():
 
 
 MEMORY = """
-import resource, sys
-import jax, numpy as np
+import sys
+import jax
 import fmjax
 jax.block_until_ready(jax.numpy.zeros(3))
 fmjax.load(sys.argv[1])                      # imports, compiles and small things
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-before = resident()
+def resident(field):                         # ru_maxrss would be the parent's across exec
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+before = resident("VmRSS")
 model, variables = fmjax.load(sys.argv[2], scan=sys.argv[3] == "scan")
 jax.block_until_ready(variables)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(resident("VmHWM") - before)
 """
 
 
