@@ -1,9 +1,9 @@
 """Fine-tune a pretrained encoder on labelled texts, against a linear probe on its features.
 
-    python experiments/finetune_text.py --output runs/movie
+    python experiments/finetune_text.py --output runs/movie --epochs 1
 
-Takes about 4 minutes on 2 CPU cores; test accuracy on the rated movie sentences is at least 0.80,
-where the probe on frozen features has about 0.77. Any other texts:
+Takes about 5 minutes on 2 CPU cores; test accuracy on the rated movie sentences is 0.836, where the
+probe on frozen features has 0.771. Any other texts:
 
     python experiments/finetune_text.py --output runs/mine --model google-bert/bert-base-uncased \
         --data train.csv --val val.csv --test test.csv --text sentence --label category

@@ -2,7 +2,7 @@
 
     python experiments/linear_probe.py --predict "A quiet film that stays with you."
 
-Takes about a minute on 2 CPU cores; test accuracy on the rated movie sentences is about 0.77.
+Takes about a minute on 2 CPU cores; test accuracy on the rated movie sentences is 0.771.
 """
 
 import dataclasses

@@ -1,6 +1,10 @@
 """Four devices on any machine, no network, and few compilations."""
 
+import atexit
+import csv
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -8,19 +12,14 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-import atexit
-import shutil
-import tempfile
-
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What one process has compiled, the other worker and the processes they start need not.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fmjax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-import csv
-
 import jax
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -41,8 +40,6 @@ GOOD, BAD = "wonderful lovely great".split(), "awful boring dull".split()
 
 def sentences(count, seed):
     """Sentences whose label is the kind of adjective in them."""
-    import numpy as np
-
     draw = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
