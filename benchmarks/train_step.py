@@ -14,10 +14,7 @@ unequally.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from typing import cast as cast_type
 
@@ -32,11 +29,11 @@ from cases import (
     compare,
     create,
     make_batch,
-    select,
     start_peer,
     torch_is_there,
 )
-from record import Row, document, measure_peaks, row, show, write
+from record import Row
+from run import Settings, rows_of, run
 
 from fmjax.perf.flops import count_flops
 from fmjax.perf.timing import compile_time, time_alternately
@@ -55,22 +52,6 @@ CASES = tuple(
     )
     for dtype in ("float32", "bfloat16")
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of the run."""
-
-    cases: tuple[str, ...] = ()
-    """Names of the cases; none means all."""
-    repeats: int = 5
-    """Timed rounds; in each, fmjax and PyTorch take turns."""
-    peer: bool = True
-    """Whether PyTorch runs too, when it is installed."""
-    smoke: bool = False
-    """Tiny models, for the tests."""
-    json: Path | None = None
-    """Where the JSON goes; default benchmarks/results/train_step-DEVICE.json."""
 
 
 def masked_lm_loss(model: Any) -> LossFn:
@@ -137,41 +118,15 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
         if peer is not None:
             thunks["torch"] = peer.train_step
         timings = time_alternately(thunks, repeats=settings.repeats)
-    return [
-        row(
-            timing,
-            case=case.name,
-            side=side,
-            dtype=case.dtype,
-            batch_size=case.batch_size,
-            length=case.length,
-            model_flops=flops,
-            matmul_peak=peak,
-            compiled=compiled if side == "fmjax" else None,
-            max_difference=difference,
-        )
-        for side, timing in timings.items()
-    ]
-
-
-def main(settings: Settings) -> None:
-    """Run the cases, print the table, write the JSON."""
-    load = os.getloadavg()[0]
-    cases = select(CASES, settings.cases, smoke=settings.smoke)
-    peaks = measure_peaks({case.dtype for case in cases}, smoke=settings.smoke)
-    rows = [entry for case in cases for entry in run_case(case, settings, peaks[case.dtype])]
-    doc = document(
-        "train_step",
-        rows,
-        repeats=settings.repeats,
-        smoke=settings.smoke,
-        matmul_peak=peaks,
-        load=load,
+    return rows_of(
+        case,
+        timings,
+        compiled=compiled,
+        model_flops=flops,
+        matmul_peak=peak,
+        max_difference=difference,
     )
-    show(doc)
-    if settings.json is not None or not settings.smoke:
-        print(f"wrote {write(doc, settings.json)}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run("train_step", CASES, tyro.cli(Settings, description=__doc__), run_case)

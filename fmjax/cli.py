@@ -198,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; bad input is printed without a traceback and ends with 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fmjax").setLevel(logging.INFO)
+    # Of these, the one that every user without PyTorch would see is that there is no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sub = tyro.conf.subcommand
     args = tyro.cli(
         Annotated[Info, sub("info")]

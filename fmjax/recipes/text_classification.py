@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ import numpy as np
 
 import fmjax.hub as hub
 from fmjax.config import write_json
+from fmjax.data import TextExamples
 from fmjax.data.batches import batches
 from fmjax.perf.device import describe_machine
 from fmjax.recipes.linear_probe import probe
@@ -112,6 +115,32 @@ def trained_with(settings: Settings) -> dict[str, Any]:
     return {k: v for k, v in plain_settings(settings).items() if k not in elsewhere}
 
 
+def describe_run(
+    settings: Settings, model: Any, examples: Mapping[str, TextExamples], state: TrainState
+) -> dict[str, Any]:
+    """What run.json says: the model, the data, the settings and the machine."""
+    return {
+        "name": settings.output.absolute().name,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "source": settings.model,
+            "model_type": hub.family_module(model).__name__.rsplit(".", 1)[-1],
+            "head": model.head,
+            "num_params": count(state.trainable) + count(state.non_trainable),
+            "num_trainable": count(state.trainable),
+        },
+        "data": {
+            "source": settings.data,
+            "splits": {split: len(texts) for split, texts in examples.items()},
+            "label_names": list(examples["train"].label_names),
+            "problem_type": settings.problem_type,
+        },
+        "settings": plain_settings(settings),
+        "environment": describe_machine(),
+    }
+
+
 def finetune(settings: Settings) -> dict[str, Any]:
     """Runs (or continues) a fine-tuning run and returns its results.
 
@@ -145,7 +174,10 @@ def finetune(settings: Settings) -> dict[str, Any]:
     model = model.clone(config=config)
     tokenizer = hub.load_tokenizer(source)
     encoded = encode_splits(
-        tokenizer, examples, max_length=settings.max_length, vocab_size=config.vocab_size
+        tokenizer,
+        examples,
+        max_length=min(settings.max_length, config.max_position_embeddings),
+        vocab_size=config.vocab_size,
     )
     loaded = time.time()
 
@@ -172,7 +204,6 @@ def finetune(settings: Settings) -> dict[str, Any]:
     step = jit_step(make_train_step(grad_fn, tx), mesh)
     predict = jax.jit(task.predict(model))
     state = init_state(variables, tx, jax.random.key(settings.seed))
-    num_params = count(variables["params"])
     del variables  # the state owns them now
 
     def predictions(state: TrainState, split: str) -> np.ndarray:
@@ -187,29 +218,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
         metrics = task.metrics_of(model, predictions(state, "val"), labels_of(examples["val"]))
         return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
-    write_json(
-        run / "run.json",
-        {
-            "name": run.name,
-            "command": " ".join(["fmjax", *sys.argv[1:]]),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": {
-                "source": str(settings.model),
-                "model_type": hub.family_module(model).__name__.rsplit(".", 1)[-1],
-                "head": model.head,
-                "num_params": num_params,
-                "num_trainable": count(state.trainable),
-            },
-            "data": {
-                "source": settings.data,
-                "splits": {split: len(texts) for split, texts in examples.items()},
-                "label_names": list(names),
-                "problem_type": settings.problem_type,
-            },
-            "settings": plain_settings(settings),
-            "environment": describe_machine(),
-        },
-    )
+    write_json(run / "run.json", describe_run(settings, model, examples, state))
     every = max(1, train.batches_per_epoch // max(1, settings.evaluations))
     metric = SELECTED_BY[settings.problem_type]
     with Checkpoints(run / "checkpoints", settings=trained_with(settings)) as checkpoints:

@@ -50,7 +50,7 @@ class TextData:
     ] = "single_label_classification"
     """What a label is: a class, several ("a|b"), or a number."""
     max_length: int = 128
-    """Tokens a text is cut to."""
+    """Tokens a text is cut to; never more than the model has positions."""
 
     def is_named(self) -> bool:
         """Whether `data` is a named set, with splits of its own, and not a file."""

@@ -42,7 +42,7 @@ def problem_type_of(model: Any) -> str:
 
 
 def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> LossFn:
-    """Cross-entropy (nats), binary cross-entropy summed over labels' mean, or squared error.
+    """Cross-entropy, binary cross-entropy averaged over labels (both in nats), or squared error.
 
     As Hugging Face's ``problem_type`` has it. Batches have ``labels``: int [B], float [B, C] of 0
     and 1, or float [B] (or [B, C]); and ``weight`` float [B], 0 for padding rows.
