@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import fmjax
@@ -96,7 +96,7 @@ def assert_near(ours, reference, what, tolerance=1e-5):
 
 @pytest.mark.parametrize("head", bert.HEADS)
 def test_equals_pytorch(head, tmp_path_factory):
-    @settings(max_examples=2)
+    @settings(max_examples=2, phases=[Phase.explicit, Phase.generate])
     @given(configs(head), st.integers(0, 99))
     def check(config, seed):
         twin = torch_twin(config, head, seed)
@@ -153,8 +153,9 @@ def check_numbers(model, variables, twin, inputs):
     ours = {tensor.name: tensor.read() for tensor in export_params(table, flatten(grads))}
     assert theirs.keys() <= ours.keys()
     for name, grad in theirs.items():
-        # A key bias has no effect on a softmax: its gradient is rounding noise around 0, so the
-        # scale is the tensor's own or a millionth of the largest gradient.
+        # Relative to the tensor's largest gradient, or to a hundredth of the model's largest: a key
+        # bias has no effect on a softmax, so its gradient is rounding noise around 0 (and those
+        # of query and key kernels are sums that nearly cancel); 1e-4 there instead of 1e-2 fails.
         scale = max(float(grad.abs().max()), 1e-2 * largest)
         error = np.abs(ours[name] - grad.numpy()).max() / scale
         assert error <= 1e-5, f"gradient of {name}: relative error {error:.2e}"
