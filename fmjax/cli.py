@@ -162,9 +162,10 @@ def embed(args: Embed) -> None:
     import numpy as np
 
     from fmjax.recipes.predict import embed_texts, read_texts
+    from fmjax.report.run_folder import atomic_write
     from fmjax.train.recording import writable_folder
 
-    folder = writable_folder(args.output.parent)
+    writable_folder(args.output.parent)
     vectors = embed_texts(
         args.model,
         read_texts(args.file),
@@ -172,12 +173,8 @@ def embed(args: Embed) -> None:
         normalize=args.normalize,
         max_length=args.max_length,
     )
-    temporary = folder / f".{args.output.name}.{os.getpid()}.npy"
-    try:
-        np.save(temporary, vectors)
-        temporary.replace(args.output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(args.output) as file:
+        np.save(file, vectors)
     print(f"{args.output}: float32 {list(vectors.shape)}")
 
 

@@ -25,7 +25,7 @@ from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.types import Output, PyTree
-from fmjax.weights.rules import TRANSPOSE, Rule
+from fmjax.weights import TRANSPOSE, Rule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,39 +12,7 @@ import numpy as np
 
 from fmjax.weights.compare import Mismatch
 from fmjax.weights.tensor import Shape, Tensor
-from fmjax.weights.transforms import (
-    CONV1D,
-    CONV2D,
-    IDENTITY,
-    PLUS_ONE,
-    TRANSPOSE,
-    Transform,
-    compose,
-    fused,
-    fused_per_head,
-    inverted,
-    permute,
-    stacked,
-)
-
-__all__ = [
-    "CONV1D",
-    "CONV2D",
-    "IDENTITY",
-    "PLUS_ONE",
-    "TRANSPOSE",
-    "Rule",
-    "Transform",
-    "compose",
-    "export_params",
-    "fused",
-    "fused_per_head",
-    "import_params",
-    "inverted",
-    "permute",
-    "rule_tensor_names",
-    "stacked",
-]
+from fmjax.weights.transforms import IDENTITY, Transform
 
 T = TypeVar("T")
 
