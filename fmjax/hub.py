@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-import fmjax.models
 from fmjax.config import config_to_json, default_labels, parse_config, read_config, write_json
+from fmjax.models import families, family_of
 from fmjax.tree import flatten, unflatten, unstack_layers
 from fmjax.types import PyTree, Variables
 from fmjax.weights import (
@@ -38,25 +37,6 @@ WEIGHT_FILES = (
     ("flax_model.msgpack", "flax_model.msgpack.index.json", "flax_model-*.msgpack"),
 )
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
-
-
-def family_of(model_type: str) -> ModuleType:
-    """The module of a Hugging Face ``model_type``: ``fmjax/models/<model_type>.py``.
-
-    Raises:
-        ValueError: there is no such family.
-    """
-    name = model_type.replace("-", "_")
-    known = families()
-    if name not in known:
-        raise ValueError(f"model_type {model_type!r} is not among the families {known}")
-    return importlib.import_module(f"fmjax.models.{name}")
-
-
-def families() -> list[str]:
-    """Names of all families, which are the files of fmjax/models."""
-    folder = Path(fmjax.models.__path__[0])
-    return sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
 
 
 def create(
@@ -393,7 +373,7 @@ def save(
         str(leaf.dtype) for leaf in leaves.values() if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
     extra: dict[str, Any] = {
-        "model_type": family.__name__.rsplit(".", 1)[-1].replace("_", "-"),
+        "model_type": family.MODEL_TYPE,
         "architectures": [family.HEADS[model.head]],
     }
     if len(dtypes) == 1:

@@ -112,10 +112,16 @@ class Output:
         pooler_output: [B, D].
         prediction_logits: [B, T, V], pretraining head.
         seq_relationship_logits: [B, 2], pretraining head.
+        sop_logits: [B, 2], sentence order.
+        mc_logits: [B, N], which of N choices, beside the vocabulary's logits.
         start_logits, end_logits: [B, T], question answering.
         hidden_states: L + 1 arrays [B, T, D], embeddings first, when asked for.
         attentions: L arrays [B, H, T, S] of probabilities, when asked for.
         cross_attentions: the same over the encoder's states.
+        encoder_last_hidden_state: [B, S, D]; in encoder-decoders the fields without "encoder" are
+            the decoder's.
+        encoder_hidden_states, encoder_attentions: as `hidden_states` and `attentions`.
+        router_logits: L arrays [B * T, E], mixture-of-experts models, when asked for.
         cache: keys and values so far, to be passed to the next call, when one was given.
     """
 
@@ -124,9 +130,15 @@ class Output:
     pooler_output: Array | None = None
     prediction_logits: Array | None = None
     seq_relationship_logits: Array | None = None
+    sop_logits: Array | None = None
+    mc_logits: Array | None = None
     start_logits: Array | None = None
     end_logits: Array | None = None
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
     cross_attentions: tuple[Array, ...] | None = None
+    encoder_last_hidden_state: Array | None = None
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    encoder_attentions: tuple[Array, ...] | None = None
+    router_logits: tuple[Array, ...] | None = None
     cache: PyTree = None

@@ -75,6 +75,7 @@ class Config:
             raise ValueError("bert config: " + "; ".join(problems))
 
 
+MODEL_TYPE = "bert"
 HEADS = {
     "model": "BertModel",
     "pretraining": "BertForPreTraining",
@@ -134,7 +135,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Array, cache: Cache | None, shared: Shared
+        self, hidden: Array, cache: Cache | None, index: Array | int, shared: Shared
     ) -> tuple[Array, LayerOutput]:  # [B, T, D] -> [B, T, D]
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
@@ -150,7 +151,7 @@ class Block(nn.Module):
             )
 
         def add(hidden: Array, update: Array, name: str) -> Array:
-            update = Dropout(config.hidden_dropout_prob, self.train)(update)
+            update = Dropout(config.hidden_dropout_prob)(update, self.train)
             return LayerNorm(config.layer_norm_eps, name=name)(hidden + update)
 
         update, probabilities, cache = attention("attn")(
@@ -173,7 +174,6 @@ class Embeddings(nn.Module):
     """Word, position and token-type vectors, summed, normed and dropped."""
 
     config: Config
-    train: bool
 
     def setup(self) -> None:
         config = self.config
@@ -183,7 +183,7 @@ class Embeddings(nn.Module):
         self.position = Embed(config.max_position_embeddings, width, init)
         self.token_type = Embed(config.type_vocab_size, width, init)
         self.norm = LayerNorm(config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob, self.train)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def __call__(
         self,
@@ -191,6 +191,7 @@ class Embeddings(nn.Module):
         inputs_embeds: Array | None,
         token_type_ids: Array | None,
         position_ids: Array,
+        train: bool,
     ) -> Array:  # [B, T] -> [B, T, D]
         if inputs_embeds is None:
             assert input_ids is not None  # the model has checked that there is exactly one
@@ -198,7 +199,7 @@ class Embeddings(nn.Module):
         if token_type_ids is None:
             token_type_ids = jnp.zeros((1, 1), jnp.int32)
         x = inputs_embeds + self.token_type(token_type_ids) + self.position(position_ids)
-        return self.dropout(self.norm(x))
+        return self.dropout(self.norm(x), train)
 
 
 class Head(nn.Module):
@@ -206,57 +207,70 @@ class Head(nn.Module):
 
     config: Config
     head: str
-    train: bool
 
-    @nn.compact
-    def __call__(
-        self, hidden: Array, pooled: Array | None, word: Embed, batch_shape: tuple[int, ...]
-    ) -> Output:
+    def setup(self) -> None:
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
-
-        def dense(features: int, x: Array | None, name: str) -> Array:
-            assert x is not None  # every head that takes the pooled token is in POOLED
-            return Dense(features, kernel_init=init, name=name)(x).astype(jnp.float32)
-
-        def drop(x: Array | None) -> Array:
-            assert x is not None
-            rate = config.classifier_dropout
-            rate = config.hidden_dropout_prob if rate is None else rate
-            return Dropout(rate, self.train)(x)
-
-        def vocabulary(x: Array) -> Array:  # [B, T, D] -> [B, T, V]
-            return VocabularyHead(
+        if self.head in VOCABULARY:
+            self.predictions = VocabularyHead(
                 config.vocab_size,
                 config.hidden_act,
                 config.layer_norm_eps,
                 config.tie_word_embeddings,
                 init,
-                name="predictions",
-            )(x, word)
+            )
+        if self.head in ("pretraining", "next_sentence_prediction"):
+            self.seq_relationship = Dense(2, kernel_init=init)
+        if features := {
+            "sequence_classification": len(config.id2label),
+            "token_classification": len(config.id2label),
+            "question_answering": 2,
+            "multiple_choice": 1,
+        }.get(self.head):
+            self.classifier = Dense(features, kernel_init=init)
+        rate = config.classifier_dropout
+        self.dropout = Dropout(config.hidden_dropout_prob if rate is None else rate)
 
-        num_labels = len(config.id2label)
+    def __call__(
+        self,
+        hidden: Array,
+        pooled: Array | None,
+        word: Embed,
+        batch_shape: tuple[int, ...],
+        *,
+        train: bool,
+        output_logits: bool,
+    ) -> Output:
+        def dense(layer: Dense, x: Array | None, *, drop: bool = False) -> Array:
+            assert x is not None  # every head that takes the pooled token is in POOLED
+            return layer(self.dropout(x, train and drop)).astype(jnp.float32)
+
+        def vocabulary() -> Array | None:  # [B, T, D] -> [B, T, V]
+            return self.predictions(hidden, word) if output_logits else None
+
+        states = None if output_logits else hidden
         match self.head:
             case "model":
                 return Output(last_hidden_state=hidden, pooler_output=pooled)
             case "masked_lm" | "causal_lm":
-                return Output(logits=vocabulary(hidden))
+                return Output(logits=vocabulary(), last_hidden_state=states)
             case "pretraining":
                 return Output(
-                    prediction_logits=vocabulary(hidden),
-                    seq_relationship_logits=dense(2, pooled, "seq_relationship"),
+                    prediction_logits=vocabulary(),
+                    last_hidden_state=states,
+                    seq_relationship_logits=dense(self.seq_relationship, pooled),
                 )
             case "next_sentence_prediction":
-                return Output(logits=dense(2, pooled, "seq_relationship"))
+                return Output(logits=dense(self.seq_relationship, pooled))
             case "sequence_classification":
-                return Output(logits=dense(num_labels, drop(pooled), "classifier"))
+                return Output(logits=dense(self.classifier, pooled, drop=True))
             case "token_classification":
-                return Output(logits=dense(num_labels, drop(hidden), "classifier"))
+                return Output(logits=dense(self.classifier, hidden, drop=True))
             case "question_answering":
-                start, end = jnp.moveaxis(dense(2, hidden, "classifier"), -1, 0)  # [B, T] each
+                start, end = jnp.moveaxis(dense(self.classifier, hidden), -1, 0)  # [B, T] each
                 return Output(start_logits=start, end_logits=end)
             case "multiple_choice":
-                scores = dense(1, drop(pooled), "classifier")  # [B * N, 1]
+                scores = dense(self.classifier, pooled, drop=True)  # [B * N, 1]
                 return Output(logits=scores.reshape(batch_shape[:-1]))
         raise ValueError(f"bert has no head {self.head!r}; it has {sorted(HEADS)}")
 
@@ -276,6 +290,14 @@ class Model(nn.Module):
     scan: bool = False
     remat: bool = False
 
+    def setup(self) -> None:
+        self.embed = Embeddings(self.config)
+        self.outputs = Head(self.config, self.head, name="head")
+
+    def unembed(self, hidden: Array) -> Array:
+        """Logits of any last hidden states, by a vocabulary head: [..., D] -> [..., V] float32."""
+        return self.outputs.predictions(hidden, self.embed.word)
+
     @nn.compact
     def __call__(
         self,
@@ -291,6 +313,7 @@ class Model(nn.Module):
         train: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        output_logits: bool = True,
     ) -> Output:
         """Runs the model; for multiple choice every [B, T] below is [B, N, T].
 
@@ -307,6 +330,8 @@ class Model(nn.Module):
             train: whether dropout is on; it needs ``rngs={"dropout": key}``.
             output_hidden_states: whether ``hidden_states`` is returned.
             output_attentions: whether ``attentions`` is returned.
+            output_logits: whether logits over the vocabulary are returned; if not, the heads that
+                have them return ``last_hidden_state``, whose logits `unembed` makes.
 
         Raises:
             ValueError: inputs that contradict each other or the config.
@@ -346,8 +371,7 @@ class Model(nn.Module):
         positions = start + jnp.arange(length)[None] if position_ids is None else position_ids
         init = nn.initializers.normal(config.initializer_range)
 
-        embed = Embeddings(config, train, name="embed")
-        hidden = embed(input_ids, inputs_embeds, token_type_ids, positions)  # [B, T, D]
+        hidden = self.embed(input_ids, inputs_embeds, token_type_ids, positions, train)
         embedded = hidden
         encoder_mask = None
         if encoder_attention_mask is not None:
@@ -382,7 +406,9 @@ class Model(nn.Module):
             pooled = jnp.tanh(
                 Dense(config.hidden_size, kernel_init=init, name="pooler")(hidden[:, 0])
             )
-        out = Head(config, self.head, train, name="head")(hidden, pooled, embed.word, batch_shape)
+        out = self.outputs(
+            hidden, pooled, self.embed.word, batch_shape, train=train, output_logits=output_logits
+        )
         if output_hidden_states:
             states = (embedded, *(layer.hidden_state for layer in layers))
             out = dataclasses.replace(out, hidden_states=states)
@@ -399,7 +425,7 @@ class Model(nn.Module):
         size = config.hidden_size // config.num_attention_heads
         return empty_cache(
             config.num_hidden_layers,
-            (batch_size, length, config.num_attention_heads, size),
+            (batch_size, config.num_attention_heads, length, size),
             dtype=dtype,
             scan=self.scan,
         )

@@ -13,13 +13,15 @@ from jax import Array
 
 from fmjax.nn.dropout import dropout
 from fmjax.nn.linear import Dense
+from fmjax.nn.position import Rotary, rotate
 
 
 class Cache(NamedTuple):
     """Keys and values of one layer so far.
 
     Args:
-        key, value: [B, S, G, K]; positions not yet written are zero and masked.
+        key, value: [B, G, S, K]; positions not yet written are zero and masked. Heads come first
+            so that a step reads them as they lie.
     """
 
     key: Array
@@ -33,7 +35,7 @@ def empty_cache(
 
     Args:
         num_layers: L.
-        shape: [B, S, G, K].
+        shape: [B, G, S, K].
         dtype: of keys and values.
         scan: whether layers are stacked along a leading axis.
     """
@@ -54,11 +56,19 @@ def empty_cache(
 def cache_capacity(cache: dict[str, Any]) -> int:
     """How many positions a cache has room for."""
     layer = next(value for name, value in cache.items() if name.startswith("layers"))
-    return layer.key.shape[-3]
+    if isinstance(layer, dict):  # of an encoder-decoder, beside the cross-attention's
+        layer = layer["self"]
+    return layer.key.shape[-2]
 
 
 def make_attention_mask(
-    mask: Array | None, *, query_length: int, key_length: int, causal: bool, start: Array | int = 0
+    mask: Array | None,
+    *,
+    query_length: int,
+    key_length: int,
+    causal: bool,
+    start: Array | int = 0,
+    window: int | None = None,
 ) -> Array | None:
     """Which key positions each query position may see; None where all may see all.
 
@@ -68,6 +78,8 @@ def make_attention_mask(
         key_length: S.
         causal: whether position t sees only keys up to t.
         start: key position of the first query, for cached decoding.
+        window: of a causal mask, how many keys a query sees, itself included; None for all. Of a
+            mask that is not causal, keys at a distance below it are seen.
 
     Returns:
         bool [B or 1, 1, T, S], or None.
@@ -84,10 +96,14 @@ def make_attention_mask(
             )
         keep = mask.astype(bool)
         keep = keep[:, None, None, :] if mask.ndim == 2 else keep[:, None]  # [B, 1, 1 | T, S]
-    if causal:
+    if causal or window is not None:
         query = start + jnp.arange(query_length)[:, None]
-        past = (jnp.arange(key_length)[None, :] <= query)[None, None]  # [1, 1, T, S]
-        keep = past if keep is None else keep & past
+        distance = query - jnp.arange(key_length)[None, :]  # [T, S]
+        near = distance >= 0 if causal else jnp.ones_like(distance, bool)
+        if window is not None:
+            near = near & (jnp.abs(distance) < window)
+        near = near[None, None]  # [1, 1, T, S]
+        keep = near if keep is None else keep & near
     return keep
 
 
@@ -97,6 +113,9 @@ def attend(
     value: Array,
     *,
     mask: Array | None = None,
+    bias: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     rng: Array | None = None,
     dropout_rate: float = 0.0,
     with_probabilities: bool = False,
@@ -105,9 +124,13 @@ def attend(
 
     Args:
         query: [B, T, H, K].
-        key, value: [B, S, G, K]; G divides H, and G < H is grouped-query attention.
+        key, value: [B, G, S, K]; G divides H, and G < H is grouped-query attention. The values'
+            head size may differ from the keys'.
         mask: bool, broadcastable to [B, H, T, S]; True = keep. A row that keeps nothing attends
             everywhere alike, as in PyTorch.
+        bias: added to the scaled scores, broadcastable to [B, H, T, S].
+        scale: of the scores; None is 1 / sqrt(K).
+        softcap: c of ``c * tanh(scores / c)``, applied before bias and mask; None for none.
         rng: key for dropout of the probabilities; None drops nothing.
         dropout_rate: share of probabilities dropped.
         with_probabilities: whether the probabilities (before dropout) are returned too.
@@ -116,14 +139,18 @@ def attend(
         ([B, T, H, K], [B, H, T, S] or None).
     """
     batch, length, heads, size = query.shape
-    groups, keys = key.shape[2], key.shape[1]
+    groups, keys = key.shape[1], key.shape[2]
     # Heads are brought forward once and the mask is added, not selected: measured on CPU, the
     # products then need no transposes of their own and the softmax fuses.
-    query = jnp.swapaxes(query * (1.0 / math.sqrt(size)), 1, 2)  # [B, H, T, K]
+    scale = 1.0 / math.sqrt(size) if scale is None else scale
+    query = jnp.swapaxes(query * scale, 1, 2)  # [B, H, T, K]
     query = query.reshape(batch, groups, heads // groups * length, size)
-    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)  # [B, G, S, K]
     scores = jnp.einsum("BGTK,BGSK->BGTS", query, key)
     scores = scores.reshape(batch, heads, length, keys).astype(jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
     if mask is not None:
         scores = scores + jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)  # [B, H, T, S]
@@ -131,7 +158,8 @@ def attend(
     if rng is not None and dropout_rate > 0.0:
         dropped = dropout(rng, probabilities, dropout_rate)
     dropped = dropped.reshape(batch, groups, heads // groups * length, keys)
-    out = jnp.einsum("BGTS,BGSK->BGTK", dropped, value).reshape(batch, heads, length, size)
+    out = jnp.einsum("BGTS,BGSK->BGTK", dropped, value)
+    out = out.reshape(batch, heads, length, value.shape[-1])
     return jnp.swapaxes(out, 1, 2), probabilities if with_probabilities else None
 
 
@@ -144,13 +172,30 @@ class Attention(nn.Module):
         train: whether to drop.
         with_probabilities: whether the probabilities are returned.
         kernel_init: initializer of the four kernels.
+        num_key_value_heads: G; None is H.
+        head_dim: K; None is D / H.
+        use_bias: whether query, key and value have biases.
+        out_bias: whether the output has one; None is as `use_bias`.
+        scale: of the scores; None is 1 / sqrt(K).
+        softcap: see `attend`.
+        head_norm: makes the norm (``head_norm(name=...)``) that queries and keys pass, over the
+            features of each head, before they are rotated; None for none.
+        interleaved: see `fmjax.nn.position.rotate`.
     """
 
     num_heads: int
-    dropout_rate: float
-    train: bool
+    dropout_rate: float = 0.0
+    train: bool = False
     with_probabilities: bool = False
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    use_bias: bool = True
+    out_bias: bool | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    head_norm: Callable[..., nn.Module] | None = None
+    interleaved: bool = False
 
     @nn.compact
     def __call__(
@@ -158,7 +203,10 @@ class Attention(nn.Module):
         x: Array,
         *,
         mask: Array | None,
+        bias: Array | None = None,
+        rotary: Rotary | None = None,
         others: Array | None = None,
+        fixed: Cache | None = None,
         cache: Cache | None = None,
         start: Array | int = 0,
     ) -> tuple[Array, Array | None, Cache | None]:
@@ -167,36 +215,57 @@ class Attention(nn.Module):
         Args:
             x: [B, T, D].
             mask: bool, broadcastable to [B, H, T, S].
+            bias: added to the scores, broadcastable to [B, H, T, S].
+            rotary: tables for the positions of x, by which queries and keys are rotated.
             others: what the keys and values are made of; None is x.
+            fixed: keys and values that an earlier call made of `others`, in its place.
             cache: keys and values of earlier positions; x's are written at `start`.
             start: how many positions the cache holds.
 
         Returns:
-            ([B, T, D], probabilities or None, the cache with x's positions or None).
+            ([B, T, D], probabilities or None, cache): the given cache with x's positions, or the
+            keys and values of `others`; None where there is neither.
         """
         width = x.shape[-1]
-        size = width // self.num_heads
+        size = width // self.num_heads if self.head_dim is None else self.head_dim
+        groups = self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
-        def project(states: Array, name: str) -> Array:
-            y = Dense(width, kernel_init=self.kernel_init, name=name)(states)
-            return y.reshape(*y.shape[:-1], self.num_heads, size)  # [B, T, H, K]
+        def project(states: Array, heads: int, name: str) -> Array:
+            y = Dense(heads * size, self.use_bias, self.kernel_init, name=name)(states)
+            y = y.reshape(*y.shape[:-1], heads, size)  # [B, T, H, K]
+            if name == "value":
+                return y
+            if self.head_norm is not None:
+                y = self.head_norm(name=f"{name}_norm")(y)
+            return y if rotary is None else rotate(y, rotary, interleaved=self.interleaved)
 
-        source = x if others is None else others
-        query, key, value = project(x, "query"), project(source, "key"), project(source, "value")
+        query = project(x, self.num_heads, "query")
+        if fixed is None:
+            source = x if others is None else others
+            key = jnp.swapaxes(project(source, groups, "key"), 1, 2)  # [B, G, S, K]
+            value = jnp.swapaxes(project(source, groups, "value"), 1, 2)
+        else:
+            key, value = fixed
         if cache is not None:
-            at = (0, start, 0, 0)
+            at = (0, 0, start, 0)
             key = jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), at)
             value = jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), at)
+            cache = Cache(key, value)
+        elif others is not None or fixed is not None:
             cache = Cache(key, value)
         out, probabilities = attend(
             query,
             key,
             value,
             mask=mask,
+            bias=bias,
+            scale=self.scale,
+            softcap=self.softcap,
             rng=self.make_rng("dropout") if self.train and self.dropout_rate > 0.0 else None,
             dropout_rate=self.dropout_rate,
             with_probabilities=self.with_probabilities,
         )
-        out = out.reshape(*x.shape[:-1], width)  # [B, T, D]
-        out = Dense(width, kernel_init=self.kernel_init, name="out")(out)
+        out = out.reshape(*x.shape[:-1], self.num_heads * size)  # [B, T, H * K]
+        out_bias = self.use_bias if self.out_bias is None else self.out_bias
+        out = Dense(width, out_bias, self.kernel_init, name="out")(out)  # [B, T, D]
         return out, probabilities, cache

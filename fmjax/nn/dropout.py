@@ -48,13 +48,11 @@ class Dropout(nn.Module):
 
     Args:
         rate: share of elements zeroed; a rate of 0 draws nothing.
-        train: whether to drop at all.
     """
 
     rate: float
-    train: bool
 
-    def __call__(self, x: Array) -> Array:
-        if not self.train or self.rate == 0.0:
+    def __call__(self, x: Array, train: bool) -> Array:
+        if not train or self.rate == 0.0:
             return x
         return dropout(self.make_rng("dropout"), x, self.rate)

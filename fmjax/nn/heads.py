@@ -13,6 +13,34 @@ from fmjax.nn.mlp import activation
 from fmjax.nn.norm import LayerNorm
 
 
+class Unembedding(nn.Module):
+    """Logits over the vocabulary from hidden states, nothing between.
+
+    Args:
+        vocab_size: V.
+        tied: whether the input embedding is the output matrix.
+        use_bias: whether a bias is added.
+        kernel_init: initializer of the kernel.
+    """
+
+    vocab_size: int
+    tied: bool
+    use_bias: bool
+    kernel_init: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Array, embed: Embed) -> Array:  # [..., D] -> [..., V] float32
+        if self.tied:
+            logits = embed.attend(x)
+        else:
+            logits = matmul(
+                x, self.param("kernel", self.kernel_init, (x.shape[-1], self.vocab_size))
+            )
+        if not self.use_bias:
+            return logits
+        return add_bias(logits, self.param("bias", nn.initializers.zeros, (self.vocab_size,)))
+
+
 class VocabularyHead(nn.Module):
     """Transform, norm and logits over the vocabulary (Devlin et al. 2019, masked LM).
 

@@ -27,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
@@ -50,20 +51,32 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class Mlp(nn.Module):
-    """``down(act(up(x)))``.
+    """``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (Shazeer 2020,
+    arXiv:2002.05202).
 
     Args:
         width: F, the inner width.
         act: name of the activation, as in config.json.
-        kernel_init: initializer of both kernels.
+        kernel_init: initializer of the kernels.
+        use_bias: whether the layers have biases.
+        gated: whether there is a gate.
     """
 
     width: int
     act: str
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    use_bias: bool = True
+    gated: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
-        hidden = Dense(self.width, kernel_init=self.kernel_init, name="up")(x)  # [..., F]
-        hidden = activation(self.act)(hidden)
-        return Dense(x.shape[-1], kernel_init=self.kernel_init, name="down")(hidden)
+        def dense(features: int, name: str) -> Dense:
+            return Dense(features, self.use_bias, self.kernel_init, name=name)
+
+        hidden = dense(self.width, "up")(x)  # [..., F]
+        act = activation(self.act)
+        if self.gated:
+            hidden = act(dense(self.width, "gate")(x)) * hidden
+        else:
+            hidden = act(hidden)
+        return dense(x.shape[-1], "down")(hidden)

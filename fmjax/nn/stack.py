@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
@@ -19,12 +20,14 @@ class LayerOutput(NamedTuple):
         hidden_state: [B, T, D], a copy of the hidden state.
         attentions: [B, H, T, S].
         cross_attentions: [B, H, T, S].
+        router_logits: [B * T, E].
     """
 
     cache: PyTree = None
     hidden_state: Array | None = None
     attentions: Array | None = None
     cross_attentions: Array | None = None
+    router_logits: Array | None = None
 
 
 class StackOutput(NamedTuple):
@@ -49,7 +52,9 @@ def run_stack(
     """Runs `num_layers` blocks named ``layers_{i}`` (or, scanned, ``layers``) in a compact method.
 
     Args:
-        block: a module whose call is ``(hidden, cache, shared) -> (hidden, LayerOutput)``.
+        block: a module whose call is ``(hidden, cache, index, shared) -> (hidden, LayerOutput)``;
+            the index is the layer's number, traced in a scan: what depends on it is selected by
+            jnp.where or looked up in an array of `shared`.
         fields: the block's fields.
         hidden: [B, T, D].
         shared: a tree of arrays that every block reads: masks, encoder states.
@@ -66,11 +71,12 @@ def run_stack(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=num_layers,
         )
         layer_cache = None if cache is None else cache["layers"]
-        hidden, stacked = scanned(**fields, name="layers")(hidden, layer_cache, shared)
+        index = jnp.arange(num_layers)
+        hidden, stacked = scanned(**fields, name="layers")(hidden, layer_cache, index, shared)
         layers = tuple(
             LayerOutput(*jax.tree.map(lambda leaf, i=i: leaf[i], tuple(stacked)))
             for i in range(num_layers)
@@ -80,7 +86,7 @@ def run_stack(
     for i in range(num_layers):
         name = f"layers_{i}"
         layer_cache = None if cache is None else cache[name]
-        hidden, layer = block(**fields, name=name)(hidden, layer_cache, shared)
+        hidden, layer = block(**fields, name=name)(hidden, layer_cache, i, shared)
         layers.append(layer)
     new_cache = {f"layers_{i}": layer.cache for i, layer in enumerate(layers)}
     return StackOutput(hidden, tuple(layers), None if cache is None else new_cache)
