@@ -10,7 +10,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,14 +78,14 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
     hints = typing.get_type_hints(cls)
     problems: list[str] = []
     values: dict[str, Any] = {}
-    for key, value in data.items():
+    for key, value in one_rope_dialect(data, hints).items():
         if key == "id2label":
             continue
         if key in hints:
-            if _fits(value, hints[key]):
-                values[key] = value
-            else:
-                problems.append(f"{key}={value!r} must be {_readable(hints[key])}")
+            try:
+                values[key] = _read(value, hints[key])
+            except ValueError as error:
+                problems.append(f"{key}={value!r} {error}")
         elif key in fixed:
             if value != fixed[key]:
                 problems.append(f"{key}={value!r} is not supported; only {fixed[key]!r} is")
@@ -106,23 +106,80 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
     return cls(**values)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def one_rope_dialect(data: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
+    """A config.json with transformers 5's ``rope_parameters`` spelt as version 4 does.
+
+    Both versions read version 4's keys, so they are the fields of our configs: ``rope_theta``,
+    ``rope_scaling`` and, by family, ``partial_rotary_factor`` or ``rotary_pct``, and for layers
+    with a sliding window ``rope_local_base_freq``.
+
+    Args:
+        data: the parsed file.
+        fields: of the family's config.
+    """
+    if not isinstance(data.get("rope_parameters"), dict):
+        return {key: value for key, value in data.items() if key != "rope_parameters" or value}
+    result = dict(data)
+    rope = dict(result.pop("rope_parameters"))
+    local = None
+    if "full_attention" in rope:  # by type of layer
+        local, rope = dict(rope.get("sliding_attention") or {}), dict(rope["full_attention"])
+
+    def move(value: Any, *names: str) -> None:
+        """To the first of the names that is a field and that the file does not give itself."""
+        name = next((name for name in names if name in fields), names[0])
+        result.setdefault(name, value)
+
+    if "rope_theta" in rope:
+        move(rope.pop("rope_theta"), "rope_theta", "global_rope_theta", "rotary_emb_base")
+    if "partial_rotary_factor" in rope:
+        move(rope.pop("partial_rotary_factor"), "partial_rotary_factor", "rotary_pct")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        move(rope, "rope_scaling")
+    if local is not None:
+        if "rope_theta" in local:
+            move(local.pop("rope_theta"), "rope_local_base_freq", "local_rope_theta")
+        if local.get("rope_type", "default") != "default":
+            move(local, "rope_local_scaling")
+    return result
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """A JSON value as a field of this type: lists become tuples, objects dataclasses.
+
+    Raises:
+        ValueError: it does not fit; the message continues "key=value ...".
+    """
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         if option in (type(None), None) and value is None:
-            return True
+            return value
         # bool is an int in Python, but not in a config.
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return True
+            return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return True
+            return value
         if option in (bool, str) and isinstance(value, option):
-            return True
-    return False
+            return value
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            item = typing.get_args(option)[0]
+            return tuple(_read(element, item) for element in value)
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return _read_nested(option, value)
+    raise ValueError(f"must be {_readable(hint)}")
+
+
+def _read_nested(cls: Any, value: Mapping[str, Any]) -> Any:
+    """A dataclass from a nested object; every key must be a field."""
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(value.keys() - hints.keys()):
+        raise ValueError(f"has the unknown keys {unknown}; known are {sorted(hints)}")
+    return cls(**{key: _read(element, hints[key]) for key, element in value.items()})
 
 
 def _readable(hint: Any) -> str:
-    return str(hint) if isinstance(hint, types.UnionType) else hint.__name__
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _labels(data: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, list[str]]:
@@ -132,7 +189,7 @@ def _labels(data: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, list[str]]
     if table is None:
         if number is None:
             return None, []
-        if not _fits(number, int) or not 0 < number < 1_000_000:
+        if type(number) is not int or not 0 < number < 1_000_000:
             return None, [f"num_labels={number!r} must be a positive int"]
         return default_labels(number), []
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
@@ -159,7 +216,7 @@ def config_to_json(config: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
     Fields whose metadata say ``saved=False`` are told by the weights and are not written.
     """
     data: dict[str, Any] = {
-        field.name: getattr(config, field.name)
+        field.name: _written(getattr(config, field.name))
         for field in dataclasses.fields(config)
         if field.metadata.get("saved", True)
     }
@@ -169,6 +226,16 @@ def config_to_json(config: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
         data["label2id"] = {name: i for i, name in enumerate(labels)}
     data |= extra
     return dict(sorted(data.items()))
+
+
+def _written(value: Any) -> Any:
+    """The inverse of `_read`; keys of nested objects that are None are left out."""
+    if isinstance(value, tuple):
+        return [_written(element) for element in value]
+    if dataclasses.is_dataclass(value):
+        nested = {f.name: _written(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {key: element for key, element in nested.items() if element is not None}
+    return value
 
 
 def write_json(path: Path, data: Any) -> None:

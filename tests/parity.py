@@ -1,0 +1,299 @@
+"""A family against its PyTorch original: the same random config and weights, every number.
+
+Used by the tests of tests/models: ``from parity import check_head``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+import torch
+import transformers
+
+import fmjax
+from fmjax.config import config_to_json
+from fmjax.tree import flatten, unflatten
+from fmjax.weights import export_params
+
+OUTPUTS = (
+    "logits",
+    "last_hidden_state",
+    "pooler_output",
+    "prediction_logits",
+    "seq_relationship_logits",
+    "sop_logits",
+    "mc_logits",
+    "start_logits",
+    "end_logits",
+    "encoder_last_hidden_state",
+)
+LAYERS = (
+    "hidden_states",
+    "attentions",
+    "cross_attentions",
+    "encoder_hidden_states",
+    "encoder_attentions",
+)
+
+
+def assert_near(ours, reference, what, tolerance=1e-5):
+    """Within `tolerance` of the reference's largest value."""
+    reference = np.asarray(reference, np.float64)
+    ours = np.asarray(ours, np.float64)
+    assert ours.shape == reference.shape, f"{what}: {ours.shape} is not {reference.shape}"
+    scale = max(np.abs(reference).max(initial=0), 1e-6)
+    error = np.abs(ours - reference).max(initial=0) / scale
+    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def torch_twin(family, config, head, seed=0, spread=0.2):
+    """transformers' model of the same config, every weight random (norms and biases too)."""
+    data = config_to_json(config, {})
+    data.pop("label2id", None)
+    hf = transformers.AutoConfig.for_model(family.MODEL_TYPE, **data)
+    hf._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    twin = getattr(transformers, family.HEADS[head])(hf).eval()
+    for parameter in twin.parameters():
+        parameter.data += spread * torch.randn_like(parameter)
+    return twin
+
+
+def text_inputs(config, head, *, seed=0, length=9, pad_id=None):
+    """Random ids and a mask with padding on the right of the second row."""
+    rng = np.random.default_rng(seed)
+    shape = (2, 3, length) if head == "multiple_choice" else (2, length)
+    mask = np.ones(shape, np.int64)
+    mask[1, ..., length - 3 :] = 0
+    ids = rng.integers(3, config.vocab_size, shape)
+    if pad_id is not None:
+        ids = np.where(mask == 1, ids, pad_id)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_head(
+    family,
+    config,
+    head: str,
+    tmp_path: Path,
+    inputs: dict[str, np.ndarray],
+    *,
+    seed: int = 0,
+    tolerance: float = 1e-5,
+    gradient_tolerance: float = 1e-5,
+    gradient_floor: float = 1e-2,
+    attentions: bool = True,
+    spread: float = 0.2,
+) -> None:
+    """Outputs, hidden states, attentions, gradients, and the weights' way there and back.
+
+    Args:
+        family: a module of fmjax.models.
+        config: its Config; what is saved by PyTorch must be read as an equal one.
+        head: a key of its HEADS.
+        tmp_path: an empty folder.
+        inputs: by Hugging Face's names, for both sides.
+        seed: of the weights.
+        tolerance: of outputs, relative to the reference's largest value.
+        gradient_tolerance: relative to a tensor's largest gradient, or to `gradient_floor` times
+            the model's largest: sums that nearly cancel (query and key kernels) have no more.
+        attentions: whether both sides return attention probabilities.
+        spread: of the random numbers added to all weights.
+    """
+    twin = torch_twin(family, config, head, seed, spread)
+    twin.save_pretrained(tmp_path / "torch")
+    model, variables = fmjax.load(tmp_path / "torch")
+    assert model.head == head
+    assert model.config == config
+    check_numbers(
+        family, model, variables, twin, inputs, tmp_path,
+        tolerance=tolerance, gradient_tolerance=gradient_tolerance,
+        gradient_floor=gradient_floor, attentions=attentions,
+    )  # fmt: skip
+    check_round_trip(model, variables, type(twin), tmp_path)
+
+
+def torch_outputs(twin, inputs, *, attentions=True):
+    """The twin's outputs in float64, under our names."""
+    tensors = {
+        name: torch.tensor(value).double() if value.dtype.kind == "f" else torch.tensor(value)
+        for name, value in inputs.items()
+    }
+    extra = {"output_attentions": True} if attentions else {}
+    out = twin(**tensors, output_hidden_states=True, return_dict=True, **extra)
+    named: dict[str, Any] = dict(out)
+    for name in ("hidden_states", "attentions"):
+        if f"decoder_{name}" in named:
+            named[name] = named.pop(f"decoder_{name}")
+    return named
+
+
+def check_numbers(
+    family, model, variables, twin, inputs, tmp_path, *,
+    tolerance=1e-5, gradient_tolerance=1e-5, gradient_floor=1e-2, attentions=True,
+) -> None:  # fmt: skip
+    """Outputs, hidden states, attentions and gradients; see `check_head`."""
+    twin = twin.double()
+    reference = torch_outputs(twin, inputs, attentions=attentions)
+    rng = np.random.default_rng(0)
+    names = [name for name in OUTPUTS if reference.get(name) is not None]
+    # A cotangent for each output, and one for a hidden state inside.
+    weights = {name: rng.normal(size=tuple(reference[name].shape)) for name in names}
+
+    def run(variables):
+        out = model.apply(
+            variables, **inputs, output_hidden_states=True, output_attentions=attentions
+        )
+        total = sum(jnp.vdot(getattr(out, name), weights[name]) for name in names)
+        return total, out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(variables)
+    for name in OUTPUTS:
+        ours = getattr(out, name)
+        assert (ours is None) == (name not in names), f"{name}: ours {ours}, theirs {names}"
+        if ours is not None:
+            assert_near(ours, reference[name].detach(), name, tolerance)
+    for name in LAYERS:
+        theirs = reference.get(name)
+        ours = getattr(out, name)
+        if not theirs or theirs[0] is None:
+            assert not ours or not attentions, f"{name}: PyTorch returns none"
+            continue
+        assert ours is not None, f"{name} is missing"
+        for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_near(mine, other.detach(), f"{name} {i}", tolerance)
+    sum((reference[name] * torch.tensor(weights[name])).sum() for name in names).backward()
+    for parameter in twin.parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.data = grad
+    # Saved, so that gradients come under the names of files.
+    twin.save_pretrained(tmp_path / "gradients")
+    theirs = safetensors.numpy.load_file(tmp_path / "gradients" / "model.safetensors")
+    largest = max(np.abs(grad).max(initial=0) for grad in theirs.values())
+    ours = exported(family, model, grads)
+    zeros = exported(family, model, jax.tree.map(jnp.zeros_like, grads))  # rules may add constants
+    assert theirs.keys() <= ours.keys(), sorted(theirs.keys() - ours.keys())
+    for name, grad in theirs.items():
+        scale = max(np.abs(grad).max(initial=0), gradient_floor * largest)
+        error = np.abs(ours[name] - zeros[name] - grad).max(initial=0) / scale
+        assert error <= gradient_tolerance, f"gradient of {name}: relative error {error:.2e}"
+
+
+def exported(family, model, tree) -> dict[str, np.ndarray]:
+    """A tree shaped as the variables, as tensors by PyTorch's names."""
+    table = family.rules(model.config, model.head)
+    return {tensor.name: tensor.read() for tensor in export_params(table, flatten(tree))}
+
+
+def check_round_trip(model, variables, torch_class, tmp_path) -> None:
+    """PyTorch loads what `fmjax.save` writes, nothing missing, and every number is as it was."""
+    fmjax.save(tmp_path / "fmjax", model, variables)
+    again, info = torch_class.from_pretrained(tmp_path / "fmjax", output_loading_info=True)
+    assert not any(info.values()), info
+    before = torch_class.from_pretrained(tmp_path / "torch").state_dict()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    model_again, variables_again = fmjax.load(tmp_path / "fmjax")
+    assert model_again == model
+    flat = flatten(variables_again)
+    for path, leaf in flatten(variables).items():
+        np.testing.assert_array_equal(flat[path], leaf, err_msg=path)
+
+
+def check_fixture(folder: Path, *, tolerance: float = 2e-4) -> None:
+    """A checkpoint of tests/fixtures against the outputs that PyTorch recorded beside it."""
+    model, variables = fmjax.load(folder)
+    io = np.load(folder / "io.npz")
+    inputs = {
+        key.removeprefix("in."): io[key]
+        for key in io.files
+        if key.startswith("in.") and key != "in.labels"
+    }
+    out = model.apply(variables, **inputs, output_hidden_states=True, output_attentions=True)
+    checked = 0
+    for key in io.files:
+        field, _, index = key.removeprefix("pt.").partition(".")
+        if not key.startswith("pt.") or field in ("loss", "past_key_values"):
+            continue
+        if field in ("decoder_hidden_states", "decoder_attentions"):
+            field = field.removeprefix("decoder_")
+        if field.startswith("generate"):
+            continue
+        ours = getattr(out, field) if not index else getattr(out, field)[int(index)]
+        assert_near(ours, io[key], key, tolerance)
+        checked += 1
+    assert checked >= 3
+
+
+def check_decoding(model, variables, *, length=9, tolerance=1e-5, seed=0) -> None:
+    """Cached decoding in pieces equals the full pass, with left padding too; it is causal."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, model.config.vocab_size, (2, length))
+    full = jax.jit(lambda v, ids: model.apply(v, input_ids=ids).logits)(variables, ids)
+    decode = jax.jit(
+        lambda v, ids, mask, positions, cache: model.apply(
+            v, input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache,
+            output_logits=False,
+        )
+    )  # fmt: skip
+    padding = 2
+    capacity = length + padding + 1
+    mask = np.ones((2, capacity), np.int32)
+    mask[:, :padding] = 0
+    padded = np.concatenate([np.full((2, padding), 3), ids], axis=1)
+    positions = np.maximum(np.arange(length + padding) - padding, 0)[None].repeat(2, axis=0)
+    cache, parts = model.init_cache(2, capacity), []
+    pieces = ((0, length + padding - 2), *((i, i + 1) for i in (length, length + 1)))
+    for start, end in pieces:
+        out = decode(
+            variables, padded[:, start:end], mask, positions[:, start:end], cache
+        )
+        cache = out.cache
+        hidden = out.last_hidden_state
+        parts.append(model.apply(variables, hidden, method="unembed"))
+    assert int(cache["length"]) == length + padding
+    logits = np.concatenate(parts, axis=1)[:, padding:]
+    assert_near(logits, full, "cached", tolerance)
+    changed = ids.copy()
+    changed[:, length - 2 :] = 3
+    after = model.apply(variables, input_ids=changed).logits
+    scale = float(np.abs(full).max())
+    np.testing.assert_allclose(
+        after[:, : length - 2], full[:, : length - 2], atol=1e-5 * scale
+    )  # causal
+
+
+def check_sizes(family, classes: dict[str, str]) -> None:
+    """Every published variant has as many parameters as PyTorch's bare model.
+
+    Args:
+        family: a module of fmjax.models.
+        classes: by variant, the transformers class to count.
+    """
+    from fmjax import hub
+
+    for name, torch_class in classes.items():
+        config = family.VARIANTS[name]
+        abstract = hub.abstract_variables(family.Model(config))
+        ours = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+        data = config_to_json(config, {})
+        data.pop("label2id", None)
+        with torch.device("meta"):
+            twin = getattr(transformers, torch_class)(
+                transformers.AutoConfig.for_model(family.MODEL_TYPE, **data)
+            )
+        assert ours == sum(p.numel() for p in twin.parameters()), name
+
+
+def shuffled(variables, seed=0, spread=0.2):
+    """The variables with random numbers added everywhere, norms and biases too."""
+    rng = np.random.default_rng(seed)
+    flat = flatten(variables)
+    return unflatten(
+        {path: leaf + spread * rng.normal(size=leaf.shape) for path, leaf in flat.items()}
+    )
