@@ -114,7 +114,7 @@ def attend(
     *,
     mask: Array | None = None,
     bias: Array | None = None,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     softcap: float | None = None,
     rng: Array | None = None,
     dropout_rate: float = 0.0,
@@ -143,7 +143,7 @@ def attend(
     # Heads are brought forward once and the mask is added, not selected: measured on CPU, the
     # products then need no transposes of their own and the softmax fuses.
     scale = 1.0 / math.sqrt(size) if scale is None else scale
-    query = jnp.swapaxes(query * scale, 1, 2)  # [B, H, T, K]
+    query = jnp.swapaxes((query * scale).astype(query.dtype), 1, 2)  # [B, H, T, K]
     query = query.reshape(batch, groups, heads // groups * length, size)
     scores = jnp.einsum("BGTK,BGSK->BGTS", query, key)
     scores = scores.reshape(batch, heads, length, keys).astype(jnp.float32)
@@ -171,7 +171,8 @@ class Attention(nn.Module):
         dropout_rate: of the probabilities.
         train: whether to drop.
         with_probabilities: whether the probabilities are returned.
-        kernel_init: initializer of the four kernels.
+        kernel_init: initializer of the kernels.
+        out_init: of the output's kernel; None is as `kernel_init`.
         num_key_value_heads: G; None is H.
         head_dim: K; None is D / H.
         use_bias: whether query, key and value have biases.
@@ -188,11 +189,12 @@ class Attention(nn.Module):
     train: bool = False
     with_probabilities: bool = False
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    out_init: Callable[..., Array] | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     use_bias: bool = True
     out_bias: bool | None = None
-    scale: float | None = None
+    scale: float | Array | None = None
     softcap: float | None = None
     head_norm: Callable[..., nn.Module] | None = None
     interleaved: bool = False
@@ -267,5 +269,6 @@ class Attention(nn.Module):
         )
         out = out.reshape(*x.shape[:-1], self.num_heads * size)  # [B, T, H * K]
         out_bias = self.use_bias if self.out_bias is None else self.out_bias
-        out = Dense(width, out_bias, self.kernel_init, name="out")(out)  # [B, T, D]
+        out_init = self.kernel_init if self.out_init is None else self.out_init
+        out = Dense(width, out_bias, out_init, name="out")(out)  # [B, T, D]
         return out, probabilities, cache

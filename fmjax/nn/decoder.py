@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ class Inputs(NamedTuple):
         capacity: S, T without a cache.
         start: positions already in the cache, int32 [] or 0.
         train: whether dropout is on.
+        extra: what a family takes besides, by name.
     """
 
     input_ids: Array | None
@@ -40,6 +43,7 @@ class Inputs(NamedTuple):
     capacity: int
     start: Array | int
     train: bool
+    extra: Mapping[str, Any] = MappingProxyType({})
 
     def mask(self, window: int | None = None) -> Array | None:
         """The causal mask, bool [B | 1, 1, T, S], perhaps of a sliding window."""

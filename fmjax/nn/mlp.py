@@ -58,6 +58,7 @@ class Mlp(nn.Module):
         width: F, the inner width.
         act: name of the activation, as in config.json.
         kernel_init: initializer of the kernels.
+        out_init: of the kernel "down"; None is as `kernel_init`.
         use_bias: whether the layers have biases.
         gated: whether there is a gate.
     """
@@ -65,18 +66,20 @@ class Mlp(nn.Module):
     width: int
     act: str
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    out_init: Callable[..., Array] | None = None
     use_bias: bool = True
     gated: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
-        def dense(features: int, name: str) -> Dense:
-            return Dense(features, self.use_bias, self.kernel_init, name=name)
+        def dense(name: str) -> Dense:
+            return Dense(self.width, self.use_bias, self.kernel_init, name=name)
 
-        hidden = dense(self.width, "up")(x)  # [..., F]
+        hidden = dense("up")(x)  # [..., F]
         act = activation(self.act)
         if self.gated:
-            hidden = act(dense(self.width, "gate")(x)) * hidden
+            hidden = act(dense("gate")(x)) * hidden
         else:
             hidden = act(hidden)
-        return dense(x.shape[-1], "down")(hidden)
+        out_init = self.kernel_init if self.out_init is None else self.out_init
+        return Dense(x.shape[-1], self.use_bias, out_init, name="down")(hidden)
