@@ -19,9 +19,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fmjax.data import assets
+from fmjax.data.builders import SPLITS, prepared
 from fmjax.data.text import TextExamples, from_builder
-
-SPLITS = ("train", "val", "test")
 
 
 class Source(NamedTuple):
@@ -80,22 +79,7 @@ def builder(set_name: str) -> Sentiment:
     """
     if set_name not in SETS:
         raise ValueError(f"no sentiment set is called {set_name!r}; there are {sorted(SETS)}")
-    place: dict[str, Any] = {
-        "config": set_name,
-        "data_dir": str(assets.home() / "tfds"),
-        "file_format": "array_record",
-    }
-    first = Sentiment(**place)
-    try:
-        first.download_and_prepare()
-    except OSError:
-        # TFDS writes into a folder of its own and renames it, which fails if another process
-        # was faster. Its files are the same, so a builder that finds them there will do.
-        second = Sentiment(**place)
-        if not second.data_path.is_dir():
-            raise
-        return second
-    return first
+    return prepared(Sentiment, config=set_name)
 
 
 class Sentiment(tfds.core.GeneratorBasedBuilder):
