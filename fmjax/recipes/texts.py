@@ -18,7 +18,8 @@ from fmjax.data import (
     fetch,
     load_text,
 )
-from fmjax.data.batches import batches, choose_buckets
+from fmjax.data.batches import batches
+from fmjax.data.buckets import choose_buckets
 
 HELD_OUT = 10  # one text in ten, when a file of training texts comes without validation texts
 

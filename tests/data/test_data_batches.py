@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fmjax.data.batches import EncodedText, batches, choose_buckets, encode
+from fmjax.data.batches import batches
+from fmjax.data.buckets import choose_buckets
+from fmjax.data.encoding import EncodedText, encode
 from fmjax.data.text import TextExamples
 
 PAD = 7
@@ -277,7 +279,8 @@ def test_prefetching_changes_nothing_and_leaves_no_thread():
 def test_a_program_that_stops_half_way_ends():
     program = """
 import numpy as np
-from fmjax.data.batches import EncodedText, batches
+from fmjax.data import EncodedText
+from fmjax.data.batches import batches
 data = EncodedText(np.ones(900, np.int32), np.arange(901), 32)
 stream = batches(data, batch_size=4, pad_id=0)
 print(next(stream)["weight"].sum())
@@ -415,7 +418,7 @@ def test_encode_in_parts_is_the_same(monkeypatch):
     texts = ["a " * n + "film" for n in range(10)]
     examples = TextExamples(texts, None, ())
     whole = encode(tokenizer(), examples, max_length=9)
-    monkeypatch.setattr("fmjax.data.batches.TOKENIZED_AT_ONCE", 3)
+    monkeypatch.setattr("fmjax.data.tokens.TOKENIZED_AT_ONCE", 3)
     parts = encode(tokenizer(), examples, max_length=9)
     assert parts.fingerprint == whole.fingerprint
 
