@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jax import Array
 
-from fmjax.types import Batch, Output, Variables
+from fmjax.types import Batch, LossFn, Output, Variables
 
 # What a batch carries beside the model's inputs.
-TARGETS = frozenset({"labels", "weight", "index"})
+TARGETS = frozenset(
+    {
+        "labels",
+        "weight",
+        "index",
+        "special_tokens_mask",  # tokens that are never masked
+        "word_ids",  # the word that each token is of
+        "next_sentence_label",
+        "sentence_order_label",
+        "segment_ids",  # the document that each token of a packed row is of
+        "start_positions",
+        "end_positions",
+    }
+)
 # Collections that a training pass changes.
 MUTABLE = ("batch_stats",)
 
@@ -24,11 +38,12 @@ class Apply(Protocol):
     ) -> tuple[Output, Variables]: ...
 
 
-def apply_fn(model: Any) -> Apply:
+def apply_fn(model: Any, **options: Any) -> Apply:
     """The model applied to a batch's inputs, by their names.
 
     Args:
         model: from `fmjax.load` or `fmjax.create`.
+        options: further arguments of every call, such as ``output_logits=False``.
     """
 
     def apply(
@@ -37,9 +52,49 @@ def apply_fn(model: Any) -> Apply:
         inputs = {name: value for name, value in batch.items() if name not in TARGETS}
         mutable = [name for name in MUTABLE if train and name in variables]
         rngs = {} if rng is None else {"dropout": rng}
-        return model.apply(variables, **inputs, train=train, rngs=rngs, mutable=mutable)
+        return model.apply(variables, **inputs, **options, train=train, rngs=rngs, mutable=mutable)
 
     return apply
+
+
+class Total(NamedTuple):
+    """A mean over a whole set, by its two sums in float64."""
+
+    total: float
+    weight: float
+
+    @property
+    def value(self) -> float:
+        """total / weight; 0 where nothing was weighed."""
+        return self.total / self.weight if self.weight else 0.0
+
+
+def means(loss_fn: LossFn, variables: Variables, batches: Iterable[Batch]) -> dict[str, Total]:
+    """The loss and its metrics over a whole set; batches count by their weights.
+
+    Args:
+        loss_fn: built with ``train=False``.
+        variables: the model's.
+        batches: each example once; rows of weight 0 do not count.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+
+    @jax.jit
+    def step(variables: Variables, batch: Batch) -> dict[str, tuple[Array, Array]]:
+        loss, aux = loss_fn(variables, batch, None)
+        return {"loss": (loss * aux.weight, aux.weight), **aux.metrics}
+
+    sums: dict[str, Total] = {}
+    for batch in batches:
+        for name, mean in step(variables, batch).items():
+            total, weight = (float(part) for part in mean)
+            before = sums.get(name, Total(0.0, 0.0))
+            sums[name] = Total(before.total + total, before.weight + weight)
+    if not sums:
+        raise ValueError("there are no batches to evaluate on")
+    return sums
 
 
 def collect(
@@ -70,9 +125,43 @@ def collect(
             rows = np.zeros((size, *values.shape[1:]), values.dtype)
         rows[index[real]] = values[real]
         np.add.at(seen, index[real], 1)
-    if rows is None or (seen != 1).any():
-        raise ValueError(
-            f"{int((seen != 1).sum())} of {size} examples did not come exactly once; iterate over "
-            "one epoch without shuffling"
-        )
+    _check_each_once(seen)
+    assert rows is not None  # some example came
     return rows
+
+
+def collect_ragged(
+    fn: Callable[[Variables, Batch], Iterable[Any]],
+    variables: Variables,
+    batches: Iterable[Batch],
+    *,
+    size: int,
+) -> list[Any]:
+    """As `collect`, where examples differ in length or kind.
+
+    Args:
+        fn: ``(variables, batch) -> B results``, one for each row.
+        variables: the model's.
+        batches: each example once; ``index`` [B] is its place, -1 a padding row.
+        size: N, how many examples there are.
+
+    Raises:
+        ValueError: the batches do not hold each example exactly once.
+    """
+    rows: list[Any] = [None] * size
+    seen = np.zeros(size, np.int64)
+    for batch in batches:
+        for place, value in zip(np.asarray(batch["index"]), fn(variables, batch), strict=True):
+            if place >= 0:
+                rows[place] = value
+                seen[place] += 1
+    _check_each_once(seen)
+    return rows
+
+
+def _check_each_once(seen: np.ndarray) -> None:
+    if not len(seen) or (seen != 1).any():
+        raise ValueError(
+            f"{int((seen != 1).sum())} of {len(seen)} examples did not come exactly once; iterate "
+            "over one epoch without shuffling"
+        )
