@@ -32,7 +32,7 @@ BOOKKEEPING = frozenset(
     max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
     output_scores prefix remove_invalid_values repetition_penalty return_dict_in_generate
     sep_token_id suppress_tokens temperature top_k top_p typical_p
-    chunk_size_feed_forward tie_encoder_decoder label2id num_labels
+    chunk_size_feed_forward tie_encoder_decoder label2id num_labels is_encoder_decoder
     """.split()
 )
 # Keys that would change the function if they had another value, in every family.
@@ -68,7 +68,8 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
     Args:
         cls: a family's Config.
         data: the parsed file.
-        fixed: keys that are not fields and must have the value given here.
+        fixed: keys that are not fields and must have the value given here, or one of the values
+            of a frozenset.
 
     Raises:
         ValueError: keys that are neither fields, nor bookkeeping, nor at their fixed value; values
@@ -78,7 +79,9 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
     hints = typing.get_type_hints(cls)
     problems: list[str] = []
     values: dict[str, Any] = {}
-    for key, value in one_rope_dialect(data, hints).items():
+    named, alias_problems = _own_names(one_rope_dialect(data, hints), cls)
+    problems += alias_problems
+    for key, value in named.items():
         if key == "id2label":
             continue
         if key in hints:
@@ -87,8 +90,10 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
             except ValueError as error:
                 problems.append(f"{key}={value!r} {error}")
         elif key in fixed:
-            if value != fixed[key]:
-                problems.append(f"{key}={value!r} is not supported; only {fixed[key]!r} is")
+            allowed = fixed[key] if isinstance(fixed[key], frozenset) else [fixed[key]]
+            if value not in list(allowed):
+                only = " or ".join(sorted(map(repr, allowed)))
+                problems.append(f"{key}={value!r} is not supported; only {only} is")
         elif key not in BOOKKEEPING:
             problems.append(f"{key}={value!r} is not a key this family knows")
     if "id2label" in hints:
@@ -104,6 +109,22 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
             "support in the family."
         )
     return cls(**values)
+
+
+def _own_names(data: Mapping[str, Any], cls: Any) -> tuple[dict[str, Any], list[str]]:
+    """Keys that are other names of a field (its metadata's ``also``) under the field's name."""
+    result, problems = dict(data), []
+    for field in dataclasses.fields(cls):
+        for alias in field.metadata.get("also", ()):
+            if alias not in result:
+                continue
+            value = result.pop(alias)
+            if result.setdefault(field.name, value) != value:
+                problems.append(
+                    f"{alias}={value!r} is another name of {field.name}, which is "
+                    f"{result[field.name]!r}; delete the wrong one"
+                )
+    return result, problems
 
 
 def one_rope_dialect(data: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Used by the tests of tests/models: ``from parity import check_head``.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def check_head(
     gradient_floor: float = 1e-2,
     attentions: bool = True,
     spread: float = 0.2,
+    unused: Collection[str] = (),
 ) -> None:
     """Outputs, hidden states, attentions, gradients, and the weights' way there and back.
 
@@ -104,6 +106,7 @@ def check_head(
             the model's largest: sums that nearly cancel (query and key kernels) have no more.
         attentions: whether both sides return attention probabilities.
         spread: of the random numbers added to all weights.
+        unused: tensors that PyTorch has and does not use, which are not compared.
     """
     twin = torch_twin(family, config, head, seed, spread)
     twin.save_pretrained(tmp_path / "torch")
@@ -113,9 +116,9 @@ def check_head(
     check_numbers(
         family, model, variables, twin, inputs, tmp_path,
         tolerance=tolerance, gradient_tolerance=gradient_tolerance,
-        gradient_floor=gradient_floor, attentions=attentions,
+        gradient_floor=gradient_floor, attentions=attentions, unused=unused,
     )  # fmt: skip
-    check_round_trip(model, variables, type(twin), tmp_path)
+    check_round_trip(model, variables, type(twin), tmp_path, unused=unused)
 
 
 def torch_outputs(twin, inputs, *, attentions=True):
@@ -135,7 +138,7 @@ def torch_outputs(twin, inputs, *, attentions=True):
 
 def check_numbers(
     family, model, variables, twin, inputs, tmp_path, *,
-    tolerance=1e-5, gradient_tolerance=1e-5, gradient_floor=1e-2, attentions=True,
+    tolerance=1e-5, gradient_tolerance=1e-5, gradient_floor=1e-2, attentions=True, unused=(),
 ) -> None:  # fmt: skip
     """Outputs, hidden states, attentions and gradients; see `check_head`."""
     twin = twin.double()
@@ -166,6 +169,8 @@ def check_numbers(
             continue
         assert ours is not None, f"{name} is missing"
         for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            if "hidden" in name:  # with choices, PyTorch's last one alone is [B, N, T, D]
+                other = other.reshape(-1, *other.shape[-2:])
             assert_near(mine, other.detach(), f"{name} {i}", tolerance)
     sum((reference[name] * torch.tensor(weights[name])).sum() for name in names).backward()
     for parameter in twin.parameters():
@@ -178,7 +183,8 @@ def check_numbers(
     ours = exported(family, model, grads)
     zeros = exported(family, model, jax.tree.map(jnp.zeros_like, grads))  # rules may add constants
     assert theirs.keys() <= ours.keys(), sorted(theirs.keys() - ours.keys())
-    for name, grad in theirs.items():
+    for name in theirs.keys() - set(unused):
+        grad = theirs[name]
         scale = max(np.abs(grad).max(initial=0), gradient_floor * largest)
         error = np.abs(ours[name] - zeros[name] - grad).max(initial=0) / scale
         assert error <= gradient_tolerance, f"gradient of {name}: relative error {error:.2e}"
@@ -190,13 +196,14 @@ def exported(family, model, tree) -> dict[str, np.ndarray]:
     return {tensor.name: tensor.read() for tensor in export_params(table, flatten(tree))}
 
 
-def check_round_trip(model, variables, torch_class, tmp_path) -> None:
+def check_round_trip(model, variables, torch_class, tmp_path, *, unused=()) -> None:
     """PyTorch loads what `fmjax.save` writes, nothing missing, and every number is as it was."""
     fmjax.save(tmp_path / "fmjax", model, variables)
     again, info = torch_class.from_pretrained(tmp_path / "fmjax", output_loading_info=True)
     assert not any(info.values()), info
     before = torch_class.from_pretrained(tmp_path / "torch").state_dict()
-    for name, tensor in again.state_dict().items():
+    for name in again.state_dict().keys() - set(unused):
+        tensor = again.state_dict()[name]
         assert torch.equal(tensor, before[name]), name
     model_again, variables_again = fmjax.load(tmp_path / "fmjax")
     assert model_again == model
@@ -212,7 +219,7 @@ def check_fixture(folder: Path, *, tolerance: float = 2e-4) -> None:
     inputs = {
         key.removeprefix("in."): io[key]
         for key in io.files
-        if key.startswith("in.") and key != "in.labels"
+        if key.startswith("in.") and key != "in.labels" and "leftpad" not in key
     }
     out = model.apply(variables, **inputs, output_hidden_states=True, output_attentions=True)
     checked = 0
@@ -250,9 +257,7 @@ def check_decoding(model, variables, *, length=9, tolerance=1e-5, seed=0) -> Non
     cache, parts = model.init_cache(2, capacity), []
     pieces = ((0, length + padding - 2), *((i, i + 1) for i in (length, length + 1)))
     for start, end in pieces:
-        out = decode(
-            variables, padded[:, start:end], mask, positions[:, start:end], cache
-        )
+        out = decode(variables, padded[:, start:end], mask, positions[:, start:end], cache)
         cache = out.cache
         hidden = out.last_hidden_state
         parts.append(model.apply(variables, hidden, method="unembed"))
@@ -266,6 +271,31 @@ def check_decoding(model, variables, *, length=9, tolerance=1e-5, seed=0) -> Non
     np.testing.assert_allclose(
         after[:, : length - 2], full[:, : length - 2], atol=1e-5 * scale
     )  # causal
+
+
+def check_old_file(family, config, head, tmp_path, *, extra=(), rename=str) -> None:
+    """A file as old versions wrote them loads the same: other names, more tensors.
+
+    Args:
+        family: a module of fmjax.models.
+        config: its Config.
+        head: a key of its HEADS.
+        tmp_path: an empty folder.
+        extra: names of tensors that are in the file too and that nobody needs.
+        rename: from PyTorch's name of a tensor to the one in the file.
+    """
+    model, variables = fmjax.create(family.MODEL_TYPE, config, head=head, rng=jax.random.key(0))
+    fmjax.save(tmp_path, model, variables)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors = {rename(name): tensor for name, tensor in tensors.items()}
+    tensors |= {name: np.zeros((1, 1), np.float32) for name in extra}
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    again, read = fmjax.load(tmp_path)
+    assert again == model
+    flat = flatten(read)
+    for path, leaf in flatten(variables).items():
+        np.testing.assert_array_equal(flat[path], leaf, err_msg=path)
 
 
 def check_sizes(family, classes: dict[str, str]) -> None:

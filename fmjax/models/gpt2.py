@@ -49,7 +49,6 @@ class Config:
     pad_token_id: int | None = None
     classifier_dropout: float | None = None
     # Of the head "double_heads" alone.
-    summary_type: str = "cls_index"
     summary_use_proj: bool = True
     summary_activation: str | None = None
     summary_proj_to_labels: bool = True
@@ -65,12 +64,10 @@ class Config:
             rate = dataclasses.asdict(self)[name]
             if not 0 <= rate < 1:
                 problems.append(f"{name}={rate} must be at least 0 and below 1")
-        if self.summary_type not in ("last", "first", "mean", "cls_index"):
-            problems.append(
-                f"summary_type={self.summary_type!r} must be 'last', 'first', 'mean' or 'cls_index'"
-            )
         if self.summary_activation not in (None, "tanh"):
-            problems.append(f"summary_activation={self.summary_activation!r} must be 'tanh' or null")
+            problems.append(
+                f"summary_activation={self.summary_activation!r} must be 'tanh' or null"
+            )
         if problems:
             raise ValueError("gpt2 config: " + "; ".join(problems))
 
@@ -192,7 +189,7 @@ class Block(nn.Module):
             update, crossed, _ = attention("cross_attn")(
                 norm("norm_cross", hidden),
                 mask=shared.encoder_mask,
-                    others=shared.encoder,
+                others=shared.encoder,
             )
             hidden = hidden + drop(update)
         inner = 4 * config.n_embd if config.n_inner is None else config.n_inner
@@ -230,15 +227,10 @@ class Summary(nn.Module):
     @nn.compact
     def __call__(self, hidden: Array, at: Array | None, train: bool) -> Array:
         config = self.config
-        match config.summary_type:
-            case "first":
-                x = hidden[:, 0]  # [B, D]
-            case "mean":
-                x = hidden.mean(axis=1)
-            case "cls_index" if at is not None:
-                x = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
-            case _:
-                x = hidden[:, -1]
+        if at is None:
+            x = hidden[:, -1]  # [B, D]
+        else:
+            x = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
         x = Dropout(config.summary_first_dropout)(x, train)
         if config.summary_use_proj:
             labels = config.summary_proj_to_labels
@@ -368,8 +360,9 @@ def inputs(config: Config, head: str) -> dict[str, Array]:
 
 
 PREFIX = "transformer."
-# Constants that files list and this code has no other way to compute.
-FIXED = {"n_ctx": 1024, "reorder_and_upcast_attn": False}
+# n_ctx is an old name of n_positions that changes nothing. PyTorch's summary has other types, which
+# take the choices for positions.
+FIXED = {"n_ctx": 1024, "reorder_and_upcast_attn": False, "summary_type": "cls_index"}
 IGNORED = (r"\.attn\.(bias|masked_bias)$", r"\.crossattention\.(bias|masked_bias)$")
 
 

@@ -173,6 +173,7 @@ class Attention(nn.Module):
         with_probabilities: whether the probabilities are returned.
         kernel_init: initializer of the kernels.
         out_init: of the output's kernel; None is as `kernel_init`.
+        query_init: of the queries' kernel; None is as `kernel_init`.
         num_key_value_heads: G; None is H.
         head_dim: K; None is D / H.
         use_bias: whether query, key and value have biases.
@@ -190,6 +191,7 @@ class Attention(nn.Module):
     with_probabilities: bool = False
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
     out_init: Callable[..., Array] | None = None
+    query_init: Callable[..., Array] | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     use_bias: bool = True
@@ -233,7 +235,9 @@ class Attention(nn.Module):
         groups = self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
         def project(states: Array, heads: int, name: str) -> Array:
-            y = Dense(heads * size, self.use_bias, self.kernel_init, name=name)(states)
+            init = self.query_init if name == "query" else None
+            init = self.kernel_init if init is None else init
+            y = Dense(heads * size, self.use_bias, init, name=name)(states)
             y = y.reshape(*y.shape[:-1], heads, size)  # [B, T, H, K]
             if name == "value":
                 return y

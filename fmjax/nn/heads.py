@@ -50,6 +50,7 @@ class VocabularyHead(nn.Module):
         epsilon: of the layer norm.
         tied: whether the input embedding is the output matrix.
         kernel_init: initializer of the kernels.
+        width: of the transform, which is that of a tied embedding; None is D.
     """
 
     vocab_size: int
@@ -57,10 +58,11 @@ class VocabularyHead(nn.Module):
     epsilon: float
     tied: bool
     kernel_init: Callable[..., Array]
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, embed: Embed) -> Array:  # [B, T, D] -> [B, T, V] float32
-        width = x.shape[-1]
+        width = x.shape[-1] if self.width is None else self.width
         x = Dense(width, kernel_init=self.kernel_init, name="transform")(x)
         x = LayerNorm(self.epsilon, name="norm")(activation(self.act)(x))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))

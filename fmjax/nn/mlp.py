@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
 
 
@@ -61,6 +62,8 @@ class Mlp(nn.Module):
         out_init: of the kernel "down"; None is as `kernel_init`.
         use_bias: whether the layers have biases.
         gated: whether there is a gate.
+        dropout_rate: of the inner activations.
+        train: whether to drop.
     """
 
     width: int
@@ -69,6 +72,8 @@ class Mlp(nn.Module):
     out_init: Callable[..., Array] | None = None
     use_bias: bool = True
     gated: bool = False
+    dropout_rate: float = 0.0
+    train: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
@@ -81,5 +86,6 @@ class Mlp(nn.Module):
             hidden = act(dense("gate")(x)) * hidden
         else:
             hidden = act(hidden)
+        hidden = Dropout(self.dropout_rate)(hidden, self.train)
         out_init = self.kernel_init if self.out_init is None else self.out_init
         return Dense(x.shape[-1], self.use_bias, out_init, name="down")(hidden)

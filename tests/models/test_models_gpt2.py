@@ -24,7 +24,7 @@ UNTIED = dataclasses.replace(
 )  # fmt: skip
 # PyTorch's class sets one label.
 CHOICES = dataclasses.replace(CONFIG, id2label=("LABEL_0",))
-UNSCALED = dataclasses.replace(CHOICES, scale_attn_weights=False, summary_type="mean")
+UNSCALED = dataclasses.replace(CHOICES, scale_attn_weights=False, summary_activation="tanh")
 CASES = [
     ("model", CONFIG),
     ("causal_lm", CONFIG),
@@ -64,7 +64,7 @@ def test_cached_decoding(scan):
 
 
 def test_published_sizes():
-    check_sizes(gpt2, {name: "GPT2Model" for name in gpt2.VARIANTS})
+    check_sizes(gpt2, dict.fromkeys(gpt2.VARIANTS, "GPT2Model"))
 
 
 def test_config_defaults_are_transformers_defaults():
@@ -79,7 +79,7 @@ def test_config_defaults_are_transformers_defaults():
     ("change", "words"),
     [
         ({"n_head": 7}, "n_embd=768 is not a multiple of n_head=7"),
-        ({"summary_type": "attn"}, "summary_type='attn'"),
+        ({"summary_activation": "relu"}, "summary_activation='relu'"),
         ({"attn_pdrop": 1.0}, "attn_pdrop=1.0"),
     ],
 )
