@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.attention import (
-    Attention,
-    Cache,
-    cache_capacity,
-    empty_cache,
-    make_attention_mask,
-)
+from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
+from fmjax.nn.encoder import Encoder, Inputs, Shared, TextEmbeddings
 from fmjax.nn.heads import VocabularyHead
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import Mlp
+from fmjax.nn.mlp import ACTIVATIONS, Mlp
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.stack import LayerOutput, run_stack
-from fmjax.types import Output, PyTree
-from fmjax.weights import TRANSPOSE, Rule
+from fmjax.nn.stack import LayerOutput
+from fmjax.types import Output
+from fmjax.weights import Rule, dense_rules, norm_rules, vocabulary_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +50,40 @@ class Config:
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.hidden_size % self.num_attention_heads:
-            problems.append(
-                f"hidden_size={self.hidden_size} is not a multiple of "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
-        if self.add_cross_attention and not self.is_decoder:
-            problems.append("add_cross_attention=True needs is_decoder=True")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            rate = dataclasses.asdict(self)[name]
-            if rate is not None and not 0 <= rate < 1:
-                problems.append(f"{name}={rate} must be at least 0 and below 1")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            problems.append(
-                f"pad_token_id={self.pad_token_id} is outside the vocabulary of {self.vocab_size}"
-            )
-        if problems:
-            raise ValueError("bert config: " + "; ".join(problems))
+        check_config(self)
+
+
+def check_config(config: Any, problems: Sequence[str] = ()) -> None:
+    """Refuses values that no encoder of this kind can have.
+
+    Args:
+        config: with BERT's names, as fields or properties.
+        problems: what the family has found besides.
+
+    Raises:
+        ValueError: all that is wrong.
+    """
+    problems = list(problems)
+    if config.hidden_size % config.num_attention_heads:
+        problems.append(
+            f"hidden_size={config.hidden_size} is not a multiple of "
+            f"num_attention_heads={config.num_attention_heads}"
+        )
+    if config.add_cross_attention and not config.is_decoder:
+        problems.append("add_cross_attention=True needs is_decoder=True")
+    if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
+        problems.append(
+            f"pad_token_id={config.pad_token_id} is outside the vocabulary of {config.vocab_size}"
+        )
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "drop" in field.name and value is not None and not 0 <= value < 1:
+            problems.append(f"{field.name}={value} must be at least 0 and below 1")
+        if field.name.endswith("_act") and value not in ACTIVATIONS:
+            problems.append(f"{field.name}={value!r} is not known; use one of {list(ACTIVATIONS)}")
+    if problems:
+        family = type(config).__module__.rsplit(".", 1)[-1]
+        raise ValueError(f"{family} config: " + "; ".join(problems))
 
 
 MODEL_TYPE = "bert"
@@ -109,329 +120,229 @@ VARIANTS = {
 }
 
 
-class Shared(NamedTuple):
-    """What every block reads.
-
-    Args:
-        mask: bool [B | 1, 1, T | 1, S] or None.
-        start: positions already in the cache, int32 [].
-        encoder: [B, S, D] or None.
-        encoder_mask: bool [B, 1, 1, S] or None.
-    """
-
-    mask: Array | None
-    start: Array | int
-    encoder: Array | None
-    encoder_mask: Array | None
-
-
 class Block(nn.Module):
     """Attention and feed-forward, each followed by dropout, residual and norm (post-norm)."""
 
-    config: Config
+    config: Any
     train: bool
     output_hidden_states: bool
     output_attentions: bool
 
     @nn.compact
     def __call__(
-        self, hidden: Array, cache: Cache | None, index: Array | int, shared: Shared
+        self, hidden: Array, cache: Any, index: Array | int, shared: Shared
     ) -> tuple[Array, LayerOutput]:  # [B, T, D] -> [B, T, D]
         config = self.config
-        init = nn.initializers.normal(config.initializer_range)
-
-        def attention(name: str) -> Attention:
-            return Attention(
-                config.num_attention_heads,
-                dropout_rate=config.attention_probs_dropout_prob,
-                train=self.train,
-                with_probabilities=self.output_attentions,
-                kernel_init=init,
-                name=name,
-            )
-
-        def add(hidden: Array, update: Array, name: str) -> Array:
-            update = Dropout(config.hidden_dropout_prob)(update, self.train)
-            return LayerNorm(config.layer_norm_eps, name=name)(hidden + update)
-
-        update, probabilities, cache = attention("attn")(
-            hidden, mask=shared.mask, cache=cache, start=shared.start
-        )
-        hidden = add(hidden, update, "norm_1")
+        # A cache that keeps the encoder's keys and values too has both by name.
+        own, cross = (cache["self"], cache["cross"]) if isinstance(cache, dict) else (cache, None)
+        update, probabilities, own = self.attend(self.enter(hidden, "norm_1"), own, index, shared)
+        hidden = self.leave(hidden, update, "norm_1")
         crossed = None
-        if config.add_cross_attention and shared.encoder is not None:
-            update, crossed, _ = attention("cross_attn")(
-                hidden, mask=shared.encoder_mask, others=shared.encoder
+        if config.add_cross_attention and (shared.encoder is not None or cross is not None):
+            update, crossed, made = self.attention("cross_attn")(
+                self.enter(hidden, "norm_cross"),
+                mask=shared.encoder_mask,
+                others=shared.encoder,
+                fixed=cross if shared.encoder is None else None,
             )
-            hidden = add(hidden, update, "norm_cross")
-        update = Mlp(config.intermediate_size, config.hidden_act, init, name="mlp")(hidden)
-        hidden = add(hidden, update, "norm_2")
+            if cross is not None and made is not None:
+                cross = Cache(
+                    made.key.astype(cross.key.dtype), made.value.astype(cross.value.dtype)
+                )
+            hidden = self.leave(hidden, update, "norm_cross")
+        update = self.feed_forward(self.enter(hidden, "norm_2"))
+        hidden = self.leave(hidden, update, "norm_2")
         copy = hidden if self.output_hidden_states else None
+        cache = {"self": own, "cross": cross} if isinstance(cache, dict) else own
         return hidden, LayerOutput(cache, copy, probabilities, crossed)
 
+    def enter(self, hidden: Array, norm: str) -> Array:
+        """What a sublayer reads: [B, T, D] -> [B, T, D]."""
+        return hidden
 
-class Embeddings(nn.Module):
-    """Word, position and token-type vectors, summed, normed and dropped."""
+    def leave(self, hidden: Array, update: Array, norm: str) -> Array:
+        """The hidden state after a sublayer."""
+        update = Dropout(self.config.hidden_dropout_prob)(update, self.train)
+        return LayerNorm(self.config.layer_norm_eps, name=norm)(hidden + update)
 
-    config: Config
+    def attend(
+        self, x: Array, cache: Cache | None, index: Array | int, shared: Shared
+    ) -> tuple[Array, Array | None, Cache | None]:
+        """Self-attention: ([B, T, D], probabilities, the cache with x)."""
+        return self.attention("attn")(
+            x,
+            mask=shared.mask,
+            bias=shared.bias,
+            rotary=shared.rotary,
+            cache=cache,
+            start=shared.start,
+        )
 
-    def setup(self) -> None:
-        config = self.config
-        init = nn.initializers.normal(config.initializer_range)
-        width = config.hidden_size
-        self.word = Embed(config.vocab_size, width, init, config.pad_token_id)
-        self.position = Embed(config.max_position_embeddings, width, init)
-        self.token_type = Embed(config.type_vocab_size, width, init)
-        self.norm = LayerNorm(config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+    def attention(self, name: str, **fields: Any) -> Attention:
+        """An attention layer by the config; `fields` are further ones."""
+        return Attention(
+            self.config.num_attention_heads,
+            dropout_rate=self.config.attention_probs_dropout_prob,
+            train=self.train,
+            with_probabilities=self.output_attentions,
+            kernel_init=nn.initializers.normal(self.config.initializer_range),
+            name=name,
+            **fields,
+        )
 
-    def __call__(
-        self,
-        input_ids: Array | None,
-        inputs_embeds: Array | None,
-        token_type_ids: Array | None,
-        position_ids: Array,
-        train: bool,
-    ) -> Array:  # [B, T] -> [B, T, D]
-        if inputs_embeds is None:
-            assert input_ids is not None  # the model has checked that there is exactly one
-            inputs_embeds = self.word(input_ids)
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros((1, 1), jnp.int32)
-        x = inputs_embeds + self.token_type(token_type_ids) + self.position(position_ids)
-        return self.dropout(self.norm(x), train)
+    def feed_forward(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        return Mlp(self.config.intermediate_size, self.config.hidden_act, init, name="mlp")(x)
 
 
 class Head(nn.Module):
-    """What each of `HEADS` makes of the last hidden state and the pooled first token."""
+    """What each head makes of the last hidden state and the pooled first token."""
 
-    config: Config
+    config: Any
     head: str
+
+    vocabulary: ClassVar[tuple[str, ...]] = VOCABULARY
+
+    @property
+    def vocabulary_act(self) -> str:
+        """The activation of the vocabulary head's transform."""
+        return self.config.hidden_act
+
+    @property
+    def vocabulary_width(self) -> int:
+        """The width of the vocabulary head's transform."""
+        return self.config.hidden_size
+
+    @property
+    def classifier_dropout(self) -> float:
+        """The rate before a classifier."""
+        rate = self.config.classifier_dropout
+        return self.config.hidden_dropout_prob if rate is None else rate
+
+    def sequence(self, hidden: Array, pooled: Array | None, train: bool) -> Array:
+        """What a whole sequence is scored by, dropout included: [B, D]."""
+        assert pooled is not None  # `Encoder.pool` gives it to the heads that take it
+        return self.drop(pooled, train)
 
     def setup(self) -> None:
         config = self.config
-        init = nn.initializers.normal(config.initializer_range)
-        if self.head in VOCABULARY:
+        if self.head in self.vocabulary:
             self.predictions = VocabularyHead(
                 config.vocab_size,
-                config.hidden_act,
+                self.vocabulary_act,
                 config.layer_norm_eps,
                 config.tie_word_embeddings,
-                init,
+                nn.initializers.normal(config.initializer_range),
+                self.vocabulary_width,
             )
-        if self.head in ("pretraining", "next_sentence_prediction"):
-            self.seq_relationship = Dense(2, kernel_init=init)
-        if features := {
-            "sequence_classification": len(config.id2label),
-            "token_classification": len(config.id2label),
-            "question_answering": 2,
-            "multiple_choice": 1,
-        }.get(self.head):
-            self.classifier = Dense(features, kernel_init=init)
-        rate = config.classifier_dropout
-        self.dropout = Dropout(config.hidden_dropout_prob if rate is None else rate)
-
-    def __call__(
-        self,
-        hidden: Array,
-        pooled: Array | None,
-        word: Embed,
-        batch_shape: tuple[int, ...],
-        *,
-        train: bool,
-        output_logits: bool,
-    ) -> Output:
-        def dense(layer: Dense, x: Array | None, *, drop: bool = False) -> Array:
-            assert x is not None  # every head that takes the pooled token is in POOLED
-            return layer(self.dropout(x, train and drop)).astype(jnp.float32)
-
-        def vocabulary() -> Array | None:  # [B, T, D] -> [B, T, V]
-            return self.predictions(hidden, word) if output_logits else None
-
-        states = None if output_logits else hidden
-        match self.head:
-            case "model":
-                return Output(last_hidden_state=hidden, pooler_output=pooled)
-            case "masked_lm" | "causal_lm":
-                return Output(logits=vocabulary(), last_hidden_state=states)
-            case "pretraining":
-                return Output(
-                    prediction_logits=vocabulary(),
-                    last_hidden_state=states,
-                    seq_relationship_logits=dense(self.seq_relationship, pooled),
-                )
-            case "next_sentence_prediction":
-                return Output(logits=dense(self.seq_relationship, pooled))
-            case "sequence_classification":
-                return Output(logits=dense(self.classifier, pooled, drop=True))
-            case "token_classification":
-                return Output(logits=dense(self.classifier, hidden, drop=True))
-            case "question_answering":
-                start, end = jnp.moveaxis(dense(self.classifier, hidden), -1, 0)  # [B, T] each
-                return Output(start_logits=start, end_logits=end)
-            case "multiple_choice":
-                scores = dense(self.classifier, pooled, drop=True)  # [B * N, 1]
-                return Output(logits=scores.reshape(batch_shape[:-1]))
-        raise ValueError(f"bert has no head {self.head!r}; it has {sorted(HEADS)}")
-
-
-class Model(nn.Module):
-    """BERT with one head.
-
-    Args:
-        config: the function's sizes and constants.
-        head: a key of `HEADS`.
-        scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: blocks are recomputed in the backward pass.
-    """
-
-    config: Config
-    head: str = "model"
-    scan: bool = False
-    remat: bool = False
-
-    def setup(self) -> None:
-        self.embed = Embeddings(self.config)
-        self.outputs = Head(self.config, self.head, name="head")
-
-    def unembed(self, hidden: Array) -> Array:
-        """Logits of any last hidden states, by a vocabulary head: [..., D] -> [..., V] float32."""
-        return self.outputs.predictions(hidden, self.embed.word)
 
     @nn.compact
     def __call__(
         self,
-        input_ids: Array | None = None,
-        attention_mask: Array | None = None,
-        token_type_ids: Array | None = None,
-        position_ids: Array | None = None,
-        inputs_embeds: Array | None = None,
-        encoder_hidden_states: Array | None = None,
-        encoder_attention_mask: Array | None = None,
-        cache: PyTree = None,
+        hidden: Array,
+        pooled: Array | None,
+        inputs: Inputs,
+        word: Embed,
         *,
-        train: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        output_logits: bool = True,
+        output_logits: bool,
     ) -> Output:
-        """Runs the model; for multiple choice every [B, T] below is [B, N, T].
+        labels, train = len(self.config.id2label), inputs.train
+        logits = None  # [B, T, V]
+        states = None if output_logits else hidden
+        if self.head in self.vocabulary and output_logits:
+            logits = self.predictions(hidden, word)
+        match self.head:
+            case "model":
+                return Output(last_hidden_state=hidden, pooler_output=pooled)
+            case "masked_lm" | "causal_lm":
+                return Output(logits=logits, last_hidden_state=states)
+            case "pretraining":
+                return self.pretraining(logits, states, hidden, pooled, inputs)
+            case "next_sentence_prediction":
+                return Output(logits=self.dense("seq_relationship", 2, pooled))
+            case "sequence_classification":
+                x = self.sequence(hidden, pooled, train)
+                return Output(logits=self.dense("classifier", labels, x))
+            case "token_classification":
+                x = self.drop(hidden, train)
+                return Output(logits=self.dense("classifier", labels, x))
+            case "question_answering":
+                start, end = jnp.moveaxis(self.answers(hidden, inputs), -1, 0)  # [B, T] each
+                return Output(start_logits=start, end_logits=end)
+            case "multiple_choice":
+                x = self.sequence(hidden, pooled, train)
+                scores = self.dense("classifier", 1, x)  # [B * N, 1]
+                return Output(logits=scores.reshape(inputs.batch_shape[:-1]))
+        raise ValueError(f"{type(self).__module__} has no head {self.head!r}")
 
-        Args:
-            input_ids: int [B, T].
-            attention_mask: [B, T] (1 = token, 0 = padding) or [B, T, S]; with a cache, over the
-                cache's whole length. None keeps everything.
-            token_type_ids: int [B, T]; None is all 0.
-            position_ids: int [B, T]; None counts from 0, or from the cache's length.
-            inputs_embeds: [B, T, D], in place of `input_ids`.
-            encoder_hidden_states: [B, S, D], for cross-attention.
-            encoder_attention_mask: [B, S].
-            cache: from `init_cache` or the last output; needs ``is_decoder``.
-            train: whether dropout is on; it needs ``rngs={"dropout": key}``.
-            output_hidden_states: whether ``hidden_states`` is returned.
-            output_attentions: whether ``attentions`` is returned.
-            output_logits: whether logits over the vocabulary are returned; if not, the heads that
-                have them return ``last_hidden_state``, whose logits `unembed` makes.
+    def pretraining(
+        self,
+        logits: Array | None,
+        states: Array | None,
+        hidden: Array,
+        pooled: Array | None,
+        inputs: Inputs,
+    ) -> Output:
+        """The outputs of the head "pretraining"."""
+        return Output(
+            prediction_logits=logits,
+            last_hidden_state=states,
+            seq_relationship_logits=self.dense("seq_relationship", 2, pooled),
+        )
 
-        Raises:
-            ValueError: inputs that contradict each other or the config.
-        """
+    def answers(self, hidden: Array, inputs: Inputs) -> Array:
+        """Scores of each token as start and end of the answer: [B, T, 2]."""
+        return self.dense("classifier", 2, hidden)
+
+    def dense(self, name: str, features: int, x: Array | None) -> Array:
+        """A dense layer onto float32 scores: [..., D] -> [..., features]."""
+        assert x is not None  # `Encoder.pool` gives it to the heads that take it
+        init = nn.initializers.normal(self.config.initializer_range)
+        return Dense(features, kernel_init=init, name=name)(x).astype(jnp.float32)
+
+    def drop(self, x: Array, train: bool, rate: float | None = None) -> Array:
+        """Dropout, by default of `classifier_dropout`."""
+        return Dropout(self.classifier_dropout if rate is None else rate)(x, train)
+
+
+class Model(Encoder):
+    """BERT with one head; see `fmjax.nn.encoder.Encoder`."""
+
+    config: Any
+    block = Block
+    head_module = Head
+    heads = HEADS
+
+    pooled: ClassVar[tuple[str, ...]] = POOLED
+
+    def embeddings(self) -> TextEmbeddings:
         config = self.config
-        if self.head not in HEADS:
-            raise ValueError(f"bert has no head {self.head!r}; it has {sorted(HEADS)}")
-        if input_ids is not None and inputs_embeds is None:
-            batch_shape = input_ids.shape
-        elif inputs_embeds is not None and input_ids is None:
-            batch_shape = inputs_embeds.shape[:-1]
-        else:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if cache is not None and not config.is_decoder:
-            raise ValueError("a cache needs a causal model: set is_decoder=True in the config")
-        if encoder_hidden_states is not None and not config.add_cross_attention:
-            raise ValueError("encoder_hidden_states needs add_cross_attention=True in the config")
-        if self.head == "multiple_choice":
-            per_choice = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
-                None if x is None else x.reshape(-1, *x.shape[2:]) for x in per_choice
-            )  # [B, N, T] -> [B * N, T]
-        length = batch_shape[-1]
-        start, capacity = 0, length
-        if cache is not None:
-            start, capacity = cache["length"], cache_capacity(cache)
-        if len(batch_shape) != 2 + (self.head == "multiple_choice"):
-            raise ValueError(
-                f"{self.head} takes {'[B, N, T]' if self.head == 'multiple_choice' else '[B, T]'}; "
-                f"got token ids of shape {batch_shape}"
-            )
-        if capacity > config.max_position_embeddings:
-            raise ValueError(
-                f"{capacity} positions are more than the model's max_position_embeddings="
-                f"{config.max_position_embeddings}; truncate the input"
-            )
-        positions = start + jnp.arange(length)[None] if position_ids is None else position_ids
+        return TextEmbeddings(
+            config.vocab_size,
+            config.hidden_size,
+            config.layer_norm_eps,
+            config.hidden_dropout_prob,
+            nn.initializers.normal(config.initializer_range),
+            positions=config.max_position_embeddings,
+            token_types=config.type_vocab_size,
+            padding_index=config.pad_token_id,
+        )
+
+    def pool(self, hidden: Array, inputs: Inputs) -> Array | None:
+        config = self.config
+        if not has_pooler(config, self.head, self.pooled):
+            return None
         init = nn.initializers.normal(config.initializer_range)
-
-        hidden = self.embed(input_ids, inputs_embeds, token_type_ids, positions, train)
-        embedded = hidden
-        encoder_mask = None
-        if encoder_attention_mask is not None:
-            encoder_mask = encoder_attention_mask.astype(bool)[:, None, None, :]  # [B, 1, 1, S]
-        mask = make_attention_mask(
-            attention_mask,
-            query_length=length,
-            key_length=capacity,
-            causal=config.is_decoder,
-            start=start,
-        )
-        hidden, layers, cache = run_stack(
-            Block,
-            {
-                "config": config,
-                "train": train,
-                "output_hidden_states": output_hidden_states,
-                "output_attentions": output_attentions,
-            },
-            hidden,
-            Shared(mask, start, encoder_hidden_states, encoder_mask),
-            num_layers=config.num_hidden_layers,
-            cache=cache,
-            scan=self.scan,
-            remat=self.remat,
-        )
-        if cache is not None:
-            cache = {"length": start + length, **cache}
-
-        pooled = None
-        if self.head in POOLED or (self.head == "model" and config.add_pooling_layer):
-            pooled = jnp.tanh(
-                Dense(config.hidden_size, kernel_init=init, name="pooler")(hidden[:, 0])
-            )
-        out = self.outputs(
-            hidden, pooled, self.embed.word, batch_shape, train=train, output_logits=output_logits
-        )
-        if output_hidden_states:
-            states = (embedded, *(layer.hidden_state for layer in layers))
-            out = dataclasses.replace(out, hidden_states=states)
-        if output_attentions:
-            out = dataclasses.replace(out, attentions=tuple(layer.attentions for layer in layers))
-        if output_attentions and encoder_hidden_states is not None:
-            crossed = tuple(layer.cross_attentions for layer in layers)
-            out = dataclasses.replace(out, cross_attentions=crossed)
-        return dataclasses.replace(out, cache=cache)
-
-    def init_cache(self, batch_size: int, length: int, dtype: Any = jnp.float32) -> PyTree:
-        """An empty cache for `length` positions; its key dtype should be the weights'."""
-        config = self.config
-        size = config.hidden_size // config.num_attention_heads
-        return empty_cache(
-            config.num_hidden_layers,
-            (batch_size, config.num_attention_heads, length, size),
-            dtype=dtype,
-            scan=self.scan,
-        )
+        return jnp.tanh(Dense(config.hidden_size, kernel_init=init, name="pooler")(hidden[:, 0]))
 
 
-def inputs(config: Config, head: str) -> dict[str, Array]:
+def has_pooler(config: Any, head: str, pooled: Collection[str] = POOLED) -> bool:
+    """Whether a head reads the pooled first token; `pooled` are the family's heads that do."""
+    return head in pooled or (head == "model" and config.add_pooling_layer)
+
+
+def inputs(config: Any, head: str) -> dict[str, Array]:
     """The smallest inputs that touch every parameter: what initialisation traces the model on."""
     tokens = jnp.zeros((1, 1, 1) if head == "multiple_choice" else (1, 1), jnp.int32)
     if not config.add_cross_attention:
@@ -450,74 +361,83 @@ IGNORED = (r"(^|\.)embeddings\.position_ids$",)
 
 def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
     """The config with what only the tensors' names tell: whether "model" has a pooler."""
-    pooler = any(name.removeprefix(PREFIX).startswith("pooler.") for name in names)
+    return told_pooler(config, head, names, PREFIX)
+
+
+def told_pooler(config: Any, head: str, names: Collection[str], prefix: str) -> Any:
+    """`config` with ``add_pooling_layer`` as the tensors' names have it."""
+    pooler = any(name.removeprefix(prefix).startswith("pooler.") for name in names)
     return dataclasses.replace(config, add_pooling_layer=pooler or head != "model")
 
 
 def rules(config: Config, head: str) -> list[Rule]:
     """Parameters and the PyTorch tensors they are, for one head."""
-    body = "" if head == "model" else PREFIX
+    table = body_rules(config, head, tied=("cls.predictions.decoder.weight",))
+    if has_pooler(config, head):
+        table += dense_rules("pooler", f"{body_of(head)}pooler.dense")
+    if head in VOCABULARY:
+        table += vocabulary_rules(
+            tied=config.tie_word_embeddings,
+            dense="cls.predictions.transform.dense",
+            norm="cls.predictions.transform.LayerNorm",
+            decoder="cls.predictions.decoder",
+            bias="cls.predictions.bias",
+        )
+    if head in ("pretraining", "next_sentence_prediction"):
+        table += dense_rules("head/seq_relationship", "cls.seq_relationship")
+    return table + classifier_rules(head)
 
-    def dense(param: str, tensor: str) -> list[Rule]:
-        return [
-            Rule(f"params/{param}/kernel", f"{tensor}.weight", TRANSPOSE),
-            Rule(f"params/{param}/bias", f"{tensor}.bias"),
-        ]
 
-    def norm(param: str, tensor: str) -> list[Rule]:
-        return [
-            Rule(f"params/{param}/scale", f"{tensor}.weight"),
-            Rule(f"params/{param}/bias", f"{tensor}.bias"),
-        ]
+def body_of(head: str) -> str:
+    """What stands before the body's tensors in the file of a head."""
+    return "" if head == "model" else PREFIX
+
+
+def body_rules(
+    config: Any, head: str, *, tied: tuple[str, ...] = (), bias: bool = True
+) -> list[Rule]:
+    """Embeddings and layers.
+
+    Args:
+        config: with BERT's names.
+        head: the bare model's tensors have no prefix.
+        tied: tensors that old files hold as copies of a tied word embedding.
+        bias: whether query, key and value of self-attention have biases.
+    """
+    body = body_of(head)
 
     def attention(param: str, tensor: str) -> list[Rule]:
         table = []
         for name in ("query", "key", "value"):
-            table += dense(f"{param}/{name}", f"{tensor}.self.{name}")
-        return table + dense(f"{param}/out", f"{tensor}.output.dense")
+            table += dense_rules(f"{param}/{name}", f"{tensor}.self.{name}", bias=bias)
+        return table + dense_rules(f"{param}/out", f"{tensor}.output.dense")
 
     layer, here = f"{body}encoder.layer.{{i}}", "layers_{i}"
-    tied = ("cls.predictions.decoder.weight",) if config.tie_word_embeddings else ()
+    word = f"{body}embeddings.word_embeddings.weight"
+    aliases = tied if config.tie_word_embeddings else ()
     table = [
-        Rule(
-            "params/embed/word/embedding", f"{body}embeddings.word_embeddings.weight", aliases=tied
-        )
+        Rule("params/embed/word/embedding", word, aliases=aliases),
+        *(
+            Rule(f"params/embed/{name}/embedding", f"{body}embeddings.{name}_embeddings.weight")
+            for name in ("position", "token_type")
+        ),
+        *norm_rules("embed/norm", f"{body}embeddings.LayerNorm"),
+        *attention(f"{here}/attn", f"{layer}.attention"),
+        *norm_rules(f"{here}/norm_1", f"{layer}.attention.output.LayerNorm"),
+        *dense_rules(f"{here}/mlp/up", f"{layer}.intermediate.dense"),
+        *dense_rules(f"{here}/mlp/down", f"{layer}.output.dense"),
+        *norm_rules(f"{here}/norm_2", f"{layer}.output.LayerNorm"),
     ]
-    table += [
-        Rule(f"params/embed/{name}/embedding", f"{body}embeddings.{name}_embeddings.weight")
-        for name in ("position", "token_type")
-    ]
-    table += norm("embed/norm", f"{body}embeddings.LayerNorm")
-    table += attention(f"{here}/attn", f"{layer}.attention")
-    table += norm(f"{here}/norm_1", f"{layer}.attention.output.LayerNorm")
     if config.add_cross_attention:
         table += attention(f"{here}/cross_attn", f"{layer}.crossattention")
-        table += norm(f"{here}/norm_cross", f"{layer}.crossattention.output.LayerNorm")
-    table += dense(f"{here}/mlp/up", f"{layer}.intermediate.dense")
-    table += dense(f"{here}/mlp/down", f"{layer}.output.dense")
-    table += norm(f"{here}/norm_2", f"{layer}.output.LayerNorm")
-    if head in POOLED or (head == "model" and config.add_pooling_layer):
-        table += dense("pooler", f"{body}pooler.dense")
-    if head in VOCABULARY:
-        predictions = "head/predictions"
-        table += dense(f"{predictions}/transform", "cls.predictions.transform.dense")
-        table += norm(f"{predictions}/norm", "cls.predictions.transform.LayerNorm")
-        bias = f"params/{predictions}/bias"
-        if config.tie_word_embeddings:
-            table.append(
-                Rule(bias, "cls.predictions.bias", aliases=("cls.predictions.decoder.bias",))
-            )
-        else:
-            table.append(
-                Rule(f"params/{predictions}/kernel", "cls.predictions.decoder.weight", TRANSPOSE)
-            )
-            table.append(
-                Rule(bias, "cls.predictions.decoder.bias", copies=("cls.predictions.bias",))
-            )
-    if head in ("pretraining", "next_sentence_prediction"):
-        table += dense("head/seq_relationship", "cls.seq_relationship")
-    if head in ("sequence_classification", "token_classification", "multiple_choice"):
-        table += dense("head/classifier", "classifier")
-    if head == "question_answering":
-        table += dense("head/classifier", "qa_outputs")
+        table += norm_rules(f"{here}/norm_cross", f"{layer}.crossattention.output.LayerNorm")
     return table
+
+
+def classifier_rules(head: str) -> list[Rule]:
+    """The last layer of the heads that classify."""
+    if head in ("sequence_classification", "token_classification", "multiple_choice"):
+        return dense_rules("head/classifier", "classifier")
+    if head == "question_answering":
+        return dense_rules("head/classifier", "qa_outputs")
+    return []

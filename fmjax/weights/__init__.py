@@ -4,6 +4,14 @@ from fmjax.weights.checkpoint import Checkpoint, open_checkpoint, parse_size, wr
 from fmjax.weights.flax_file import to_torch_names
 from fmjax.weights.names import fit_prefix, modern_names
 from fmjax.weights.rules import Rule, export_params, import_params, rule_tensor_names
+from fmjax.weights.tables import (
+    decoder_head_rules,
+    dense_rules,
+    joined_rules,
+    norm_rules,
+    renamed,
+    vocabulary_rules,
+)
 from fmjax.weights.tensor import Tensor
 from fmjax.weights.transforms import (
     CONV1D,
@@ -31,18 +39,24 @@ __all__ = [
     "Tensor",
     "Transform",
     "compose",
+    "decoder_head_rules",
+    "dense_rules",
     "export_params",
     "fit_prefix",
     "fused",
     "fused_per_head",
     "import_params",
     "inverted",
+    "joined_rules",
     "modern_names",
+    "norm_rules",
     "open_checkpoint",
     "parse_size",
     "permute",
+    "renamed",
     "rule_tensor_names",
     "stacked",
     "to_torch_names",
+    "vocabulary_rules",
     "write_checkpoint",
 ]

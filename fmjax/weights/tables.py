@@ -1,0 +1,119 @@
+"""Pieces of the tables of rules that many families have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from fmjax.weights.rules import Rule
+from fmjax.weights.transforms import TRANSPOSE, Transform, compose
+
+
+def dense_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
+    """Kernel and bias of a PyTorch Linear; `param` is a path inside "params/"."""
+    kernel = Rule(f"params/{param}/kernel", f"{tensor}.weight", TRANSPOSE)
+    return [kernel, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [kernel]
+
+
+def norm_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
+    """Scale and bias of a PyTorch LayerNorm; `param` is a path inside "params/"."""
+    scale = Rule(f"params/{param}/scale", f"{tensor}.weight")
+    return [scale, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [scale]
+
+
+def joined_rules(
+    param: str, names: tuple[str, ...], tensor: str, transform: Transform, *, bias: bool = True
+) -> list[Rule]:
+    """Dense layers that PyTorch keeps as one, such as query, key and value.
+
+    Args:
+        param: path inside "params/" of what the layers are in.
+        names: of the layers there.
+        tensor: PyTorch's name of the one Linear.
+        transform: from its weight [O, I] and bias [O] to theirs, [O_i, I] and [O_i].
+        bias: whether it has a bias.
+    """
+    kernels = tuple(f"params/{param}/{name}/kernel" for name in names)
+    biases = tuple(f"params/{param}/{name}/bias" for name in names)
+    kernel = Rule(kernels, f"{tensor}.weight", compose(transform, TRANSPOSE))
+    return [kernel, Rule(biases, f"{tensor}.bias", transform)] if bias else [kernel]
+
+
+def decoder_head_rules(
+    head: str, *, tied: bool, lm_bias: bool = False, token_classifier: str = "classifier"
+) -> list[Rule]:
+    """The heads of `fmjax.nn.decoder.Decoder`, under the names that PyTorch's families share.
+
+    Args:
+        head: which one; the bare model has none.
+        tied: whether the word embedding is the output matrix, which then has no rule here.
+        lm_bias: whether the vocabulary head has a bias.
+        token_classifier: PyTorch's name of the token classifier.
+    """
+    match head:
+        case "causal_lm":
+            table = [] if tied else [Rule("params/head/kernel", "lm_head.weight", TRANSPOSE)]
+            return [*table, Rule("params/head/bias", "lm_head.bias")] if lm_bias else table
+        case "sequence_classification":
+            return dense_rules("head", "score", bias=False)
+        case "token_classification":
+            return dense_rules("head", token_classifier)
+        case "question_answering":
+            return dense_rules("head", "qa_outputs")
+    return []
+
+
+def vocabulary_rules(
+    *, tied: bool, dense: str, norm: str, decoder: str, bias: str, param: str = "head/predictions"
+) -> list[Rule]:
+    """A masked language model's head (`fmjax.nn.heads.VocabularyHead`) in PyTorch's names.
+
+    Args:
+        tied: whether the word embedding is the output matrix.
+        dense: the Linear of the transform.
+        norm: its LayerNorm.
+        decoder: the Linear onto the vocabulary.
+        bias: where the bias lies when tied. PyTorch has it a second time in `decoder`, which is
+            the one in use when not tied.
+        param: the head's path inside "params/".
+    """
+    table = dense_rules(f"{param}/transform", dense) + norm_rules(f"{param}/norm", norm)
+    own = f"{decoder}.bias"
+    if tied:
+        aliases = () if bias == own else (own,)
+        return [*table, Rule(f"params/{param}/bias", bias, aliases=aliases)]
+    copies = () if bias == own else (bias,)
+    return [
+        *table,
+        Rule(f"params/{param}/kernel", f"{decoder}.weight", TRANSPOSE),
+        Rule(f"params/{param}/bias", own, copies=copies),
+    ]
+
+
+def renamed(table: Iterable[Rule], names: Mapping[str, str]) -> list[Rule]:
+    """The table with pieces of its tensors' names replaced: a family whose modules differ in name.
+
+    Args:
+        table: rules.
+        names: whole modules, as in {"attention.self.query": "attention.q_lin"}, each replaced
+            where it first stands in a name, one after the other: longer ones come first.
+    """
+    patterns = [
+        (re.compile(rf"(?<![^.]){re.escape(old)}(?![^.])"), new) for old, new in names.items()
+    ]
+
+    def name(old: str) -> str:
+        for pattern, new in patterns:
+            old = pattern.sub(new, old, count=1)
+        return old
+
+    return [
+        replace(
+            rule,
+            tensor=tuple(map(name, rule.tensors)),
+            aliases=tuple(map(name, rule.aliases)),
+            copies=tuple(map(name, rule.copies)),
+        )
+        for rule in table
+    ]
