@@ -1,0 +1,216 @@
+"""Causal language modelling: each token from those before it, in packed documents too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fmjax.metrics.language_modelling import bits_per_byte, perplexity
+from fmjax.tasks.apply import apply_fn, means
+from fmjax.tasks.masking import weigh
+from fmjax.tasks.vocabulary_loss import (
+    CHUNK_SIZE,
+    IGNORED,
+    log_likelihood,
+    unembed_fn,
+    vocabulary_loss,
+)
+from fmjax.types import Aux, Batch, LossFn, Mean, Variables
+
+
+def loss(
+    model: Any,
+    *,
+    train: bool = True,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    balance: float = 0.0,
+    chunk_size: int = CHUNK_SIZE,
+) -> LossFn:
+    """Cross-entropy (nats) of the next token, a mean over tokens; never [B, T, V] at once.
+
+    A batch has ``input_ids`` [B, T] and, where they apply, ``attention_mask`` [B, T];
+    ``labels`` int [B, T] (not shifted; -100 is not predicted, such as a prompt; the ids without
+    them); ``segment_ids`` int [B, T], see `unpack`; ``weight`` [B].
+
+    Args:
+        model: with the head ``causal_lm``.
+        train: whether dropout is on.
+        label_smoothing, z_loss, chunk_size: see `vocabulary_loss`.
+        balance: coefficient of `load_balance`, for mixtures of experts (``router_aux_loss_coef``
+            in their config.json). It is no mean over tokens: accumulated over pieces, it is the
+            mean of the pieces' balances.
+    """
+    routed = {"output_router_logits": True} if balance else {}
+    apply = apply_fn(model, output_logits=False, **routed)
+
+    def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
+        labels = next_tokens(batch)
+        output, updates = apply(variables, unpack(batch), rng, train=train)
+        assert output.last_hidden_state is not None
+        found = vocabulary_loss(
+            unembed_fn(model, variables),
+            output.last_hidden_state,
+            labels,
+            weigh(batch, labels),
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            chunk_size=chunk_size,
+        )
+        value, weight = found.loss.value, found.loss.weight
+        metrics = {"nll": found.nll, "accuracy": found.accuracy}
+        if balance:
+            if output.router_logits is None:
+                raise ValueError("balance is for mixtures of experts, and this model has no router")
+            uneven = load_balance(
+                output.router_logits, model.config.num_experts_per_tok, _counted(batch)
+            )
+            metrics["load_balance"] = Mean(uneven * weight, weight)
+            value += balance * uneven
+        return value, Aux(weight, metrics, updates)
+
+    return loss_fn
+
+
+def next_tokens(batch: Batch) -> Array:
+    """int [B, T]: at position t the label of position t + 1, -100 where there is none to predict.
+
+    That is at the last position, where the next token is padding, and where it begins another
+    document.
+
+    Raises:
+        ValueError: labels that are not [B, T].
+    """
+    ids = jnp.asarray(batch["input_ids"])
+    labels = jnp.asarray(batch.get("labels", ids))
+    if labels.shape != ids.shape:
+        raise ValueError(
+            f"labels have shape {labels.shape}, input_ids {ids.shape}; they must agree"
+        )
+    keep = _tokens(batch)[:, 1:]
+    if "segment_ids" in batch:
+        segments = jnp.asarray(batch["segment_ids"])
+        keep &= segments[:, 1:] == segments[:, :-1]
+    following = jnp.where(keep, labels[:, 1:], IGNORED)
+    return jnp.pad(following, ((0, 0), (0, 1)), constant_values=IGNORED)
+
+
+def unpack(batch: Batch) -> Batch:
+    """A batch of packed documents with the mask and the positions that keep them apart.
+
+    ``segment_ids`` int [B, T] number the documents of a row, 0 is padding (Raffel et al. 2020,
+    arXiv:1910.10683, section 2.1). Each token sees only its own document (attention_mask
+    [B, T, T]; causality is the model's) and its position counts from the document's start.
+
+    Returns:
+        The batch with those; as it is, if it has no ``segment_ids``.
+    """
+    if "segment_ids" not in batch:
+        return batch
+    segments = jnp.asarray(batch["segment_ids"])
+    length = segments.shape[1]
+    mask = segments[:, :, None] == segments[:, None, :]  # [B, T, T]
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    places = jnp.arange(length)
+    starts = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)  # [B, T]
+    return {**batch, "attention_mask": mask, "position_ids": places - starts}
+
+
+def _tokens(batch: Batch) -> Array:
+    """bool [B, T]: what is no padding."""
+    keep = jnp.ones(batch["input_ids"].shape, bool)
+    for name in ("attention_mask", "segment_ids"):
+        if name in batch and batch[name].ndim == 2:
+            keep &= jnp.asarray(batch[name]) != 0
+    return keep
+
+
+def _counted(batch: Batch) -> Array:
+    """bool [B, T]: tokens of rows that count."""
+    keep = _tokens(batch)
+    return keep & (jnp.asarray(batch.get("weight", jnp.ones(len(keep)))) != 0)[:, None]
+
+
+def load_balance(router_logits: tuple[Array, ...], top_k: int, keep: Array) -> Array:
+    """How unevenly tokens are sent to experts: E times the dot product of each expert's share of
+    the tokens and its mean probability; `top_k` if all are equal.
+
+    Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6, with shares and means over all layers
+    together, as Mixtral has it.
+
+    Args:
+        router_logits: L arrays [B * T, E].
+        top_k: experts that a token is sent to.
+        keep: [B, T], nonzero for tokens that count.
+    """
+    logits = jnp.stack(router_logits).astype(jnp.float32)  # [L, B * T, E]
+    experts = logits.shape[-1]
+    weights = jnp.asarray(keep, jnp.float32).reshape(1, -1, 1)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    _, chosen = jax.lax.top_k(probabilities, top_k)  # [L, B * T, top_k]
+    sent = jax.nn.one_hot(chosen, experts).sum(axis=2)  # [L, B * T, E]
+    count = jnp.maximum(weights.sum() * len(router_logits), 1.0)
+    share = (sent * weights).sum(axis=(0, 1)) / count  # [E]
+    mean = (probabilities * weights).sum(axis=(0, 1)) / count  # [E]
+    return experts * jnp.sum(share * mean)
+
+
+def predict(model: Any, *, chunk_size: int = CHUNK_SIZE) -> Callable[[Variables, Batch], Array]:
+    """``(variables, batch) -> [B, T]``: log-probability (nats) of each token given those before it;
+    0 where nothing predicts it: at the first token, at padding, at the start of a document.
+    """
+    apply = apply_fn(model, output_logits=False)
+
+    def predict_fn(variables: Variables, batch: Batch) -> Array:
+        labels = next_tokens(batch)
+        hidden = apply(variables, unpack(batch), None, train=False)[0].last_hidden_state
+        assert hidden is not None
+        unembed = unembed_fn(model, variables)
+        scores = log_likelihood(unembed, hidden, labels, chunk_size=chunk_size)
+        scores = jnp.where(labels == IGNORED, 0.0, scores)
+        return jnp.pad(scores[:, :-1], ((0, 0), (1, 0)))
+
+    return predict_fn
+
+
+def evaluate(
+    model: Any,
+    variables: Variables,
+    batches: Iterable[Batch],
+    *,
+    num_bytes: float | np.ndarray | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> dict[str, float]:
+    """How well a whole set is predicted.
+
+    Args:
+        model, chunk_size: see `loss`.
+        variables: the model's.
+        batches: one epoch; the order does not matter.
+        num_bytes: of the texts, in all or of each: what "bits_per_byte" divides by. The first
+            token of a row or document is not predicted: its bytes count and its bits do not,
+            unless documents begin with a special token.
+
+    Returns:
+        "nll" (nats a token), "perplexity", "accuracy", "tokens", and "bits_per_byte" if the bytes
+        are given.
+
+    Raises:
+        ValueError: no token is predicted.
+    """
+    found = means(loss(model, train=False, chunk_size=chunk_size), variables, batches)
+    nll = found["nll"]
+    scores = {
+        "nll": nll.value,
+        "perplexity": perplexity(nll.total, nll.weight),
+        "accuracy": found["accuracy"].value,
+        "tokens": nll.weight,
+    }
+    if num_bytes is not None:
+        scores["bits_per_byte"] = bits_per_byte(nll.total, float(np.sum(num_bytes)))
+    return scores
