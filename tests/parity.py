@@ -241,7 +241,9 @@ def check_decoding(model, variables, *, length=9, tolerance=1e-5, seed=0) -> Non
     """Cached decoding in pieces equals the full pass, with left padding too; it is causal."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, model.config.vocab_size, (2, length))
-    full = jax.jit(lambda v, ids: model.apply(v, input_ids=ids).logits)(variables, ids)
+    run = jax.jit(lambda v, ids: model.apply(v, input_ids=ids).logits)
+    unembed = jax.jit(lambda v, hidden: model.apply(v, hidden, method="unembed"))
+    full = run(variables, ids)
     decode = jax.jit(
         lambda v, ids, mask, positions, cache: model.apply(
             v, input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache,
@@ -260,13 +262,13 @@ def check_decoding(model, variables, *, length=9, tolerance=1e-5, seed=0) -> Non
         out = decode(variables, padded[:, start:end], mask, positions[:, start:end], cache)
         cache = out.cache
         hidden = out.last_hidden_state
-        parts.append(model.apply(variables, hidden, method="unembed"))
+        parts.append(unembed(variables, hidden))
     assert int(cache["length"]) == length + padding
     logits = np.concatenate(parts, axis=1)[:, padding:]
     assert_near(logits, full, "cached", tolerance)
     changed = ids.copy()
     changed[:, length - 2 :] = 3
-    after = model.apply(variables, input_ids=changed).logits
+    after = run(variables, changed)
     scale = float(np.abs(full).max())
     np.testing.assert_allclose(
         after[:, : length - 2], full[:, : length - 2], atol=1e-5 * scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -45,9 +45,16 @@ class Inputs(NamedTuple):
     train: bool
     extra: Mapping[str, Any] = MappingProxyType({})
 
-    def mask(self, window: int | None = None) -> Array | None:
+    def embedded(self, word: Embed) -> Array:
+        """[B, T, D]: the ids' vectors in this table, or what was given in their place."""
+        if self.inputs_embeds is not None:
+            return self.inputs_embeds
+        assert self.input_ids is not None  # checked: exactly one of the two is there
+        return word(self.input_ids)
+
+    def mask(self, window: int | None = None) -> Array:
         """The causal mask, bool [B | 1, 1, T, S], perhaps of a sliding window."""
-        return make_attention_mask(
+        mask = make_attention_mask(
             self.attention_mask,
             query_length=self.length,
             key_length=self.capacity,
@@ -55,6 +62,33 @@ class Inputs(NamedTuple):
             start=self.start,
             window=window,
         )
+        assert mask is not None  # it is causal
+        return mask
+
+
+class TokenEmbeddings(nn.Module):
+    """Word vectors, dropped: the ``embed`` of families whose positions come later.
+
+    Args:
+        vocab_size: V.
+        width: D.
+        embedding_init: initializer of the table.
+        padding_index: see `fmjax.nn.embed.Embed`.
+        dropout_rate: of the vectors.
+    """
+
+    vocab_size: int
+    width: int
+    embedding_init: Callable[..., Array]
+    padding_index: int | None = None
+    dropout_rate: float = 0.0
+
+    def setup(self) -> None:
+        self.word = Embed(self.vocab_size, self.width, self.embedding_init, self.padding_index)
+        self.dropout = Dropout(self.dropout_rate)
+
+    def __call__(self, inputs: Inputs) -> Array:  # [B, T] -> [B, T, D]
+        return self.dropout(inputs.embedded(self.word), inputs.train)
 
 
 class Decoder(nn.Module):
@@ -215,9 +249,12 @@ class Decoder(nn.Module):
         Raises:
             ValueError: they contradict each other or the config.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            shape = input_ids.shape
+        elif inputs_embeds is not None and input_ids is None:
+            shape = inputs_embeds.shape[:-1]
+        else:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        shape = inputs_embeds.shape[:-1] if input_ids is None else input_ids.shape
         if len(shape) != 2:
             raise ValueError(f"{self.head} takes [B, T]; got token ids of shape {shape}")
         length, start, capacity = shape[-1], 0, shape[-1]
