@@ -7,6 +7,7 @@ from fmjax.data.alignment import AlignedWords, align_labels
 from fmjax.data.assets import available, fetch
 from fmjax.data.batches import BatchStream
 from fmjax.data.columns import Columns, Ragged
+from fmjax.data.corruption import Denoising, SpanCorruption, restore_spans
 from fmjax.data.encoding import (
     EncodedText,
     encode,
@@ -14,24 +15,34 @@ from fmjax.data.encoding import (
     encode_retrieval,
     encode_seq2seq,
 )
+from fmjax.data.language import TokenDocuments, encode_documents, language_batches
+from fmjax.data.streaming import TextBlocks, stream_batches
 from fmjax.data.text import TextExamples, from_datasets, from_tfds, load_text, read_text
 
 __all__ = [
     "AlignedWords",
     "BatchStream",
     "Columns",
+    "Denoising",
     "EncodedText",
     "Ragged",
+    "SpanCorruption",
+    "TextBlocks",
     "TextExamples",
+    "TokenDocuments",
     "align_labels",
     "available",
     "encode",
     "encode_choices",
+    "encode_documents",
     "encode_retrieval",
     "encode_seq2seq",
     "fetch",
     "from_datasets",
     "from_tfds",
+    "language_batches",
     "load_text",
     "read_text",
+    "restore_spans",
+    "stream_batches",
 ]

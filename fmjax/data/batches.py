@@ -23,6 +23,7 @@ import numpy as np
 
 from fmjax.data.buckets import assign, by_cost, choose_shapes, next_holder
 from fmjax.data.columns import Columns
+from fmjax.data.corruption import Corruption, corrupted_batch, corruption_identity
 from fmjax.data.encoding import EncodedText
 
 Buckets = Sequence[int] | Sequence[Sequence[int]]
@@ -251,6 +252,7 @@ def batches(
     shuffle: bool = True,
     epochs: int | None = None,
     buckets: Buckets | None = None,
+    corruption: Corruption | None = None,
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 4,
@@ -267,6 +269,8 @@ def batches(
       epochs: None for a stream that never ends.
       buckets: lengths in tokens, increasing, or tuples of them where examples have several
         lengths; by default `choose_shapes` of these examples.
+      corruption: what makes an encoder's inputs and a decoder's targets of each example
+        (`SpanCorruption`, `Denoising`), whose tokens are then all that it has.
       process_index, process_count: this process returns rows p, p + P, p + 2 P, ... of each
         global batch.
       prefetch: batches that a thread prepares ahead; 0 for no thread.
@@ -287,6 +291,12 @@ def batches(
         problems.append("pad_id is missing: give tokenizer.pad_token_id")
     if isinstance(encoded, Columns) and pad_id is not None:
         problems.append(f"pad_id={pad_id} is for EncodedText; Columns have their own fill")
+    if corruption is not None and not (
+        isinstance(encoded, Columns)
+        and not encoded.fixed
+        and [list(part.values) for part in encoded.ragged] == [["input_ids"]]
+    ):
+        problems.append("corruption is for Columns with nothing but input_ids (TokenDocuments.cut)")
     if not len(encoded):
         raise ValueError("; ".join([*problems, "there are no examples"]))
     data = encoded.columns(pad_id or 0) if isinstance(encoded, EncodedText) else encoded
@@ -306,9 +316,25 @@ def batches(
     )
     single = len(data.ragged) == 1
     used = sorted({lengths for lengths, _ in plan.epoch(0)}, key=by_cost)
+    if corruption is not None:
+        used = sorted({corruption.lengths(length) for (length,) in used})
+
+    def assemble(planned: Planned, mine: slice) -> dict[str, np.ndarray]:
+        if corruption is None:
+            return data.assemble(planned.rows[mine], planned.lengths)
+        return corrupted_batch(
+            corruption,
+            lambda row: data.ragged[0].row("input_ids", row),
+            planned.number,
+            planned.rows,
+            mine,
+            length=planned.lengths[0],
+            seed=seed,
+        )
+
     return BatchStream(
         plan,
-        lambda planned, mine: data.assemble(planned.rows[mine], planned.lengths),
+        assemble,
         shapes=[(batch_size // process_count, *lengths) for lengths in used],
         identity={
             "data": encoded.fingerprint,
@@ -317,6 +343,7 @@ def batches(
             "shuffle": shuffle,
             "buckets": [shape[0] if single else list(shape) for shape in shapes],
             "pad_id": pad_id,
+            **corruption_identity(corruption),
         },
         process_index=process_index,
         process_count=process_count,

@@ -109,13 +109,22 @@ class Ragged:
         return (len(self.offsets) - 1) // self.per_example
 
     @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """int64 [S]: of each sequence, in tokens."""
+        return np.diff(self.offsets)
+
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """int64 [N]: of each example's longest sequence, in tokens."""
-        return np.diff(self.offsets).reshape(-1, self.per_example).max(axis=1, initial=0)
+        return self.sizes.reshape(-1, self.per_example).max(axis=1, initial=0)
 
     def rows(self, name: str) -> list[np.ndarray]:
         """One value's sequences, S arrays."""
         return np.split(self.values[name], self.offsets[1:-1]) if len(self.offsets) > 1 else []
+
+    def row(self, name: str, sequence: int) -> np.ndarray:
+        """One value's sequence of that number, [T, ...]."""
+        return self.values[name][self.offsets[sequence] : self.offsets[sequence + 1]]
 
     def pad(self, rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
         """The arrays of a batch, [B, T, ...] or [B, group, T, ...].
@@ -128,7 +137,7 @@ class Ragged:
         per = self.per_example
         sequences = np.maximum(rows, 0)[:, None] * per + np.arange(per)  # [B, group]
         real = np.broadcast_to(rows[:, None] >= 0, sequences.shape)  # [B, group]
-        starts, sizes = self.offsets[sequences], np.diff(self.offsets)[sequences]
+        starts, sizes = self.offsets[sequences], self.sizes[sequences]
         places = np.arange(length)
         mask = places < np.where(real, sizes, 1)[..., None]  # [B, group, T]
         keep = mask & real[..., None]
@@ -203,7 +212,7 @@ class Columns:
         for part in self.ragged:
             per = part.per_example
             sequences = (chosen[:, None] * per + np.arange(per)).reshape(-1)  # [S]
-            sizes = np.diff(part.offsets)[sequences]
+            sizes = part.sizes[sequences]
             offsets = np.cumsum([0, *sizes], dtype=np.int64)
             at = np.arange(offsets[-1]) + np.repeat(part.offsets[sequences] - offsets[:-1], sizes)
             values = {name: column[at] for name, column in part.values.items()}
