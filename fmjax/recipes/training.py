@@ -1,0 +1,209 @@
+"""A whole training run of any loss: schedule, step, checkpoints, records, signals, best state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+import fmjax.hub as hub
+from fmjax.config import write_json
+from fmjax.data import BatchStream
+from fmjax.perf.device import describe_machine
+from fmjax.train import (
+    accumulate,
+    adamw,
+    cast,
+    gradient,
+    init_state,
+    is_param,
+    jit_step,
+    make_mesh,
+    make_train_step,
+    warmup_linear,
+)
+from fmjax.train.checkpoint import Checkpoints, saving
+from fmjax.train.loop import Memory, evaluation, fit
+from fmjax.train.recording import Recorder, progress, recording, writable_folder
+from fmjax.train.signals import stop_signals
+from fmjax.tree import count, merge
+from fmjax.types import LossFn, TrainState, Variables
+
+STOPPED = {"stopped": True}
+"""The results of a run that a signal ended early; running again continues it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a model is trained, whatever it is trained on."""
+
+    output: Path
+    """The run's folder; a run that was interrupted there is continued."""
+    epochs: float = 3.0
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Ends the run, and its schedule, earlier."""
+    batch_size: int = 32
+    """Examples a step, over all devices."""
+    microbatches: int = 1
+    """Pieces a batch is computed in, to save memory."""
+    learning_rate: float = 5e-5
+    """Peak of a schedule that warms up and then falls linearly to 0."""
+    warmup: float = 0.1
+    """Share of the steps that warm up."""
+    weight_decay: float = 0.01
+    """Of kernels and embeddings."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; the weights stay float32."""
+    scan: bool = False
+    """Compile one layer and scan it."""
+    remat: bool = False
+    """Recompute layers in the backward pass, to save memory."""
+    evaluations: int = 2
+    """Evaluations an epoch; each may set the best checkpoint."""
+    patience: int | None = None
+    """Evaluations without improvement after which the run ends; never if None."""
+    seed: int = 0
+    """Of new weights, the order of examples, and dropout."""
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as JSON values."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(settings).items()
+    }
+
+
+def describe_run(
+    settings: Training, model: Any, state: TrainState, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What run.json says: the model, the data, the settings and the machine."""
+    return {
+        "name": settings.output.absolute().name,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "source": about["source"],
+            "model_type": hub.family_module(model).MODEL_TYPE,
+            "head": model.head,
+            "num_params": count(state.trainable) + count(state.non_trainable),
+            "num_trainable": count(state.trainable),
+        },
+        "data": dict(about["data"]),
+        "settings": plain_settings(settings),
+        "environment": describe_machine(),
+    }
+
+
+def train(
+    settings: Training,
+    model: Any,
+    variables: Variables,
+    loss: LossFn,
+    stream: BatchStream,
+    *,
+    evaluate: Callable[[TrainState], Mapping[str, float]],
+    metric: str,
+    mode: Literal["min", "max"],
+    about: Mapping[str, Any],
+    is_trainable: Callable[[str], bool] = is_param,
+    elsewhere: tuple[str, ...] = (),
+) -> TrainState | None:
+    """Trains (or goes on training) and returns the state of the best evaluation.
+
+    The run's folder gets run.json, metrics.jsonl, tb/ and checkpoints/.
+
+    Args:
+        settings: how to train.
+        model: what is trained, for the record.
+        variables: its variables; the run takes them over.
+        loss: float32; `settings.precision` is applied here.
+        stream: of training batches.
+        evaluate: state -> metrics on held-out data.
+        metric, mode: which of them is best where.
+        about: for run.json: ``source`` (where the model is from) and ``data``, see
+            `fmjax.report.run_folder`.
+        is_trainable: by leaf path; see `init_state`.
+        elsewhere: settings that a continued run may have otherwise, beside its folder.
+
+    Returns:
+        The best state; None where a signal ended the run early.
+
+    Raises:
+        ValueError: settings that do not fit, or those of another run in the folder.
+        OSError: files that cannot be read or written.
+        FloatingPointError: the loss is not finite.
+    """
+    run = writable_folder(settings.output)
+    steps = max(1, math.ceil(settings.epochs * stream.batches_per_epoch))
+    if settings.max_steps is not None:
+        steps = min(steps, settings.max_steps)
+    schedule = warmup_linear(
+        settings.learning_rate, steps=steps, warmup=int(settings.warmup * steps)
+    )
+    tx = adamw(schedule, weight_decay=settings.weight_decay)
+    if settings.precision == "bfloat16":
+        loss = cast(loss, jnp.bfloat16)
+    grad_fn = accumulate(gradient(loss), settings.microbatches)
+    mesh = make_mesh(data=jax.device_count()) if jax.device_count() > 1 else None
+    step = jit_step(make_train_step(grad_fn, tx), mesh)
+    state = init_state(variables, tx, jax.random.key(settings.seed), is_trainable)
+    del variables  # the state owns them now
+    write_json(run / "run.json", describe_run(settings, model, state, about))
+    identity = {
+        k: v for k, v in plain_settings(settings).items() if k not in ("output", *elsewhere)
+    }
+    every = max(1, min(steps, stream.batches_per_epoch) // max(1, settings.evaluations))
+    with Checkpoints(run / "checkpoints", settings=identity) as checkpoints:
+        restored, memory = checkpoints.restore_last(jax.eval_shape(lambda: state)), Memory()
+        if restored is not None:
+            state, memory = restored.state, restored.memory
+            stream.set_state(restored.data)
+        save = saving(checkpoints, stream.get_state, memory)
+        with (
+            Recorder(run, step=int(state.step)) as recorder,
+            progress(steps, memory) as show,
+            stop_signals() as should_stop,
+        ):
+            best_kept = evaluation(
+                evaluate,
+                memory,
+                metric=metric,
+                mode=mode,
+                record=recorder.write,
+                save=save,
+                patience=settings.patience,
+            )
+            state = fit(
+                state,
+                step,
+                stream,
+                steps=steps,
+                hooks=[
+                    (20, recording(recorder, schedule)),
+                    (20, show),
+                    (every, best_kept),
+                    (every, save),
+                ],
+                memory=memory,
+                should_stop=should_stop,
+            )
+        if int(state.step) < steps and not memory.stopped:
+            checkpoints.save(state, stream.get_state(), memory)
+            return None
+        best = checkpoints.restore_best(jax.eval_shape(lambda: state))
+        return state if best is None else best.state
+
+
+def weights_of(state: TrainState) -> Variables:
+    """The model's variables in a state."""
+    return merge(state.trainable, state.non_trainable)
