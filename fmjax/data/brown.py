@@ -20,10 +20,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fmjax.data import assets
-from fmjax.data.builders import SPLITS, prepared, read_split
+from fmjax.data.builders import prepared, read_split
 from fmjax.data.examples import TextExamples
 from fmjax.data.files import raise_problems
 from fmjax.data.records import Documents, TaggedSentences
+from fmjax.data.splits import SPLITS
 
 DOCUMENTS = 500
 SENTENCES = 57_340

@@ -5,7 +5,6 @@ Importing this file imports tensorflow_datasets (about a second), never TensorFl
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,8 +12,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fmjax.data import assets
-
-SPLITS = ("train", "val", "test")
 
 Builder = TypeVar("Builder", bound=tfds.core.DatasetBuilder)
 
@@ -52,7 +49,7 @@ def read_split(
 
     Args:
       builder: a prepared one.
-      split: one of `SPLITS`, or a slice of one ("train[:10%]").
+      split: "train", "val", "test", or a slice of one ("train[:10%]").
       columns: the features to read. TFDS would decode all, which takes several times as long.
 
     Raises:
@@ -77,10 +74,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
         return [plain(item) for item in value]
     return value
-
-
-def hash_split(key: str) -> str:
-    """The split of a key: with ``h = int(sha256(key).hexdigest()[:8], 16) % 10``, h < 8 is train,
-    8 is val and 9 is test."""
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    return SPLITS[max(0, int(digest[:8], 16) % 10 - 7)]

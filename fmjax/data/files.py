@@ -66,7 +66,7 @@ def read_rows(path: str | os.PathLike[str], columns: Iterable[str]) -> Rows:
     if suffix not in DELIMITERS and suffix not in JSON_LINES:
         known = ", ".join([*DELIMITERS, *JSON_LINES])
         raise ValueError(f"{path}: suffix {suffix!r} says no known format; rename it to {known}")
-    text = _decode(path)
+    text = decode_utf8(path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; a header or a JSON object was expected")
     if suffix in JSON_LINES:
@@ -78,7 +78,13 @@ def read_rows(path: str | os.PathLike[str], columns: Iterable[str]) -> Rows:
     return rows
 
 
-def _decode(path: Path) -> str:
+def decode_utf8(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+      ValueError: bytes that are not UTF-8, with the line of the first.
+      OSError: the file cannot be read.
+    """
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")

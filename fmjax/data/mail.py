@@ -23,9 +23,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fmjax.data import assets
-from fmjax.data.builders import SPLITS, hash_split, prepared, read_split
+from fmjax.data.builders import prepared, read_split
 from fmjax.data.examples import TextExamples
 from fmjax.data.records import TextPairs
+from fmjax.data.splits import SPLITS, hash_split
 
 MAILS = 6_046
 GROUPS = ("easy-ham-1", "easy-ham-2", "hard-ham-1", "spam-1", "spam-2")

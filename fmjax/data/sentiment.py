@@ -9,7 +9,6 @@ Importing this file imports tensorflow_datasets (about a second), never TensorFl
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fmjax.data import assets
-from fmjax.data.builders import SPLITS, prepared
+from fmjax.data.builders import prepared
+from fmjax.data.splits import SPLITS, hash_split
 from fmjax.data.text import TextExamples, from_builder
 
 
@@ -184,6 +184,5 @@ def split_of(set_name: str, rows: list[Row]) -> list[str]:
         parent[high] = low
     splits = []
     for number in numbers:
-        digest = hashlib.sha256(f"{set_name}/{root(number)}".encode()).hexdigest()
-        splits.append(SPLITS[max(0, int(digest[:8], 16) % 10 - 7)])
+        splits.append(hash_split(f"{set_name}/{root(number)}"))
     return splits

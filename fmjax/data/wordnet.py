@@ -18,10 +18,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fmjax.data import assets
-from fmjax.data.builders import SPLITS, hash_split, prepared, read_split
+from fmjax.data.builders import prepared, read_split
 from fmjax.data.examples import TextExamples
 from fmjax.data.files import raise_problems
 from fmjax.data.records import Documents, TextPairs
+from fmjax.data.splits import SPLITS, hash_split
 
 SYNSETS = 117_659
 # Files by part of speech, and the letters that they use for it ("s": an adjective like another).
