@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.attention import Attention, Cache
-from fmjax.nn.decoder import Decoder, Inputs
+from fmjax.nn.decoder import Decoder, Inputs, config_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.mlp import Mlp
@@ -56,18 +56,9 @@ class Config:
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.hidden_size % self.num_heads:
-            problems.append(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
-            )
-        rates = ("resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout")
-        for name in rates:
-            rate = dataclasses.asdict(self)[name]
-            if not 0 <= rate < 1:
-                problems.append(f"{name}={rate} must be at least 0 and below 1")
-        if self.window_size < 1:
-            problems.append(f"window_size={self.window_size} must be positive")
+        problems = config_problems(
+            self, width="hidden_size", heads="num_heads", act="activation_function"
+        )
         if not all(
             len(pair) == 2 and isinstance(pair[0], tuple) and isinstance(pair[1], int)
             for pair in self.attention_types

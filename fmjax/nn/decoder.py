@@ -16,6 +16,7 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
+from fmjax.nn.mlp import ACTIVATIONS
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output, PyTree
 
@@ -64,6 +65,37 @@ class Inputs(NamedTuple):
         )
         assert mask is not None  # it is causal
         return mask
+
+
+def config_problems(config: Any, *, width: str, heads: str, act: str) -> list[str]:
+    """What is wrong with a decoder's config, as far as families agree on it.
+
+    Numbers must be positive, rates of dropout below 1, the width a multiple of the heads, the
+    activation known and the padding token in the vocabulary.
+
+    Args:
+        config: a family's, with ``vocab_size`` and ``pad_token_id``.
+        width, heads, act: the names of its fields for D, H and the activation.
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    problems = [
+        f"{name}={value} must be at least 1"
+        for name, value in values.items()
+        if type(value) is int and "drop" not in name and not name.endswith("_id") and value < 1
+    ]
+    problems += [
+        f"{name}={value} must be at least 0 and below 1"
+        for name, value in values.items()
+        if "drop" in name and value is not None and not 0 <= value < 1
+    ]
+    if values[heads] > 0 and values[width] % values[heads]:
+        problems.append(f"{width}={values[width]} is not a multiple of {heads}={values[heads]}")
+    if values[act] not in ACTIVATIONS:
+        problems.append(f"{act}={values[act]!r} is not one of {sorted(ACTIVATIONS)}")
+    pad, size = values["pad_token_id"], values["vocab_size"]
+    if pad is not None and not -size <= pad < size:
+        problems.append(f"pad_token_id={pad} is outside the vocabulary of {size}")
+    return problems
 
 
 class TokenEmbeddings(nn.Module):

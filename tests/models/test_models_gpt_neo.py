@@ -81,7 +81,9 @@ def test_config_defaults_are_transformers_defaults():
         ({"attention_types": ((("far",), 24),)}, r"attention_types has \['far'\]"),
         ({"attention_types": (("global", 24),)}, "must be pairs"),
         ({"attention_layers": ("global",) * 24}, "contradicts attention_types"),
-        ({"window_size": 0, "embed_dropout": 1.0}, "embed_dropout=1.0.*window_size=0"),
+        ({"window_size": 0, "embed_dropout": 1.0}, "window_size=0.*embed_dropout=1.0"),
+        ({"activation_function": "gelu?"}, "activation_function='gelu\\?' is not one of"),
+        ({"pad_token_id": 60000}, "pad_token_id=60000 is outside"),
     ],
 )
 def test_bad_configs_are_refused(change, words):
