@@ -121,7 +121,7 @@ def test_glosses_are_split(gloss, definition, examples):
 
 @pytest.mark.asset
 def test_the_real_wordnet():
-        from fmjax.data.splits import hash_split
+    from fmjax.data.splits import hash_split
     from fmjax.data.wordnet import DOMAINS, PARTS_OF_SPEECH, read_synsets
 
     if not assets.available("wordnet"):
