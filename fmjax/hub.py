@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -177,7 +177,7 @@ def load(
             place=placer.place,
             new=new,
             ignored=family.IGNORED,
-            known=_known_names(family, config),
+            known=_known_names(family, config, head, tensors),
         )
     fresh = [path for path in abstract if path not in read]
     for path, leaf in _initialise(loop, family, fresh, rng).items():
@@ -253,14 +253,23 @@ def _initialise(
     return init(jax.random.key(0) if rng is None else rng)
 
 
-def _known_names(family: ModuleType, config: Any) -> set[str]:
-    """Tensors outside the layers that some head of the family has, with and without prefix."""
-    names: set[str] = set()
-    for head in family.HEADS:
-        for rule in family.rules(config, head):
-            names |= {name for name in rule.tensor_names() if "{" not in name}
-    bare = {name.removeprefix(family.PREFIX) for name in names}
-    return names | bare | {family.PREFIX + name for name in bare}
+def _known_names(
+    family: ModuleType, config: Any, head: str, names: Iterable[str]
+) -> set[str]:
+    """Of a checkpoint's names, those that only other heads of the family read, prefix or not.
+
+    Inside layers these are tensors of a kind that this head has none of, such as the decoder's for
+    an encoder alone; a layer too many of its own kind is not among them.
+    """
+
+    def kind(name: str) -> str:  # "model.decoder.layers.7.fc1.bias" -> "decoder.layers.#.fc1.bias"
+        return re.sub(r"(?<=\.)(\d+|\{\w+\})(?=\.)", "#", name.removeprefix(family.PREFIX))
+
+    def kinds(head: str) -> set[str]:
+        return {kind(name) for rule in family.rules(config, head) for name in rule.tensor_names()}
+
+    others = set().union(*(kinds(other) for other in family.HEADS)) - kinds(head)
+    return {name for name in names if kind(name) in others}
 
 
 def _dtype_for(have: Any, wanted: Any) -> Any:
