@@ -1,0 +1,138 @@
+"""What the tests of several encoder families check alike."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import transformers
+from parity import assert_near, shuffled
+from safetensors.numpy import save_file
+
+import fmjax
+from fmjax.config import config_to_json, parse_config, write_json
+from fmjax.tree import flatten
+
+NOT_OF_TRANSFORMERS = {"problem_type", "id2label", "label2id"}
+
+
+def check_defaults(family, *, renamed=()):
+    """Our config's defaults are transformers', and its config.json is read as ours.
+
+    Args:
+        family: a module of fmjax.models.
+        renamed: fields that version 5 writes under another name.
+    """
+    theirs = transformers.AutoConfig.for_model(family.MODEL_TYPE).to_dict()
+    ours = config_to_json(family.Config(), {})
+    for key in ours.keys() - NOT_OF_TRANSFORMERS - set(renamed):
+        assert ours[key] == theirs[key], key
+    assert parse_config(family.Config, theirs, family.FIXED) == family.Config()
+
+
+def check_classes(family):
+    """Every head is a class of transformers, and every class of the family is a head."""
+    body = family.HEADS["model"].removesuffix("Model")
+    theirs = {
+        name
+        for name in dir(transformers)
+        if name.startswith((f"{body}For", f"{body}LMHead")) and not name.endswith("Output")
+    }
+    assert set(family.HEADS.values()) == theirs | {family.HEADS["model"]}
+
+
+def encoder_states(config, *, length=5, seed=0):
+    """Inputs of cross-attention, the second row padded."""
+    states = np.random.default_rng(seed).normal(size=(2, length, config.hidden_size))
+    mask = np.ones((2, length), np.int64)
+    mask[1, length - 2 :] = 0
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+
+def check_cached(family, config, *, scan, length=9, padding=2, tolerance=1e-5):
+    """Cached decoding in pieces equals the full pass, left padding and cross-attention included.
+
+    With cross-attention the encoder's states are given in the first call only.
+    """
+    model, variables = fmjax.create(
+        family.MODEL_TYPE, config, head="causal_lm", rng=jax.random.key(0), scan=scan
+    )
+    variables = shuffled(variables)
+    cross = encoder_states(config) if config.add_cross_attention else {}
+    ids = np.random.default_rng(0).integers(3, config.vocab_size, (2, length))
+    full = jax.jit(lambda v, ids: model.apply(v, input_ids=ids, **cross).logits)(variables, ids)
+    capacity = length + padding + 1
+    mask = np.ones((2, capacity), np.int32)
+    mask[:, :padding] = 0
+    padded = np.concatenate([np.full((2, padding), 3), ids], axis=1)
+    positions = np.maximum(np.arange(length + padding) - padding, 0)[None].repeat(2, axis=0)
+    positions += model.position_offset
+
+    @jax.jit
+    def decode(variables, cache, **inputs):
+        out = model.apply(variables, cache=cache, output_logits=False, **inputs)
+        return model.apply(variables, out.last_hidden_state, method="unembed"), out.cache
+
+    cache = model.init_cache(2, capacity, 5 if cross else None)
+    parts = []
+    for start, end in ((0, length + padding - 2), *((i, i + 1) for i in (length, length + 1))):
+        states = {} if start == 0 else {"encoder_hidden_states": None}
+        logits, cache = decode(
+            variables,
+            cache,
+            input_ids=padded[:, start:end],
+            attention_mask=mask,
+            position_ids=positions[:, start:end],
+            **{**cross, **(states if cross else {})},
+        )
+        parts.append(logits)
+    assert int(cache["length"]) == length + padding
+    assert_near(np.concatenate(parts, axis=1)[:, padding:], full, "cached", tolerance)
+    changed = ids.copy()
+    changed[:, length - 2 :] = 3
+    after = model.apply(variables, input_ids=changed, **cross).logits
+    scale = float(np.abs(full).max())
+    np.testing.assert_allclose(
+        after[:, : length - 2], full[:, : length - 2], atol=1e-5 * scale
+    )  # causal
+
+
+def check_flax_names(folder, family, config, head, tree, *, missing=()):
+    """A checkpoint under the names of transformers' old Flax class loads as the PyTorch one does.
+
+    Args:
+        folder: an empty one.
+        family: a module of fmjax.models.
+        config: its Config.
+        head: a key of its HEADS.
+        tree: the leaf paths of one layer and of what is outside, as the Flax class named them.
+        missing: parameters that the Flax class had none of, which are initialised.
+    """
+    model, variables = fmjax.create(family.MODEL_TYPE, config, head=head, rng=jax.random.key(0))
+    variables = shuffled(variables)
+    saved = fmjax.save(folder / "torch", model, variables)
+    tensors = {}
+    from fmjax.weights import open_checkpoint
+
+    with open_checkpoint(saved) as checkpoint:
+        torch_names = {name: np.array(t.read()) for name, t in checkpoint.tensors.items()}
+    for path in tree:
+        *module, leaf = path.split("/")
+        name = ".".join((*module, {"bias": "bias"}.get(leaf, "weight")))
+        value = torch_names[name]
+        axes = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0)}
+        tensors[path.replace("/", ".")] = np.ascontiguousarray(
+            value.transpose(axes[value.ndim]) if leaf == "kernel" else value
+        )
+    (folder / "flax").mkdir()
+    save_file(tensors, folder / "flax" / "model.safetensors", metadata={"format": "flax"})
+    architectures = {"architectures": [f"Flax{family.HEADS[head]}"]}
+    data = config_to_json(config, {"model_type": family.MODEL_TYPE, **architectures})
+    write_json(folder / "flax" / "config.json", data)
+    again, read = fmjax.load(folder / "flax", new=missing)
+    assert dataclasses.replace(again.config) == config
+    flat = flatten(read)
+    for path, value in flatten(variables).items():
+        if not any(path.partition("/")[2].startswith(new) for new in missing):
+            np.testing.assert_array_equal(flat[path], value, err_msg=path)
