@@ -158,6 +158,7 @@ def train(
     step = jit_step(make_train_step(grad_fn, tx), mesh)
     state = init_state(variables, tx, jax.random.key(settings.seed), is_trainable)
     del variables  # the state owns them now
+    about = {**about, "data": {**about["data"], "metric": metric, "mode": mode}}
     write_json(run / "run.json", describe_run(settings, model, state, about))
     identity = {
         k: v for k, v in plain_settings(settings).items() if k not in ("output", *elsewhere)

@@ -2,6 +2,7 @@
 
 from fmjax.report.page import write_report
 from fmjax.report.run_folder import Predictions, Run, atomic_write, load_run, save_predictions
+from fmjax.report.samples import save_samples
 
 __all__ = [
     "Predictions",
@@ -9,5 +10,6 @@ __all__ = [
     "atomic_write",
     "load_run",
     "save_predictions",
+    "save_samples",
     "write_report",
 ]

@@ -87,7 +87,8 @@ def _validation(run: Run) -> Markup | None:
         return None
     name = metric_name(key)
     lines = [*_curve(run, "train", key, FIRST), *validation]
-    best = int(np.argmax(validation[0].values))
+    extreme = np.argmin if run.data.get("mode") == "min" else np.argmax
+    best = int(extreme(validation[0].values))
     svg = charts.line_chart(
         "validation", lines, y_label=name.lower(), description=_words(name, lines)
     )

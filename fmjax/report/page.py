@@ -10,6 +10,7 @@ from fmjax.report.curves import broken_loss, curves_section
 from fmjax.report.evaluation import evaluated_split, evaluation_sections, measured
 from fmjax.report.markup import Markup, Section, escape, join, paragraph, table
 from fmjax.report.run_folder import Run, atomic_write, load_run
+from fmjax.report.samples import samples_section
 from fmjax.report.style import STYLE
 from fmjax.report.summary import headline_key, metric_name, scalars, summary_section
 
@@ -44,10 +45,13 @@ def report_page(run: Run) -> str:
     split = evaluated_split(run)
     scores = measured(run, split) if split is not None else {}
     sections = [summary_section(run, _notices(run, split, scores)), curves_section(run)]
-    if split is None:
-        sections.append(_no_predictions())
-    else:
+    samples = samples_section(run)
+    if split is not None:
         sections += evaluation_sections(run, split, scores)
+    elif run.data["problem_type"] is not None:
+        sections.append(_no_predictions())
+    if samples is not None:
+        sections.append(samples)
     sections += [_settings(run), _environment(run)]
     links = "".join(f'<li><a href="#{part.identifier}">{part.link}</a></li>' for part in sections)
     name = escape(run.name)
@@ -86,7 +90,7 @@ def _notices(run: Run, split: str | None, scores: dict[str, Any]) -> list[str]:
             "This run has no results.json: it is still running, or was interrupted before its "
             "final evaluation."
         )
-    if split is None:
+    if split is None and run.data["problem_type"] is not None:
         notices.append("This run has no saved predictions.")
     step = broken_loss(run)
     if step is not None:

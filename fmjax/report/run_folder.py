@@ -40,7 +40,7 @@ _CONTRACT: dict[str, tuple[type, ...]] = {
     "data.source": (str,),
     "data.splits": (dict,),
     "data.label_names": (list, type(None)),
-    "data.problem_type": (str,),
+    "data.problem_type": (str, type(None)),  # None: neither classes nor numbers, e.g. texts
     "settings": (dict,),
     "environment.python": (str,),
     "environment.platform": (str,),
@@ -257,9 +257,12 @@ def _info_problems(info: Any) -> list[str]:
     except ValueError:
         problems.append(f"started is {info['started']!r}, expected an ISO 8601 time")
     data = info["data"]
+    if data["problem_type"] is None:
+        return problems
     if data["problem_type"] not in PROBLEM_TYPES:
         problems.append(
-            f"data.problem_type is {data['problem_type']!r}, expected one of {PROBLEM_TYPES}"
+            f"data.problem_type is {data['problem_type']!r}, expected one of "
+            f"{PROBLEM_TYPES} or null"
         )
     elif data["problem_type"] != "regression" and not data["label_names"]:
         problems.append(f"data.label_names is empty, {data['problem_type']} needs the classes")

@@ -44,7 +44,11 @@ def metric_name(key: str) -> str:
 
 
 def headline_key(run: Run, logged: Any) -> str | None:
-    """The first of the headline scores of this kind of run that `logged` contains."""
+    """The first of the headline scores of this kind of run that `logged` contains; of a run
+    without classes or numbers, what its best state is chosen by."""
+    if run.data["problem_type"] is None:
+        selected = run.data.get("metric")
+        return selected if selected in logged else None
     keys = _HEADLINES[run.data["problem_type"]]
     return next((key for key in keys if key in logged), None)
 
@@ -216,7 +220,7 @@ def _facts(run: Run) -> Markup:
         ("Parameters", f"{count(model['num_params'])}, {count(model['num_trainable'])} trained"),
         ("Data", data["source"]),
         ("Examples", splits),
-        ("Problem", data["problem_type"].replace("_", " ")),
+        *([("Problem", data["problem_type"].replace("_", " "))] if data["problem_type"] else []),
         *([("Labels", classes)] if names else []),
         (
             "Started",
