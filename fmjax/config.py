@@ -25,7 +25,7 @@ BOOKKEEPING = frozenset(
     output_past pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
     pooler_size_per_head pooler_type return_dict task_specific_params tf_legacy_loss
     tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
-    xla_device
+    xla_device cache_implementation max_sequence_length pretraining_tp
     bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id diversity_penalty
     do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
@@ -234,12 +234,15 @@ def default_labels(number: int) -> tuple[str, ...]:
 def config_to_json(config: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a config.json for a Config dataclass, sorted; `extra` is added to them.
 
-    Fields whose metadata say ``saved=False`` are told by the weights and are not written.
+    Fields whose metadata say ``saved=False`` are told by the weights and are not written, and those
+    that say ``saved="set"`` are written where they are not None: PyTorch takes an absent key for
+    the default and stumbles over null.
     """
     data: dict[str, Any] = {
         field.name: _written(getattr(config, field.name))
         for field in dataclasses.fields(config)
-        if field.metadata.get("saved", True)
+        if (saved := field.metadata.get("saved", True))
+        and not (saved == "set" and getattr(config, field.name) is None)
     }
     labels: Sequence[str] | None = data.pop("id2label", None)
     if labels is not None:

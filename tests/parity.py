@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import fmjax
-from fmjax.config import config_to_json
+from fmjax.config import config_to_json, parse_config
 from fmjax.tree import flatten, unflatten
 from fmjax.weights import export_params
 
@@ -320,6 +320,17 @@ def check_sizes(family, classes: dict[str, str]) -> None:
                 transformers.AutoConfig.for_model(family.MODEL_TYPE, **data)
             )
         assert ours == sum(p.numel() for p in twin.parameters()), name
+
+
+def check_defaults(family, **filled) -> None:
+    """The Config's defaults are those of transformers' class.
+
+    Args:
+        family: a module of fmjax.models.
+        filled: fields that PyTorch's class computes where they are not given.
+    """
+    theirs = transformers.AutoConfig.for_model(family.MODEL_TYPE).to_dict()
+    assert parse_config(family.Config, theirs, family.FIXED) == family.Config(**filled)
 
 
 def shuffled(variables, seed=0, spread=0.2):

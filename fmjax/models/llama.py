@@ -36,7 +36,7 @@ class DecoderConfig:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    head_dim: int | None = dataclasses.field(default=None, metadata={"saved": "set"})
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -135,6 +135,22 @@ class DecoderConfig:
     def sliding(self) -> tuple[bool, ...]:
         """Of each layer, whether its window slides."""
         return (self.window is not None,) * self.num_hidden_layers
+
+
+def layer_type_problems(layer_types: Sequence[str], config: DecoderConfig) -> list[str]:
+    """What is wrong with config.json's ``layer_types``."""
+    known = ("full_attention", "sliding_attention")
+    problems = []
+    if len(layer_types) != config.num_hidden_layers:
+        problems.append(
+            f"layer_types has {len(layer_types)} entries for num_hidden_layers="
+            f"{config.num_hidden_layers}"
+        )
+    if unknown := sorted(set(layer_types) - {*known}):
+        problems.append(f"layer_types has {unknown}; known are {known}")
+    if config.window is None and "sliding_attention" in layer_types:
+        problems.append("layer_types has sliding_attention, but there is no sliding_window")
+    return problems
 
 
 SIZES = frozenset(
@@ -453,6 +469,11 @@ def pre_norm_rules() -> list[Rule]:
     ]
 
 
+def layer_rules(config: Any) -> list[Rule]:
+    """All of one layer's, named from the base model on."""
+    return [*attention_rules(config), *feed_forward_rules(config), *pre_norm_rules()]
+
+
 def assemble(
     config: Any, head: str, layer: Sequence[Rule], *, answering: str = PREFIX
 ) -> list[Rule]:
@@ -485,5 +506,4 @@ def assemble(
 
 def rules(config: Config, head: str) -> list[Rule]:
     """Parameters and the PyTorch tensors they are, for one head."""
-    layer = [*attention_rules(config), *feed_forward_rules(config), *pre_norm_rules()]
-    return assemble(config, head, layer, answering="transformer.")
+    return assemble(config, head, layer_rules(config), answering="transformer.")

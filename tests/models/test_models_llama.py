@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from parity import check_decoding, check_head, check_sizes, shuffled, text_inputs
+from parity import check_decoding, check_defaults, check_head, check_sizes, shuffled, text_inputs
 
 import fmjax
-from fmjax.config import config_to_json, parse_config
+from fmjax.config import parse_config
 from fmjax.models import llama
 from fmjax.nn.position import RopeScaling
 from fmjax.tree import flatten
@@ -82,13 +82,7 @@ def test_published_sizes():
 
 
 def test_config_defaults_are_transformers_defaults():
-    theirs = transformers.LlamaConfig().to_dict()
-    ours = config_to_json(llama.Config(num_key_value_heads=32, head_dim=128), {})
-    rope = {"rope_theta": theirs["rope_parameters"]["rope_theta"], "rope_scaling": None}
-    for key in ours.keys() - {"problem_type", "label2id", "id2label"}:
-        assert ours[key] == (theirs | rope)[key], key
-    parsed = parse_config(llama.Config, theirs, llama.FIXED)
-    assert parsed == llama.Config(num_key_value_heads=32, head_dim=128)
+    check_defaults(llama, num_key_value_heads=32, head_dim=128)
 
 
 def test_files_of_every_age_load(tmp_path):
