@@ -7,13 +7,23 @@ from fmjax.metrics.classification import (
     probabilities_from_logits,
     reliability_bins,
 )
+from fmjax.metrics.language_modelling import bits_per_byte, perplexity
 from fmjax.metrics.regression import regression_metrics
+from fmjax.metrics.summarisation import summarisation_metrics
+from fmjax.metrics.tagging import entity_metrics, tag_accuracy
+from fmjax.metrics.translation import translation_metrics
 
 __all__ = [
+    "bits_per_byte",
     "classification_metrics",
+    "entity_metrics",
     "expected_calibration_error",
     "multi_label_metrics",
+    "perplexity",
     "probabilities_from_logits",
     "regression_metrics",
     "reliability_bins",
+    "summarisation_metrics",
+    "tag_accuracy",
+    "translation_metrics",
 ]
