@@ -12,6 +12,7 @@ import numpy as np
 
 from fmjax.data import (
     BatchStream,
+    Columns,
     EncodedText,
     TextExamples,
     encode,
@@ -19,7 +20,7 @@ from fmjax.data import (
     load_text,
 )
 from fmjax.data.batches import batches
-from fmjax.data.buckets import choose_buckets
+from fmjax.data.buckets import choose_buckets, choose_shapes
 
 HELD_OUT = 10  # one text in ten, when a file of training texts comes without validation texts
 
@@ -146,6 +147,21 @@ def evaluation_batches(
         shuffle=False,
         epochs=1,
     )
+
+
+def shared_shapes(columns: Mapping[str, Columns]) -> list[tuple[int, ...]]:
+    """As `shared_buckets`, of examples with any number of lengths each."""
+    return choose_shapes(
+        np.concatenate([part.lengths for part in columns.values()]),
+        max_lengths=np.max([part.max_lengths for part in columns.values()], axis=0).tolist(),
+    )
+
+
+def one_epoch(
+    columns: Columns, shapes: Sequence[tuple[int, ...]], *, batch_size: int = 64
+) -> BatchStream:
+    """Each example once, in an order that pads little."""
+    return batches(columns, batch_size=batch_size, buckets=shapes, shuffle=False, epochs=1)
 
 
 def labels_of(examples: TextExamples) -> np.ndarray:
