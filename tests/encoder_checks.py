@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import numpy as np
 import transformers
@@ -13,6 +11,7 @@ from safetensors.numpy import save_file
 import fmjax
 from fmjax.config import config_to_json, parse_config, write_json
 from fmjax.tree import flatten
+from fmjax.weights import open_checkpoint
 
 NOT_OF_TRANSFORMERS = {"problem_type", "id2label", "label2id"}
 
@@ -98,41 +97,47 @@ def check_cached(family, config, *, scan, length=9, padding=2, tolerance=1e-5):
     )  # causal
 
 
-def check_flax_names(folder, family, config, head, tree, *, missing=()):
-    """A checkpoint under the names of transformers' old Flax class loads as the PyTorch one does.
+def save_flax_names(folder, family, config, head, *, dropped=()):
+    """A model with random weights, saved as transformers' old Flax classes did it.
 
     Args:
-        folder: an empty one.
+        folder: an empty one; "flax" in it is what the Flax class wrote.
         family: a module of fmjax.models.
         config: its Config.
         head: a key of its HEADS.
-        tree: the leaf paths of one layer and of what is outside, as the Flax class named them.
-        missing: parameters that the Flax class had none of, which are initialised.
+        dropped: tensors that Flax files lack.
+
+    Returns:
+        The variables.
     """
     model, variables = fmjax.create(family.MODEL_TYPE, config, head=head, rng=jax.random.key(0))
-    variables = shuffled(variables)
     saved = fmjax.save(folder / "torch", model, variables)
     tensors = {}
-    from fmjax.weights import open_checkpoint
-
     with open_checkpoint(saved) as checkpoint:
-        torch_names = {name: np.array(t.read()) for name, t in checkpoint.tensors.items()}
-    for path in tree:
-        *module, leaf = path.split("/")
-        name = ".".join((*module, {"bias": "bias"}.get(leaf, "weight")))
-        value = torch_names[name]
-        axes = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0)}
-        tensors[path.replace("/", ".")] = np.ascontiguousarray(
-            value.transpose(axes[value.ndim]) if leaf == "kernel" else value
-        )
+        for name, tensor in checkpoint.tensors.items():
+            if name in dropped:
+                continue
+            value = np.array(tensor.read())
+            stem, _, leaf = name.rpartition(".")
+            if leaf == "weight":
+                norm = value.ndim == 1
+                embedding = "embeddings" in stem.rpartition(".")[2]
+                leaf = "scale" if norm else "embedding" if embedding else "kernel"
+            tensors[f"{stem}.{leaf}"] = value.T.copy() if leaf == "kernel" else value
     (folder / "flax").mkdir()
     save_file(tensors, folder / "flax" / "model.safetensors", metadata={"format": "flax"})
     architectures = {"architectures": [f"Flax{family.HEADS[head]}"]}
     data = config_to_json(config, {"model_type": family.MODEL_TYPE, **architectures})
     write_json(folder / "flax" / "config.json", data)
-    again, read = fmjax.load(folder / "flax", new=missing)
-    assert dataclasses.replace(again.config) == config
+    return variables
+
+
+def check_flax_names(folder, family, config, head, *, dropped=()):
+    """A checkpoint under the names of transformers' old Flax class loads, to the last bit."""
+    variables = save_flax_names(folder, family, config, head, dropped=dropped)
+    model, read = fmjax.load(folder / "flax")
+    assert model.config == config
+    assert model.head == head
     flat = flatten(read)
     for path, value in flatten(variables).items():
-        if not any(path.partition("/")[2].startswith(new) for new in missing):
-            np.testing.assert_array_equal(flat[path], value, err_msg=path)
+        np.testing.assert_array_equal(flat[path], value, err_msg=path)

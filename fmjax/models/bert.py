@@ -415,11 +415,12 @@ def body_rules(
     layer, here = f"{body}encoder.layer.{{i}}", "layers_{i}"
     word = f"{body}embeddings.word_embeddings.weight"
     aliases = tied if config.tie_word_embeddings else ()
+    tables = ("position", "token_type") if config.type_vocab_size else ("position",)
     table = [
         Rule("params/embed/word/embedding", word, aliases=aliases),
         *(
             Rule(f"params/embed/{name}/embedding", f"{body}embeddings.{name}_embeddings.weight")
-            for name in ("position", "token_type")
+            for name in tables
         ),
         *norm_rules("embed/norm", f"{body}embeddings.LayerNorm"),
         *attention(f"{here}/attn", f"{layer}.attention"),

@@ -100,6 +100,7 @@ class TextEmbeddings(nn.Module):
         token_types: rows of the token-type table; 0 for none.
         padding_index: row of the word table that is not trained; None for none.
         position_padding_index: the same of the position table.
+        position_init: initializer of the position table; None is `embedding_init`.
         project: the width that a dense layer brings the sum to at the end; None for no such layer.
     """
 
@@ -112,13 +113,17 @@ class TextEmbeddings(nn.Module):
     token_types: int = 0
     padding_index: int | None = None
     position_padding_index: int | None = None
+    position_init: Callable[..., Array] | None = None
     project: int | None = None
 
     def setup(self) -> None:
         init = self.embedding_init
         self.word = Embed(self.vocab_size, self.width, init, self.padding_index)
         if self.positions:
-            self.position = Embed(self.positions, self.width, init, self.position_padding_index)
+            position_init = init if self.position_init is None else self.position_init
+            self.position = Embed(
+                self.positions, self.width, position_init, self.position_padding_index
+            )
         if self.token_types:
             self.token_type = Embed(self.token_types, self.width, init)
         self.norm = LayerNorm(self.epsilon)

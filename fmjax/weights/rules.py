@@ -44,6 +44,8 @@ class Rule:
         aliases: other names of the one tensor. The first that is there is read; any further one
             is taken for a tied copy.
         copies: like aliases, but also written on export, for loaders that expect them.
+        default: makes the parameter where the checkpoint has none of the names: a constant that
+            some formats leave out.
     """
 
     param: str | tuple[str, ...]
@@ -51,6 +53,7 @@ class Rule:
     transform: Transform = IDENTITY
     aliases: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
+    default: Callable[[], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         bound = {frozenset(PLACEHOLDER.findall(path)) for path in self.params}
@@ -59,6 +62,8 @@ class Rule:
             raise ValueError(f"the parameters {self.param} of a rule must have the same braces")
         if (self.aliases or self.copies) and (len(self.tensors) != 1 or open_ones):
             raise ValueError(f"a rule for several tensors {self.tensor} has no aliases or copies")
+        if self.default is not None and (len(self.params), len(self.tensors)) != (1, 1):
+            raise ValueError(f"a rule with a default has one tensor and param, not {self.params}")
         if open_ones and (len(open_ones), len(self.params), len(self.tensors)) != (1, 1, 1):
             raise ValueError(f"{self.tensor} leaves {sorted(open_ones)} open: one tensor and param")
 
@@ -147,7 +152,9 @@ def import_params(
         accepted.update(site.names)
         if not fresh.issuperset(site.params):
             sources = _sources(site, tensors, mismatch)
-            if sources and _fits(site, sources, abstract, fresh, mismatch):
+            if not sources and site.rule.default is not None:
+                plan.append((site, []))
+            elif sources and _fits(site, sources, abstract, fresh, mismatch):
                 plan.append((site, sources))
     unread = [
         name
@@ -167,7 +174,10 @@ def import_params(
             for source in sources:
                 source.release()
 
-        arrays = site.rule.transform.load([source.read() for source in sources])
+        if not sources and site.rule.default is not None:
+            arrays = [site.rule.default()]
+        else:
+            arrays = site.rule.transform.load([source.read() for source in sources])
         for path, array in zip(site.params, arrays, strict=True):
             if path not in fresh:
                 result[path] = place(path, _own(array, release))
@@ -195,7 +205,7 @@ def _matching(
 
 
 def _sources(site: _Site, tensors: Mapping[str, Tensor], mismatch: Mismatch) -> list[Tensor]:
-    """The tensors a site reads; [] if one is missing."""
+    """The tensors a site reads; [] if one is missing, which a rule with a default may."""
     others = (*site.aliases, *site.copies)
     found: list[Tensor] = []
     missing: list[str] = []
@@ -205,7 +215,7 @@ def _sources(site: _Site, tensors: Mapping[str, Tensor], mismatch: Mismatch) -> 
             found.append(tensors[there[0]])
         else:
             missing.append(name)
-    if not missing:
+    if not missing or site.rule.default is not None:
         return found
     for path in site.params:
         mismatch.unwritten.append((path, missing, others))
