@@ -16,8 +16,10 @@ from fmjax.data.encoding import (
     encode_seq2seq,
 )
 from fmjax.data.language import TokenDocuments, encode_documents, language_batches
+from fmjax.data.pairs import encode_sentences, next_sentence_pairs, sentence_order_pairs
 from fmjax.data.streaming import TextBlocks, stream_batches
 from fmjax.data.text import TextExamples, from_datasets, from_tfds, load_text, read_text
+from fmjax.data.windows import QuestionWindows, encode_questions, scoring_windows
 
 __all__ = [
     "AlignedWords",
@@ -25,6 +27,7 @@ __all__ = [
     "Columns",
     "Denoising",
     "EncodedText",
+    "QuestionWindows",
     "Ragged",
     "SpanCorruption",
     "TextBlocks",
@@ -35,14 +38,19 @@ __all__ = [
     "encode",
     "encode_choices",
     "encode_documents",
+    "encode_questions",
     "encode_retrieval",
+    "encode_sentences",
     "encode_seq2seq",
     "fetch",
     "from_datasets",
     "from_tfds",
     "language_batches",
     "load_text",
+    "next_sentence_pairs",
     "read_text",
     "restore_spans",
+    "scoring_windows",
+    "sentence_order_pairs",
     "stream_batches",
 ]

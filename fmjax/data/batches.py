@@ -351,6 +351,23 @@ def batches(
     )
 
 
+def shared_buckets(
+    *splits: EncodedText | Columns, count: int | None = None
+) -> list[int] | list[tuple[int, ...]]:
+    """Buckets that serve several splits, so that none compiles shapes of its own.
+
+    Args:
+      splits: of the same kind.
+      count: see `choose_shapes`.
+    """
+    limits = [(s.max_length,) if isinstance(s, EncodedText) else s.max_lengths for s in splits]
+    width = len(limits[0])
+    lengths = np.concatenate([split.lengths.reshape(-1, width) for split in splits])
+    longest = [max(limit) for limit in zip(*limits, strict=True)]
+    shapes = choose_shapes(lengths, max_lengths=longest, count=count)
+    return [shape[0] for shape in shapes] if width == 1 else shapes
+
+
 def _checked_buckets(
     data: Columns, buckets: Buckets | None, problems: list[str]
 ) -> list[tuple[int, ...]]:

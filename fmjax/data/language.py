@@ -200,10 +200,10 @@ def language_batches(
 ) -> BatchStream:
     """A stream of rows of T tokens in which every token of every document appears once an epoch.
 
-    A batch has ``input_ids``, ``attention_mask`` and ``segment_ids`` int32 [B, T], ``weight`` and
-    ``index``, the row of the epoch. Segments are numbered from 1 in each row, 0 is padding; tokens
-    see only those of their own segment, and their positions count from its start. There are no
-    ``labels``: they are the tokens themselves.
+    A batch has ``input_ids`` and ``attention_mask`` int32 [B, T], ``weight`` and ``index``, the row
+    of the epoch; and of packed documents ``segment_ids`` int32 [B, T], numbered from 1 in each row
+    and 0 for padding: tokens are to see only those of their own segment. There are no ``labels``:
+    they are the tokens themselves.
 
     Args:
       documents: from `encode_documents`.
@@ -211,7 +211,7 @@ def language_batches(
       batch_size: rows of a global batch, over all processes.
       pad_id: the token id of padding.
       packing: whether rows hold whole "documents" (which are cut only where longer than a row) or
-        the pieces of all of them "concatenated" (each row is then one segment).
+        the pieces of all of them "concatenated", which see each other.
       corruption: what makes inputs and targets of a row (`SpanCorruption`); a batch then has
         ``input_ids``, ``attention_mask`` [B, S] and ``labels`` [B, T].
       seed, epochs, process_index, process_count, prefetch: as in `batches`.

@@ -166,7 +166,8 @@ def language_batch(
       index: int [B], the numbers of the rows; -1 for padding rows.
       length: T.
       pad_id: the token id of padding.
-      separate: whether each piece is a segment, or all of a row are one.
+      separate: whether each piece is a segment of its own. Where all of a row are one text there
+        are no ``segment_ids``: attention is then plainly causal, and faster.
     """
     ids = np.full((len(rows), length), pad_id, np.int32)  # [B, T]
     segments = np.zeros_like(ids)
@@ -174,14 +175,14 @@ def language_batch(
         at = 0
         for number, piece in enumerate(pieces, start=1):
             ids[place, at : at + len(piece)] = piece
-            segments[place, at : at + len(piece)] = number if separate else 1
+            segments[place, at : at + len(piece)] = number
             at += len(piece)
     mask = (segments > 0).astype(np.int32)  # [B, T]
     mask[index < 0, 0] = 1  # a softmax over nothing would be NaN
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "segment_ids": segments,
+        **({"segment_ids": segments} if separate else {}),
         "weight": (index >= 0).astype(np.float32),
         "index": index.astype(np.int32),
     }

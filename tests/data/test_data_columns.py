@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmjax.data.batches import batches
+from fmjax.data.batches import batches, shared_buckets
 from fmjax.data.buckets import assign, by_cost, choose_shapes, next_holder
 from fmjax.data.columns import Columns, Ragged
 
@@ -232,3 +232,14 @@ def test_buckets_that_nothing_needs_are_left_out():
 def test_padding_is_said_by_columns_or_by_pad_id():
     with pytest.raises(ValueError, match=r"pad_id=3 is for EncodedText"):
         batches(translations([(1, 1)]), batch_size=1, pad_id=3)
+
+
+def test_splits_share_buckets():
+    train, val = translations([(3, 8), (30, 20)]), translations([(60, 5)])
+    buckets = shared_buckets(train, val)
+    assert isinstance(buckets, list)
+    assert buckets[-1] == (64, 24)
+    for split in (train, val):
+        batches(split, batch_size=1, buckets=buckets)
+    one = Columns((ragged([3, 30], "input_ids"),))
+    assert shared_buckets(one, Columns((ragged([60], "input_ids"),))) == [8, 32, 64]

@@ -116,7 +116,9 @@ def test_every_token_once_an_epoch(corpus, packing, shuffle):
     stream = stream_of(blocks_of(corpus), packing=packing, shuffle=shuffle, epochs=2)
     everything = list(stream)
     ids = np.concatenate([batch["input_ids"] for batch in everything])
-    segments = np.concatenate([batch["segment_ids"] for batch in everything])
+    name = "segment_ids" if packing == "documents" else "attention_mask"
+    segments = np.concatenate([batch[name] * batch["weight"][:, None] for batch in everything])
+    segments = segments.astype(int)
     expected = sorted(WORDS[word] for word in " ".join(corpus[1]).split())
     found = np.sort(ids[(ids > 1)])
     np.testing.assert_array_equal(found, np.repeat(expected, 2))
