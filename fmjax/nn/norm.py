@@ -14,20 +14,23 @@ class LayerNorm(nn.Module):
     Args:
         epsilon: added to the variance.
         use_bias: whether a bias is added.
+        use_scale: whether there is a scale.
     """
 
     epsilon: float
     use_bias: bool = True
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         mean = jnp.mean(x32, axis=-1, keepdims=True)
         centred = x32 - mean
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.epsilon)
-        y = y * scale.astype(jnp.float32)
+        if self.use_scale:
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+            y = y * scale.astype(jnp.float32)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
             y = y + bias.astype(jnp.float32)

@@ -96,7 +96,7 @@ def test_both_dialects_of_rotary_keys_are_read():
     config = parse_config(gpt_neox.Config, data, gpt_neox.FIXED)
     assert (config.rotary_pct, config.rotary_emb_base) == (0.5, 500)
     assert config.rope_scaling == RopeScaling(rope_type="linear", factor=4.0)
-    with pytest.raises(ValueError, match="partial_rotary_factor=.* is another name"):
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=.* is another name"):
         parse_config(gpt_neox.Config, data | {"rotary_pct": 0.25}, gpt_neox.FIXED)
 
 
