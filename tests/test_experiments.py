@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
+sys.path.append(str(FOLDER))  # as when a script is run
 
 
 def experiment(name):
@@ -50,3 +52,41 @@ def test_pos_tagging(tiny_bert, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
     for name in ("report.html", "samples.json", "export/model.safetensors"):
         assert (run / name).exists(), name
+
+
+TEXTS = [
+    f"the {adjective} {noun} is {mood}, and the {noun} was {adjective} .\nit is {mood} ."
+    for adjective in ("old", "new", "red", "long")
+    for noun in ("film", "story", "plot", "scene", "actor")
+    for mood in ("good", "bad", "quiet")
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Arguments that name three small text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    parts = {"data": TEXTS[6:] * 3, "val": TEXTS[:3], "test": TEXTS[3:6]}
+    arguments = []
+    for name, texts in parts.items():
+        (folder / f"{name}.txt").write_text("\n\n".join(texts) + "\n")
+        arguments += [f"--{name}", str(folder / f"{name}.txt")]
+    return arguments
+
+
+def test_pretrain_gpt(corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    experiment("pretrain_gpt").main(
+        [
+            *("--output", str(run), *corpus, "--vocab-size", "300", "--layers", "1"),
+            *("--width", "32", "--length", "32", "--batch-size", "4", "--epochs", "4"),
+            *("--learning-rate", "1e-2", "--sample-tokens", "8", "--ngram", "3"),
+        ]
+    )
+    results = json.loads((run / "results.json").read_text())
+    bits = results["test"]["bits_per_byte"]
+    assert 0 < bits < 2  # a random model of 300 tokens has about 3
+    assert results["baselines"]["byte 3-gram"]["test"]["bits_per_byte"] < 2
+    assert len(results["samples"]) >= 1
+    assert "bits per byte" in capsys.readouterr().out
+    assert (run / "export" / "tokenizer.json").exists()
