@@ -5,7 +5,18 @@
 >>> output = model.apply(variables, input_ids=input_ids)  # doctest: +SKIP
 """
 
-from fmjax.hub import create, load, load_tokenizer, save
+from fmjax.generate import GenerationConfig, generate, stream
+from fmjax.hub import create, load, load_generation_config, load_tokenizer, save
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create", "load", "load_tokenizer", "save"]
+__all__ = [
+    "GenerationConfig",
+    "__version__",
+    "create",
+    "generate",
+    "load",
+    "load_generation_config",
+    "load_tokenizer",
+    "save",
+    "stream",
+]

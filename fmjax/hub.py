@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from fmjax.config import config_to_json, default_labels, parse_config, read_config, write_json
+from fmjax.generation_config import GenerationConfig
 from fmjax.models import families, family_of
 from fmjax.tree import flatten, unflatten, unstack_layers
 from fmjax.types import PyTree, Variables
@@ -402,3 +403,15 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(find_folder(path_or_id))
+
+
+def load_generation_config(path_or_id: str | Path) -> GenerationConfig:
+    """How the authors of a checkpoint want text generated, for `fmjax.generate`.
+
+    Read from generation_config.json, or from the generation keys of an older config.json.
+
+    Raises:
+        OSError: no such folder, or the hub cannot be reached.
+        ValueError: keys that are not known or not supported; all are listed.
+    """
+    return GenerationConfig.read(find_folder(path_or_id))

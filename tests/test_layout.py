@@ -14,7 +14,7 @@ HOUSE = [
     {"types"},
     {"tree"},
     {"config", "nn", "weights"},
-    {"models"},
+    {"models", "generation_config"},
     {"hub", "generate", "data", "metrics"},
     {"tasks"},
     {"train"},

@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
         return mask
 
 
-def config_problems(config: Any, *, width: str, heads: str, act: str) -> list[str]:
+def config_problems(config: Any, *, width: str, heads: str, act: str | None = None) -> list[str]:
     """What is wrong with a decoder's config, as far as families agree on it.
 
     Numbers must be positive, rates of dropout below 1, the width a multiple of the heads, the
@@ -75,7 +75,7 @@ def config_problems(config: Any, *, width: str, heads: str, act: str) -> list[st
 
     Args:
         config: a family's, with ``vocab_size`` and ``pad_token_id``.
-        width, heads, act: the names of its fields for D, H and the activation.
+        width, heads, act: the names of its fields for D, H and, if there is one, the activation.
     """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     problems = [
@@ -90,7 +90,7 @@ def config_problems(config: Any, *, width: str, heads: str, act: str) -> list[st
     ]
     if values[heads] > 0 and values[width] % values[heads]:
         problems.append(f"{width}={values[width]} is not a multiple of {heads}={values[heads]}")
-    if values[act] not in ACTIVATIONS:
+    if act is not None and values[act] not in ACTIVATIONS:
         problems.append(f"{act}={values[act]!r} is not one of {sorted(ACTIVATIONS)}")
     pad, size = values["pad_token_id"], values["vocab_size"]
     if pad is not None and not -size <= pad < size:
@@ -292,7 +292,9 @@ class Decoder(nn.Module):
         length, start, capacity = shape[-1], 0, shape[-1]
         if cache is not None:
             start, capacity = cache["length"], cache_capacity(cache)
-        if self.max_positions is not None and capacity > self.max_positions:
+        # A cache may have columns to spare, for padding, where positions are given.
+        spare = cache is not None and position_ids is not None
+        if self.max_positions is not None and capacity > self.max_positions and not spare:
             raise ValueError(
                 f"{capacity} positions are more than the model's {self.max_positions}; "
                 "truncate the input"

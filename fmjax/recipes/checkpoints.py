@@ -7,6 +7,8 @@ from typing import Any
 
 import fmjax.hub as hub
 from fmjax.config import read_config
+from fmjax.generation_config import FILE as GENERATION_FILE
+from fmjax.generation_config import GenerationConfig
 from fmjax.recipes.texts import model_source
 from fmjax.tree import count
 from fmjax.weights import open_checkpoint
@@ -30,7 +32,8 @@ def convert_checkpoint(
 
     Args:
         source: a folder or hub id.
-        target: the new folder; config.json, safetensors with PyTorch names, the tokenizer's files.
+        target: the new folder; config.json, safetensors with PyTorch names, the tokenizer's files,
+            and generation_config.json, made of an older config.json's keys where there is none.
         max_shard_size: see `fmjax.save`.
         dtype: cast the weights; None keeps them.
 
@@ -48,9 +51,14 @@ def convert_checkpoint(
         read = f"{checkpoint.format}, {len(checkpoint.files)} file(s)"
     model, variables = hub.load(folder, dtype=dtype)
     hub.save(target, model, variables, max_shard_size=max_shard_size)
-    copied = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    copied = (*TOKENIZER_FILES, GENERATION_FILE)
     for name in copied:
-        (target / name).write_bytes((folder / name).read_bytes())
+        if (folder / name).is_file():
+            (target / name).write_bytes((folder / name).read_bytes())
+    if not (folder / GENERATION_FILE).is_file():
+        generation = GenerationConfig.read(folder)
+        if generation.to_dict():
+            generation.write(target)
     return [
         f"read {folder}: {read}",
         f"{type(model).__module__.rsplit('.', 1)[-1]} with head {model.head}: "

@@ -1,0 +1,317 @@
+"""What generation is given, checked before anything is computed, and padded to buckets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax import Array
+
+from fmjax.generate.forward import Prompt
+from fmjax.generation_config import GenerationConfig
+
+DEFAULT_NEW_TOKENS = 20
+SMALLEST_BUCKET = 16
+
+
+class Plan(NamedTuple):
+    """A checked call.
+
+    Args:
+        prompt: padded to its bucket, on the host.
+        prefix: int32 [B, P], the decoder's prompt as it was given.
+        padding: int32 [B], columns of padding in `prefix`.
+        limit: new tokens there may be.
+        capacity: columns of the cache.
+        vocab_size: V.
+    """
+
+    prompt: Prompt
+    prefix: np.ndarray
+    padding: np.ndarray
+    limit: int
+    capacity: int
+    vocab_size: int
+
+
+def bucket(length: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: at most half of it again is padding."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        half = size + size // 2
+        if length <= half:
+            return half
+        size *= 2
+    return size
+
+
+def vocabulary_size(model: Any) -> int:
+    """V of the decoder."""
+    config = model.config
+    names = {field.name for field in dataclasses.fields(config)}
+    return config.vocab_size if "vocab_size" in names else config.decoder.vocab_size
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether the model reads its prompt with an encoder.
+
+    Raises:
+        ValueError: it does not generate.
+    """
+    # Here, because they import Flax, which whoever has a model has already loaded.
+    from fmjax.nn.decoder import Decoder
+    from fmjax.nn.seq2seq import EncoderDecoder
+
+    name = type(model).__module__.rsplit(".", 1)[-1]
+    if isinstance(model, EncoderDecoder) and model.head == "seq2seq_lm":
+        return True
+    if isinstance(model, Decoder) and model.head == "causal_lm":
+        return False
+    raise ValueError(
+        f"{name} with the head {model.head!r} does not generate; load a decoder with "
+        "head='causal_lm' or an encoder-decoder with head='seq2seq_lm'"
+    )
+
+
+def make_plan(
+    model: Any,
+    config: GenerationConfig,
+    explicit: Mapping[str, Any],
+    *,
+    input_ids: Any,
+    attention_mask: Any,
+    decoder_input_ids: Any = None,
+    encoder_outputs: Array | None = None,
+    extra_columns: int = 0,
+) -> Plan:
+    """Checks and pads the inputs.
+
+    Args:
+        model: what generates.
+        config: the options.
+        explicit: options of this call, which are not cut down to what the model can.
+        input_ids: int [B, P]; of an encoder-decoder, the encoder's tokens.
+        attention_mask: [B, P], 1 = token; None is everything but the padding token.
+        decoder_input_ids: int [B, P], what the decoder of an encoder-decoder starts with.
+        encoder_outputs: [B, S, D], in place of an encoder-decoder's `input_ids`.
+        extra_columns: columns beyond the limit that drafted tokens may take.
+
+    Raises:
+        ValueError: everything that is wrong.
+    """
+    vocab_size = vocabulary_size(model)
+    problems = _token_problems(config, vocab_size)
+    both = is_encoder_decoder(model)
+    encoder: dict[str, Any] = {}
+    if both:
+        batch = _encoder_inputs(
+            model, config, input_ids, attention_mask, encoder_outputs, encoder, problems
+        )
+        prefix = _decoder_prefix(config, decoder_input_ids, batch, vocab_size, problems)
+        mask = np.ones(prefix.shape, np.int32)
+    else:
+        if decoder_input_ids is not None or encoder_outputs is not None:
+            problems.append(
+                "decoder_input_ids and encoder_outputs are for encoder-decoders; a decoder's "
+                "prompt is input_ids"
+            )
+        if input_ids is None:
+            raise ValueError("generation:\n  " + "\n  ".join([*problems, "give input_ids"]))
+        prefix = _ids(input_ids, "input_ids", vocab_size, problems)
+        mask = _mask(attention_mask, prefix, config, problems)
+        if prefix.size and mask.shape == prefix.shape:
+            if (np.diff(mask, axis=1) < 0).any():
+                rows = np.flatnonzero((np.diff(mask, axis=1) < 0).any(axis=1)).tolist()
+                problems.append(
+                    f"attention_mask has padding after tokens in the rows {rows}; a decoder "
+                    "continues the right end: pad on the left (tokenizer.padding_side='left')"
+                )
+            if (mask.sum(axis=1) == 0).any():
+                rows = np.flatnonzero(mask.sum(axis=1) == 0).tolist()
+                problems.append(f"the prompts of the rows {rows} are empty")
+    if problems:
+        raise ValueError("generation:\n  " + "\n  ".join(problems))
+    batch, width = prefix.shape
+    padding = (width - mask.sum(axis=1)).astype(np.int32)
+    longest = int(mask.sum(axis=1).max())
+    limit = _limit(model, config, explicit, width, longest)
+    if both:
+        room, columns = width, width + bucket(limit) + extra_columns
+        if model.max_positions is not None:  # its positions are counted by columns
+            if width + limit + extra_columns > model.max_positions:
+                raise ValueError(
+                    f"{width} + {limit} tokens and {extra_columns} drafted ones are more than the "
+                    f"decoder's {model.max_positions} positions; set max_new_tokens lower"
+                )
+            columns = min(columns, model.max_positions)
+    else:
+        # Columns that are padding in all rows are not kept, so that they fill no bucket.
+        room = bucket(longest)
+        columns = room + bucket(limit) + extra_columns
+    tokens = np.zeros((batch, room), np.int32)
+    tokens[:, max(room - width, 0) :] = prefix[:, max(width - room, 0) :]
+    prompt = Prompt(tokens, padding + (room - width), **encoder)
+    return Plan(prompt, prefix, padding, limit, columns, vocab_size)
+
+
+def _token_problems(config: GenerationConfig, vocab_size: int) -> list[str]:
+    """Options that name tokens which the vocabulary does not have."""
+    problems = []
+    for name in (
+        "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
+        "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+        "sequence_bias",
+    ):  # fmt: skip
+        value = vars(config)[name]
+        if name == "sequence_bias" and value is not None:
+            value = tuple(tokens for tokens, _ in value)
+        if wrong := sorted({token for token in _flat(value) if token >= vocab_size}):
+            problems.append(f"{name} has {wrong}, outside the vocabulary of {vocab_size}")
+    return problems
+
+
+def _flat(value: Any) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, tuple):
+        return [token for item in value for token in _flat(item)]
+    return [value]
+
+
+def _ids(value: Any, name: str, vocab_size: int, problems: list[str]) -> np.ndarray:
+    """int32 [B, P]; what is wrong is added to the problems."""
+    try:
+        ids = np.asarray(value)
+    except ValueError:
+        problems.append(f"{name} has rows of different lengths; pad them")
+        return np.zeros((1, 0), np.int32)
+    if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+        problems.append(
+            f"{name} has shape {ids.shape}; it must be [B, P] with at least one token a row"
+        )
+        return np.zeros((1, 0), np.int32)
+    if not np.issubdtype(ids.dtype, np.integer):
+        problems.append(f"{name} has dtype {ids.dtype}; it must be integers")
+        return np.zeros((1, 0), np.int32)
+    if wrong := np.unique(ids[(ids < 0) | (ids >= vocab_size)])[:10].tolist():
+        problems.append(f"{name} has the tokens {wrong}, outside the vocabulary of {vocab_size}")
+    return ids.astype(np.int32)
+
+
+def _mask(value: Any, ids: np.ndarray, config: GenerationConfig, problems: list[str]) -> np.ndarray:
+    """int32 [B, P]; without one, the padding token is padding, unless it also ends texts."""
+    if value is None:
+        pad = config.pad_token_id
+        if pad is None or pad in config.eos:
+            return np.ones(ids.shape, np.int32)
+        return (ids != pad).astype(np.int32)
+    mask = np.asarray(value)
+    if mask.shape != ids.shape:
+        problems.append(f"attention_mask has shape {mask.shape}; it must be {ids.shape}")
+        return np.ones(ids.shape, np.int32)
+    return (mask != 0).astype(np.int32)
+
+
+def _encoder_inputs(
+    model: Any,
+    config: GenerationConfig,
+    input_ids: Any,
+    attention_mask: Any,
+    encoder_outputs: Array | None,
+    result: dict[str, Any],
+    problems: list[str],
+) -> int:
+    """Fills in the encoder's part of a `Prompt`; returns B."""
+    if (input_ids is None) == (encoder_outputs is None):
+        problems.append("give exactly one of input_ids and encoder_outputs")
+        return 1
+    if encoder_outputs is not None:
+        if encoder_outputs.ndim != 3 or 0 in encoder_outputs.shape:
+            problems.append(
+                f"encoder_outputs has shape {encoder_outputs.shape}; it must be [B, S, D]"
+            )
+            return 1
+        shape = encoder_outputs.shape[:2]
+        mask = np.ones(shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
+        if mask.shape != shape:
+            problems.append(f"attention_mask has shape {mask.shape}; it must be {shape}")
+        result |= {"encoder_states": encoder_outputs, "encoder_mask": mask}
+        return shape[0]
+    ids = _ids(input_ids, "input_ids", vocabulary_size(model), problems)
+    mask = _mask(attention_mask, ids, config, problems)
+    if mask.size and (mask.sum(axis=1) == 0).any():
+        rows = np.flatnonzero(mask.sum(axis=1) == 0).tolist()
+        problems.append(f"the texts of the rows {rows} are empty")
+    most, length = model.max_positions, ids.shape[1]
+    room = bucket(length)
+    if most is not None:
+        if length > most:
+            problems.append(
+                f"input_ids has {length} tokens a row, more than the model's {most}; cut them"
+            )
+        room = max(min(room, most), length)
+    grow = ((0, 0), (0, room - length))
+    result |= {"encoder_ids": np.pad(ids, grow), "encoder_mask": np.pad(mask, grow)}
+    return ids.shape[0]
+
+
+def _decoder_prefix(
+    config: GenerationConfig, value: Any, batch: int, vocab_size: int, problems: list[str]
+) -> np.ndarray:
+    """int32 [B, P]: what the decoder starts with."""
+    start = config.decoder_start_token_id
+    if start is None:
+        start = config.bos_token_id
+    if value is None:
+        if start is None:
+            problems.append("give decoder_start_token_id (or bos_token_id, or decoder_input_ids)")
+            start = 0
+        return np.full((batch, 1), start, np.int32)
+    ids = _ids(value, "decoder_input_ids", vocab_size, problems)
+    if ids.shape[1] and ids.shape[0] != batch:
+        problems.append(f"decoder_input_ids has {ids.shape[0]} rows; input_ids has {batch}")
+    if start is not None and ids.shape[1] and (ids[:, 0] != start).all():
+        ids = np.concatenate([np.full((ids.shape[0], 1), start, np.int32), ids], axis=1)
+    return ids
+
+
+def _limit(
+    model: Any, config: GenerationConfig, explicit: Mapping[str, Any], width: int, longest: int
+) -> int:
+    """New tokens there may be, by the options and the model's positions."""
+    most = model.max_positions
+    if most is not None and longest >= most:
+        raise ValueError(
+            f"the prompt has {longest} tokens and the model {most} positions; cut the prompt so "
+            "that new tokens have room"
+        )
+    limit, name = DEFAULT_NEW_TOKENS, ""
+    if config.max_new_tokens is not None:
+        limit, name = config.max_new_tokens, "max_new_tokens"
+    elif config.max_length is not None:
+        limit, name = config.max_length - width, "max_length"
+        if limit < 1:
+            raise ValueError(
+                f"the prompt is {width} long, with its padding, and max_length="
+                f"{config.max_length}: no token may follow; set max_new_tokens"
+            )
+    if most is not None and longest + limit > most:
+        if name in explicit:
+            raise ValueError(
+                f"{name}={vars(config)[name]} after a prompt of {longest} tokens is "
+                f"{longest + limit} positions, more than the model's {most}"
+            )
+        limit = most - longest
+    shortest = minimum_new_tokens(config, width)
+    if shortest > limit:
+        raise ValueError(
+            f"at least {shortest} new tokens (min_new_tokens or min_length), but at most {limit}"
+        )
+    return limit
+
+
+def minimum_new_tokens(config: GenerationConfig, width: int) -> int:
+    """New tokens before an end may come, after a prompt of this width."""
+    return max(config.min_new_tokens or 0, config.min_length - width)
