@@ -25,7 +25,8 @@ BOOKKEEPING = frozenset(
     output_past pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
     pooler_size_per_head pooler_type return_dict task_specific_params tf_legacy_loss
     tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
-    xla_device cache_implementation max_sequence_length pretraining_tp
+    xla_device cache_implementation max_sequence_length pretraining_tp seq_length
+    unk_token_id custom_pipelines
     bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id diversity_penalty
     do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
