@@ -112,6 +112,11 @@ class DecoderConfig:
         return self.head_size
 
     @property
+    def scaling(self) -> RopeScaling | None:
+        """How the rotary positions are stretched."""
+        return self.rope_scaling
+
+    @property
     def qkv_bias(self) -> bool:
         """Whether query, key and value have biases."""
         return False
@@ -412,7 +417,7 @@ class Model(Decoder):
                 inputs.position_ids,
                 config.rotary_size,
                 config.rope_theta,
-                config.rope_scaling,
+                config.scaling,
                 max_positions=config.max_position_embeddings,
             ),
             inputs.start,

@@ -182,7 +182,9 @@ class Attention(nn.Module):
         softcap: see `attend`.
         head_norm: makes the norm (``head_norm(name=...)``) that queries and keys pass, over the
             features of each head, before they are rotated; None for none.
+        width_norm: the same over all heads' features together.
         interleaved: see `fmjax.nn.position.rotate`.
+        rotary_value: whether values are rotated too (RoFormer).
     """
 
     num_heads: int
@@ -199,7 +201,9 @@ class Attention(nn.Module):
     scale: float | Array | None = None
     softcap: float | None = None
     head_norm: Callable[..., nn.Module] | None = None
+    width_norm: Callable[..., nn.Module] | None = None
     interleaved: bool = False
+    rotary_value: bool = False
 
     @nn.compact
     def __call__(
@@ -238,10 +242,12 @@ class Attention(nn.Module):
             init = self.query_init if name == "query" else None
             init = self.kernel_init if init is None else init
             y = Dense(heads * size, self.use_bias, init, name=name)(states)
+            if self.width_norm is not None and name != "value":
+                y = self.width_norm(name=f"{name}_norm")(y)
             y = y.reshape(*y.shape[:-1], heads, size)  # [B, T, H, K]
-            if name == "value":
+            if name == "value" and not self.rotary_value:
                 return y
-            if self.head_norm is not None:
+            if name != "value" and self.head_norm is not None:
                 y = self.head_norm(name=f"{name}_norm")(y)
             return y if rotary is None else rotate(y, rotary, interleaved=self.interleaved)
 
