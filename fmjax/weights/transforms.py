@@ -113,47 +113,61 @@ def fused(parts: int | Sequence[int], axis: int = 0) -> Transform:
     return Transform(name, load, save, load_shapes, save_shapes)
 
 
-def fused_per_head(count: int, num_heads: int, axis: int = 0) -> Transform:
+def fused_per_head(parts: int | Sequence[int], num_heads: int, axis: int = 0) -> Transform:
     """One tensor that holds several parameters interleaved head by head (GPT-NeoX, BLOOM).
 
-    The axis is laid out [H, count, K] and gives `count` parameters of [H * K].
+    The axis is laid out [H, parts, K] and gives `parts` parameters of [H * K].
 
     Args:
-        count: how many parameters.
-        num_heads: H.
+        parts: how many parameters; or, where heads come in groups, how many heads of a group each
+            has: (H / G, 1, 1) is Falcon 40B's query, key and value, laid out [G, H / G + 2, K].
+        num_heads: H, or G.
         axis: of the tensor, >= 0.
     """
-    name = f"fused_per_head({count}, num_heads={num_heads}, axis={axis})"
-    if count < 1 or num_heads < 1 or axis < 0:
+    name = f"fused_per_head({parts}, num_heads={num_heads}, axis={axis})"
+    counts = [1] * parts if isinstance(parts, int) else list(parts)
+    if not counts or min(counts) < 1 or num_heads < 1 or axis < 0:
         raise ValueError(f"{name}: needs at least one part, one head and an axis >= 0")
 
     def load(tensors: Arrays) -> list[np.ndarray]:
         (tensor,) = tensors
         before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
-        head_size = tensor.shape[axis] // (count * num_heads)
-        heads = tensor.reshape(*before, num_heads, count, head_size, *after)
-        flat = (*before, num_heads * head_size, *after)
-        return [heads.take(part, axis=axis + 1).reshape(flat) for part in range(count)]
+        size = tensor.shape[axis] // (sum(counts) * num_heads)
+        heads = tensor.reshape(*before, num_heads, sum(counts), size, *after)
+        split = np.split(heads, np.cumsum(counts)[:-1], axis=axis + 1)
+        return [
+            part.reshape(*before, num_heads * count * size, *after)
+            for part, count in zip(split, counts, strict=True)
+        ]
 
     def save(params: Arrays) -> list[np.ndarray]:
         shape = params[0].shape
-        split = (*shape[:axis], num_heads, shape[axis] // num_heads, *shape[axis + 1 :])
-        heads = np.stack([param.reshape(split) for param in params], axis=axis + 1)
-        return [heads.reshape(_resized(shape, axis, count * shape[axis]))]
+        before, after = shape[:axis], shape[axis + 1 :]
+        size = shape[axis] // (counts[0] * num_heads)
+        heads = [
+            param.reshape(*before, num_heads, count, size, *after)
+            for param, count in zip(params, counts, strict=True)
+        ]
+        total = num_heads * sum(counts) * size
+        return [np.concatenate(heads, axis=axis + 1).reshape(_resized(shape, axis, total))]
 
     def load_shapes(given: Shapes) -> list[Shape]:
         (shape,) = _exactly(name, given, 1)
         _has_axis(name, shape, axis)
-        if shape[axis] % (count * num_heads):
+        if shape[axis] % (sum(counts) * num_heads):
             raise ValueError(f"{name} does not divide axis {axis} of {shape}")
-        return [_resized(shape, axis, shape[axis] // count)] * count
+        unit = shape[axis] // sum(counts)
+        return [_resized(shape, axis, unit * count) for count in counts]
 
     def save_shapes(given: Shapes) -> list[Shape]:
-        shape = _exactly(name, given, count)[0]
+        shape = _exactly(name, given, len(counts))[0]
         _has_axis(name, shape, axis)
-        if any(other != shape for other in given) or shape[axis] % num_heads:
+        unit = shape[axis] // counts[0]
+        if unit % num_heads or list(given) != [
+            _resized(shape, axis, unit * count) for count in counts
+        ]:
             raise ValueError(f"{name}: its parameters have the shapes {list(given)}")
-        return [_resized(shape, axis, count * shape[axis])]
+        return [_resized(shape, axis, sum(counts) * unit)]
 
     return Transform(name, load, save, load_shapes, save_shapes)
 

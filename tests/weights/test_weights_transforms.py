@@ -28,7 +28,9 @@ def cases(draw):
     """(transform, shapes of tensors it loads)."""
     sizes = draw(st.lists(SIZE, min_size=4, max_size=4))
     kind = draw(
-        st.sampled_from(["permute", "fused", "sizes", "heads", "joined", "experts", "both"])
+        st.sampled_from(
+            ["permute", "fused", "sizes", "heads", "groups", "joined", "experts", "both"]
+        )
     )
     if kind == "permute":
         axes = draw(st.permutations(range(draw(st.integers(0, 4)))))
@@ -47,6 +49,10 @@ def cases(draw):
         heads = draw(SIZE)
         shape[axis] *= parts * heads
         return fused_per_head(parts, heads, axis=axis), [tuple(shape)]
+    if kind == "groups":
+        groups, heads = draw(SIZE), draw(st.lists(SIZE, min_size=1, max_size=3))
+        shape[axis] *= groups * sum(heads)
+        return fused_per_head(tuple(heads), groups, axis=axis), [tuple(shape)]
     if kind == "joined":
         return inverted(fused(parts, axis)), [tuple(shape)] * parts
     if kind == "experts":
@@ -103,6 +109,17 @@ def test_fused_per_head_is_gpt_neox():
         np.testing.assert_array_equal((part @ x).reshape(heads, size), expected)
 
 
+def test_fused_per_head_in_groups_is_falcon_40b():
+    """Its attention views the fused output as [G, H / G + 2, K]: queries, a key, a value."""
+    groups, queries, size, width = 2, 3, 2, 4
+    weight = np.arange(groups * (queries + 2) * size * width).reshape(-1, width)
+    x = np.arange(width)
+    split = (weight @ x).reshape(groups, queries + 2, size)
+    parts = fused_per_head((queries, 1, 1), groups).load([weight])
+    for part, at in zip(parts, (slice(queries), queries, queries + 1), strict=True):
+        np.testing.assert_array_equal(part @ x, split[:, at].reshape(-1))
+
+
 def test_plus_one_keeps_small_weights_of_half_precision():
     small = np.array([0.001], ml_dtypes.bfloat16)
     (scale,) = PLUS_ONE.load([small])
@@ -122,6 +139,8 @@ def test_plus_one_keeps_small_weights_of_half_precision():
         (fused(2), [(4,), (4,)], "for 1 arrays, not 2"),
         (fused_per_head(3, 2), [(9,)], "does not divide axis 0"),
         (fused_per_head(3, 2), [()], "lacks"),
+        (fused_per_head((3, 1, 1), 2), [(12,)], "does not divide axis 0"),
+        (inverted(fused_per_head((2, 1), 2)), [(4,), (4,)], "have the shapes"),
         (stacked(), [(2,), (3,)], "of one shape"),
         (stacked(), [], "of one shape"),
         (stacked(fused(2)), [(2,), (2,)], "for 1 arrays, not 2"),
