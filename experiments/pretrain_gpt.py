@@ -89,7 +89,7 @@ def bits_per_byte(nll: float, predicted: float, documents: TokenDocuments, vocab
 def run(settings: Settings) -> dict[str, Any]:
     """Trains (or goes on), evaluates, draws samples, and returns what results.json holds."""
     corpus = load_corpus(settings)
-    tokenizer = train_tokenizer(
+    tokenizer: Any = train_tokenizer(
         corpus["train"].texts,
         kind="bytebpe",
         vocab_size=settings.vocab_size,
@@ -110,7 +110,7 @@ def run(settings: Settings) -> dict[str, Any]:
         scan=settings.scan, remat=settings.remat,
     )  # fmt: skip
     encoded = {split: encode(tokenizer, part, len(tokenizer)) for split, part in corpus.items()}
-    rows = {"length": settings.length, "batch_size": settings.batch_size}
+    rows: dict[str, Any] = {"length": settings.length, "batch_size": settings.batch_size}
     pad_id = tokenizer.eos_token_id
     stream = language_batches(encoded["train"], **rows, pad_id=pad_id, seed=settings.seed)
 

@@ -88,6 +88,108 @@ class Embed:
     """Tokens a text is cut to."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How text is written; what is not given is as the model's authors say."""
+
+    max_new_tokens: int = 64
+    """Tokens that may follow."""
+    sample: bool = False
+    """Draw tokens instead of taking the most probable."""
+    temperature: float | None = None
+    """Below 1 makes draws less random; says `sample`."""
+    top_k: int | None = None
+    """Draw among so many tokens only; says `sample`."""
+    top_p: float | None = None
+    """Draw among the most probable tokens of this probability together; says `sample`."""
+    num_beams: int | None = None
+    """Hypotheses of a beam search."""
+    repetition_penalty: float | None = None
+    """Above 1 makes what was written less probable."""
+    no_repeat_ngram_size: int | None = None
+    """No n-gram of this size is written twice."""
+    stop: tuple[str, ...] = ()
+    """Texts after which writing ends."""
+    seed: int = 0
+    """Of the draws."""
+
+    def options(self) -> dict[str, Any]:
+        """The fields of a generation config that were given."""
+        names = (
+            "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
+            "no_repeat_ngram_size",
+        )  # fmt: skip
+        given = {name: value for name in names if (value := vars(self)[name]) is not None}
+        given |= {"max_new_tokens": self.max_new_tokens, "max_length": None}
+        if self.sample or given.keys() & {"temperature", "top_k", "top_p"}:
+            given["do_sample"] = True
+        return given | ({"stop_strings": self.stop} if self.stop else {})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Writing):
+    """Continue texts (or, with an encoder-decoder, answer them)."""
+
+    model: ModelArg
+    """A folder or hub id."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """The texts."""
+    file: Path | None = None
+    """A file with one text a line, beside or instead of `prompts`."""
+    num_return_sequences: int = 1
+    """Texts for each prompt."""
+    json: bool = False
+    """Print one JSON object a line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(Writing):
+    """Talk with a chat model, a line at a time; an empty line or Ctrl-D ends it."""
+
+    model: ModelArg
+    """A folder or hub id."""
+    system: str | None = None
+    """What the model is told first."""
+    max_new_tokens: int = 256
+    """Tokens of an answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tag:
+    """Tag the words of texts: parts of speech, names, ..."""
+
+    model: ModelArg
+    """A folder or hub id of a token classifier."""
+    texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """The texts."""
+    file: Path | None = None
+    """A file with one text a line, beside or instead of `texts`."""
+    max_length: int = 512
+    """Tokens a text is cut to."""
+    json: bool = False
+    """Print one JSON object a line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Translate(Writing):
+    """Translate texts with an encoder-decoder."""
+
+    model: ModelArg
+    """A folder or hub id."""
+    texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """The texts."""
+    file: Path | None = None
+    """A file with one text a line, beside or instead of `texts`."""
+    source_language: str | None = None
+    """Code of the texts' language, of a multilingual model."""
+    target_language: str | None = None
+    """Code of the language to translate into, of a multilingual model."""
+    prefix: str = ""
+    """Put before each text, such as "translate English to German: "."""
+    max_new_tokens: int = 128
+    """Tokens of a translation."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Write a run's report.html again."""
@@ -129,11 +231,9 @@ def convert(args: Convert) -> None:
 
 
 def predict(args: Predict) -> None:
-    from fmjax.recipes.predict import predict_texts, read_texts
+    from fmjax.recipes.predict import predict_texts
 
-    texts = [*args.texts, *(read_texts(args.file) if args.file is not None else ())]
-    if not texts:
-        raise ValueError('no texts; write them after the model: fmjax predict MODEL "a text"')
+    texts = _given(args.texts, args.file, "predict")
     names, rows = predict_texts(args.model, texts, max_length=args.max_length)
     for text, row in zip(texts, rows, strict=True):
         scores = {name: round(float(score), 6) for name, score in zip(names, row, strict=True)}
@@ -178,6 +278,95 @@ def embed(args: Embed) -> None:
     print(f"{args.output}: float32 {list(vectors.shape)}")
 
 
+def _given(texts: tuple[str, ...], file: Path | None, command: str) -> list[str]:
+    """The texts of the command line and of the file, at least one."""
+    from fmjax.recipes.predict import read_texts
+
+    found = [*texts, *(read_texts(file) if file is not None else ())]
+    if not found:
+        raise ValueError(f'no texts; write them after the model: fmjax {command} MODEL "a text"')
+    return found
+
+
+def generate(args: Generate) -> None:
+    from fmjax.recipes.generation import load_generator, stream_text, write_texts
+
+    prompts = _given(args.prompts, args.file, "generate")
+    generator = load_generator(args.model)
+    options = args.options()
+    if len(prompts) == args.num_return_sequences == 1 and not args.json and not args.num_beams:
+        ids = generator.tokenizer(prompts[0])["input_ids"]
+        if generator.is_decoder:
+            print(prompts[0], end="", flush=True)
+        for piece in stream_text(generator, ids, seed=args.seed, options=options):
+            print(piece, end="", flush=True)
+        print()
+        return
+    options["num_return_sequences"] = args.num_return_sequences
+    written = write_texts(generator, prompts, seed=args.seed, options=options)
+    for prompt, texts in zip(prompts, written, strict=True):
+        if args.json:
+            print(json.dumps({"prompt": prompt, "texts": texts}, ensure_ascii=False))
+            continue
+        for text in texts:
+            print(prompt + text if generator.is_decoder else text)
+
+
+def chat(args: Chat) -> None:
+    from fmjax.recipes.generation import chat_prompt, load_generator, stream_text
+
+    generator = load_generator(args.model)
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    chat_prompt(generator, [*messages, {"role": "user", "content": "?"}])  # has it a template?
+    turn = 0
+    while line := _line():
+        messages.append({"role": "user", "content": line})
+        answer = ""
+        ids = chat_prompt(generator, messages)
+        for piece in stream_text(generator, ids, seed=args.seed + turn, options=args.options()):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append({"role": "assistant", "content": answer.strip()})
+        turn += 1
+
+
+def _line() -> str:
+    """The user's next line; "" at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def tag(args: Tag) -> None:
+    from fmjax.recipes.predict import tag_texts
+
+    texts = _given(args.texts, args.file, "tag")
+    for text, pairs in zip(
+        texts, tag_texts(args.model, texts, max_length=args.max_length), strict=True
+    ):
+        if args.json:
+            print(json.dumps({"text": text, "tags": pairs}, ensure_ascii=False))
+        else:
+            print(" ".join(f"{word}/{'?' if name is None else name}" for word, name in pairs))
+
+
+def translate(args: Translate) -> None:
+    from fmjax.recipes.generation import load_generator, translate_texts
+
+    texts = _given(args.texts, args.file, "translate")
+    for text in translate_texts(
+        load_generator(args.model),
+        texts,
+        source_language=args.source_language,
+        target_language=args.target_language,
+        prefix=args.prefix,
+        options=args.options(),
+    ):
+        print(text)
+
+
 def report(args: Report) -> None:
     from fmjax.report import write_report
 
@@ -205,6 +394,10 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Predict, sub("predict")]
         | Annotated[Evaluate, sub("evaluate")]
         | Annotated[Embed, sub("embed")]
+        | Annotated[Generate, sub("generate")]
+        | Annotated[Chat, sub("chat")]
+        | Annotated[Tag, sub("tag")]
+        | Annotated[Translate, sub("translate")]
         | Annotated[Report, sub("report")],
         prog="fmjax",
         description="Foundation models as pure functions in JAX.",
@@ -224,6 +417,14 @@ def main(argv: list[str] | None = None) -> int:
                 evaluate(args)
             case Embed():
                 embed(args)
+            case Generate():
+                generate(args)
+            case Chat():
+                chat(args)
+            case Tag():
+                tag(args)
+            case Translate():
+                translate(args)
             case Report():
                 report(args)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -1,7 +1,8 @@
-"""Predictions and embeddings of texts by a saved model."""
+"""Predictions, tags and embeddings of texts by a saved model."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ import jax
 import numpy as np
 
 import fmjax.hub as hub
-from fmjax.data import TextExamples, load_text
+from fmjax.data import TextExamples, align_labels, load_text
 from fmjax.recipes.texts import (
     TextData,
     encode_splits,
     evaluation_batches,
     labels_of,
     model_source,
+    one_epoch,
+    shared_shapes,
 )
 from fmjax.tasks import sequence_classification as task
-from fmjax.tasks.apply import collect
+from fmjax.tasks import token_classification as tagging
+from fmjax.tasks.apply import collect, collect_ragged
 from fmjax.tasks.feature_extraction import embed
 
 
@@ -128,3 +132,42 @@ def evaluate_texts(model: str, data: TextData, split: str) -> dict[str, Any]:
         data.max_length,
     )
     return task.metrics_of(module, rows, labels_of(texts))
+
+
+# A word, perhaps with apostrophes or hyphens inside, or one other character.
+WORD = re.compile(r"\w+(?:['\u2019.-]\w+)*|[^\w\s]")
+
+
+def tag_texts(
+    model: str, texts: Sequence[str], *, max_length: int = 512
+) -> list[list[tuple[str, str | None]]]:
+    """(word, tag) pairs of each text, by a token classifier.
+
+    Args:
+        model: a folder or hub id with a token-classification head.
+        texts: N texts; words and punctuation are told apart as in most tagged corpora.
+        max_length: tokens a text is cut to; the words behind get None.
+    """
+    source = model_source(model)
+    module, variables = hub.load(source, head="token_classification")
+    words = [WORD.findall(text) for text in texts]
+    aligned = align_labels(
+        hub.load_tokenizer(source),
+        words,
+        max_length=min(max_length, module.config.max_position_embeddings),
+        vocab_size=module.config.vocab_size,
+    )
+    predict = jax.jit(tagging.predict(module))
+    columns = aligned.columns
+    shapes = shared_shapes({"texts": columns})
+    rows = collect_ragged(
+        lambda variables, batch: np.argmax(predict(variables, batch), axis=-1),
+        variables,
+        one_epoch(columns, shapes, batch_size=min(64, len(texts))),
+        size=len(texts),
+    )
+    names = module.config.id2label
+    return [
+        [(word, names[tag] if tag >= 0 else None) for word, tag in zip(text, tags, strict=True)]
+        for text, tags in zip(words, aligned.by_word(rows), strict=True)
+    ]

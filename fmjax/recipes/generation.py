@@ -1,0 +1,233 @@
+"""Texts in, texts out: completing, chatting and translating with a saved model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import fmjax.hub as hub
+from fmjax.generate import generate, stream
+from fmjax.generation_config import GenerationConfig
+from fmjax.recipes.texts import model_source
+from fmjax.types import Variables
+
+GENERATING = ("causal_lm", "seq2seq_lm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A model that writes, with its tokenizer and its authors' options."""
+
+    model: Any
+    variables: Variables
+    tokenizer: Any
+    config: GenerationConfig
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it continues its input; else it answers it (encoder-decoders)."""
+        return self.model.head == "causal_lm"
+
+
+def load_generator(source: str | Path) -> Generator:
+    """Loads a folder or hub id.
+
+    Raises:
+        ValueError: its model does not write, or its tokenizer has tokens that the model lacks.
+        OSError: no such folder, or the hub cannot be reached.
+    """
+    folder = hub.find_folder(model_source(str(source)))
+    model, variables = hub.load(folder)
+    if model.head not in GENERATING:
+        raise ValueError(
+            f"{source} has the head {model.head!r}; generating text needs one of {GENERATING}"
+        )
+    tokenizer = hub.load_tokenizer(folder)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, the model's vocabulary is "
+            f"{model.config.vocab_size}; use the tokenizer of the model"
+        )
+    config = hub.load_generation_config(folder)
+    if config.pad_token_id is None and tokenizer.pad_token_id is not None:
+        config = config.replace(pad_token_id=tokenizer.pad_token_id)
+    if config.eos_token_id is None and tokenizer.eos_token_id is not None:
+        config = config.replace(eos_token_id=tokenizer.eos_token_id)
+    return Generator(model, variables, tokenizer, config)
+
+
+def encode_prompts(generator: Generator, texts: Sequence[str]) -> dict[str, Any]:
+    """``input_ids`` and ``attention_mask`` [B, P], padded on the side where the model wants it.
+
+    Raises:
+        ValueError: an empty prompt.
+    """
+    rows = [list(generator.tokenizer(text)["input_ids"]) for text in texts]
+    if empty := [number for number, row in enumerate(rows) if not row]:
+        raise ValueError(f"prompts {empty} are empty: give each at least one word")
+    width = max(map(len, rows))
+    pad = generator.tokenizer.pad_token_id
+    pad = generator.tokenizer.eos_token_id if pad is None else pad
+    ids = np.full((len(rows), width), 0 if pad is None else pad, np.int32)
+    mask = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), None) if generator.is_decoder else slice(len(row))
+        ids[i, at], mask[i, at] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def write_texts(
+    generator: Generator,
+    texts: Sequence[str],
+    *,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+) -> list[list[str]]:
+    """What the model writes after (or, an encoder-decoder, in answer to) each text.
+
+    Args:
+        generator: from `load_generator`.
+        texts: N prompts or sources.
+        seed: of the draws.
+        options: fields of `GenerationConfig` in place of its authors' values.
+        batch_size: texts at a time, of similar length.
+
+    Returns:
+        N lists of as many texts as ``num_return_sequences`` says.
+    """
+    config = generator.config.replace(**(options or {}))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    written: dict[int, list[str]] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        # A short last batch is filled up, so that it compiles nothing of its own.
+        filled = chosen + chosen[-1:] * (batch_size - len(chosen) if start else 0)
+        rng = jax.random.fold_in(jax.random.key(seed), start) if config.do_sample else None
+        out = generate(
+            generator.model,
+            generator.variables,
+            **encode_prompts(generator, [texts[i] for i in filled]),
+            generation_config=config,
+            tokenizer=generator.tokenizer,
+            rng=rng,
+        )
+        decoded = [
+            generator.tokenizer.decode(row[:length], skip_special_tokens=True)
+            for row, length in zip(out.tokens, out.lengths, strict=True)
+        ]
+        several = config.num_return_sequences
+        for place, i in enumerate(chosen):
+            written[i] = decoded[place * several : (place + 1) * several]
+    return [written[i] for i in range(len(texts))]
+
+
+def stream_text(
+    generator: Generator,
+    input_ids: Sequence[int],
+    *,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[str]:
+    """Pieces of the text that follows a prompt, as soon as they are known.
+
+    Args:
+        generator: from `load_generator`.
+        input_ids: tokens of one prompt.
+        seed: of the draws.
+        options: fields of `GenerationConfig` in place of its authors' values.
+
+    Raises:
+        ValueError: an empty prompt, and all that `generate` refuses.
+    """
+    if not len(input_ids):
+        raise ValueError("the prompt is empty: give it at least one word")
+    config = generator.config.replace(**(options or {}))
+    rng = jax.random.key(seed) if config.do_sample else None
+    tokens: list[int] = []
+    shown = ""
+    for new in stream(
+        generator.model,
+        generator.variables,
+        np.asarray([input_ids], np.int32),
+        attention_mask=np.ones((1, len(input_ids)), np.int32),
+        generation_config=config,
+        tokenizer=generator.tokenizer,
+        rng=rng,
+    ):
+        tokens += new[0].tolist()
+        text = generator.tokenizer.decode(tokens, skip_special_tokens=True)
+        # Bytes of a character that is not complete yet decode to U+FFFD.
+        if len(text) > len(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    text = generator.tokenizer.decode(tokens, skip_special_tokens=True)
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+def chat_prompt(generator: Generator, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """A conversation as the model was trained to read it: by its tokenizer's chat template.
+
+    Args:
+        generator: from `load_generator`, a decoder.
+        messages: ``{"role": "system" | "user" | "assistant", "content": text}``.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or the conversation is too long.
+    """
+    if generator.tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template, so this is no chat model; use `fmjax generate`"
+        )
+    text = generator.tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=True
+    )
+    return list(generator.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def translate_texts(
+    generator: Generator,
+    texts: Sequence[str],
+    *,
+    source_language: str | None = None,
+    target_language: str | None = None,
+    prefix: str = "",
+    options: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Translations by an encoder-decoder.
+
+    Args:
+        generator: from `load_generator`, an encoder-decoder.
+        texts: N sources.
+        source_language, target_language: codes of a multilingual model, as its tokenizer has them
+            ("en_XX", "de_DE" for mBART): the source's sets the tokenizer's ``src_lang``, the
+            target's is the first token that is written.
+        prefix: put before each text ("translate English to German: " for T5).
+        options: see `write_texts`.
+
+    Raises:
+        ValueError: a decoder, or languages that the tokenizer does not know.
+    """
+    if generator.is_decoder:
+        raise ValueError("translating needs an encoder-decoder; for a decoder use `fmjax generate`")
+    options, tokenizer = dict(options or {}), generator.tokenizer
+    unknown = [
+        code
+        for code in (source_language, target_language)
+        if code is not None
+        and tokenizer.convert_tokens_to_ids(code) in (None, tokenizer.unk_token_id)
+    ]
+    if unknown:
+        raise ValueError(f"the tokenizer does not know the languages {unknown}")
+    if source_language is not None:
+        tokenizer.src_lang = source_language
+    if target_language is not None:
+        options["forced_bos_token_id"] = tokenizer.convert_tokens_to_ids(target_language)
+    written = write_texts(generator, [prefix + text for text in texts], options=options)
+    return [several[0] for several in written]

@@ -1,0 +1,156 @@
+"""The commands that write and tag text, on tiny random models."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import fmjax
+from fmjax.cli import main
+from fmjax.data.tokenizer import train_tokenizer
+from fmjax.models import bart, bert, gpt2
+
+LINES = [
+    f"the {adjective} {noun} is {place}"
+    for adjective in ("old", "new", "red")
+    for noun in ("cat", "dog")
+    for place in ("in", "out")
+]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A random GPT-2 with a byte tokenizer and a chat template."""
+    tokenizer = train_tokenizer(LINES, kind="bytebpe", vocab_size=300)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    )
+    config = gpt2.Config(
+        vocab_size=len(tokenizer), n_positions=96, n_embd=16, n_layer=1, n_head=2,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model, variables = fmjax.create("gpt2", config, head="causal_lm", rng=jax.random.key(0))
+    return fmjax.save(tmp_path_factory.mktemp("decoder"), model, variables, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    """A random BART with a unigram tokenizer."""
+    tokenizer = train_tokenizer(LINES * 4, kind="unigram", vocab_size=60, sentinels=2)
+    config = bart.Config(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=20,
+        decoder_ffn_dim=20, max_position_embeddings=40, init_std=0.5, pad_token_id=0,
+    )  # fmt: skip
+    model, variables = fmjax.create("bart", config, head="seq2seq_lm", rng=jax.random.key(0))
+    folder = fmjax.save(tmp_path_factory.mktemp("translator"), model, variables, tokenizer)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 1})
+    )
+    return folder
+
+
+def run(capsys, *argv):
+    assert main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_streams_what_generate_returns(decoder, capsys):
+    out = run(capsys, "generate", str(decoder), "the old", "--max-new-tokens", "12")
+    model, variables = fmjax.load(decoder)
+    tokenizer = fmjax.load_tokenizer(decoder)
+    ids = tokenizer("the old")["input_ids"]
+    tokens = fmjax.generate(
+        model, variables, [ids], max_new_tokens=12, eos_token_id=tokenizer.eos_token_id
+    )
+    text = tokenizer.decode(tokens.tokens[0][: tokens.lengths[0]], skip_special_tokens=True)
+    assert out == f"the old{text}\n"
+    both = run(capsys, "generate", str(decoder), "the old", "a", "--max-new-tokens", "12", "--json")
+    first, second = map(json.loads, both.splitlines())
+    assert first == {"prompt": "the old", "texts": [text]}
+    assert second["prompt"] == "a"
+
+
+def test_generate_draws_by_the_seed(decoder, capsys):
+    def draw(seed):
+        return run(
+            capsys, "generate", str(decoder), "the old", "--max-new-tokens", "8",
+            "--temperature", "2.0", "--seed", seed, "--num-return-sequences", "2",
+        )  # fmt: skip
+
+    assert draw("1") == draw("1")
+    assert draw("1") != draw("2")
+
+
+def test_chat_reads_lines_and_keeps_the_conversation(decoder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nthe old cat\n\n"))
+    out = run(capsys, "chat", str(decoder), "--system", "be brief", "--max-new-tokens", "4")
+    assert out.count("\n") >= 2
+
+
+def test_translate(translator, capsys):
+    out = run(
+        capsys, "translate", str(translator), "the old cat", "a dog", "--max-new-tokens", "6",
+        "--num-beams", "2",
+    )  # fmt: skip
+    assert len(out.splitlines()) == 2
+    assert main(["translate", str(translator), "a", "--target-language", "xx_XX"]) == 2
+    assert "xx_XX" in capsys.readouterr().err
+
+
+def test_tag(tiny_bert, tmp_path, capsys):
+    model, variables = fmjax.load(
+        tiny_bert, head="token_classification", num_labels=("A", "N"), new=("head/",)
+    )
+    fmjax.save(tmp_path, model, variables, fmjax.load_tokenizer(tiny_bert))
+    out = run(capsys, "tag", str(tmp_path), "a wonderful film, long.", "plot")
+    pairs = [pair.rsplit("/", 1) for pair in out.splitlines()[0].split(" ")]
+    assert [word for word, _ in pairs] == ["a", "wonderful", "film", ",", "long", "."]
+    assert {tag for _, tag in pairs} <= {"A", "N"}
+    cut = json.loads(
+        run(capsys, "tag", str(tmp_path), "film plot actor", "--max-length", "4", "--json")
+    )
+    assert cut["tags"][2] == ["actor", None]
+    # What it says is what the model says.
+    batch = fmjax.load_tokenizer(tmp_path)("film plot", return_tensors="np")
+    best = np.argmax(model.apply(variables, **batch).logits[0], axis=-1)
+    assert [tag for _, tag in cut["tags"]][:1] != [None]
+    assert best.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("generate", "{decoder}"), "no texts"),
+        (("generate", "{decoder}", ""), "the prompt is empty"),
+        (("generate", "{decoder}", "", "a"), "prompts [0] are empty"),
+        (("generate", "{decoder}", "the " * 200), "96"),
+        (("generate", "{decoder}", "a", "--temperature", "-1"), "temperature"),
+        (("generate", "{bert}", "a"), "generating text needs one of"),
+        (("chat", "{plain}"), "no chat template"),
+        (("translate", "{decoder}", "a"), "needs an encoder-decoder"),
+    ],
+)
+def test_bad_input(argv, words, decoder, tiny_bert, tmp_path, capsys):
+    plain = tmp_path / "plain"
+    tokenizer = fmjax.load_tokenizer(decoder)
+    tokenizer.chat_template = None
+    fmjax.save(plain, *fmjax.load(decoder), tokenizer)
+    places = {"decoder": decoder, "bert": tiny_bert, "plain": plain}
+    assert main([part.format(**places) for part in argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_a_tokenizer_of_another_model_is_refused(decoder, tmp_path, capsys):
+    config = bert.Config(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=16, is_decoder=True,
+    )  # fmt: skip
+    model, variables = fmjax.create("bert", config, head="causal_lm", rng=jax.random.key(0))
+    fmjax.save(tmp_path, model, variables, fmjax.load_tokenizer(decoder))
+    assert main(["generate", str(tmp_path), "a"]) == 2
+    assert "the model's vocabulary is 20" in capsys.readouterr().err
