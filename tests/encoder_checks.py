@@ -16,16 +16,16 @@ from fmjax.weights import open_checkpoint
 NOT_OF_TRANSFORMERS = {"problem_type", "id2label", "label2id"}
 
 
-def check_defaults(family, *, renamed=()):
+def check_defaults(family, *, extra=()):
     """Our config's defaults are transformers', and its config.json is read as ours.
 
     Args:
         family: a module of fmjax.models.
-        renamed: fields that version 5 writes under another name.
+        extra: fields that transformers reads and has no default for in its class.
     """
     theirs = transformers.AutoConfig.for_model(family.MODEL_TYPE).to_dict()
     ours = config_to_json(family.Config(), {})
-    for key in ours.keys() - NOT_OF_TRANSFORMERS - set(renamed):
+    for key in ours.keys() - NOT_OF_TRANSFORMERS - set(extra):
         assert ours[key] == theirs[key], key
     assert parse_config(family.Config, theirs, family.FIXED) == family.Config()
 
@@ -121,7 +121,7 @@ def save_flax_names(folder, family, config, head, *, dropped=()):
             stem, _, leaf = name.rpartition(".")
             if leaf == "weight":
                 norm = value.ndim == 1
-                embedding = "embeddings" in stem.rpartition(".")[2]
+                embedding = stem.endswith("_embeddings")
                 leaf = "scale" if norm else "embedding" if embedding else "kernel"
             tensors[f"{stem}.{leaf}"] = value.T.copy() if leaf == "kernel" else value
     (folder / "flax").mkdir()

@@ -151,7 +151,7 @@ class Block(nn.Module):
                 )
             hidden = self.leave(hidden, update, "norm_cross")
         update = self.feed_forward(self.enter(hidden, "norm_2"))
-        hidden = self.leave(hidden, update, "norm_2")
+        hidden = self.close(self.leave(hidden, update, "norm_2"), index, shared)
         copy = hidden if self.output_hidden_states else None
         cache = {"self": own, "cross": cross} if isinstance(cache, dict) else own
         return hidden, LayerOutput(cache, copy, probabilities, crossed)
@@ -164,6 +164,10 @@ class Block(nn.Module):
         """The hidden state after a sublayer."""
         update = Dropout(self.config.hidden_dropout_prob)(update, self.train)
         return LayerNorm(self.config.layer_norm_eps, name=norm)(hidden + update)
+
+    def close(self, hidden: Array, index: Array | int, shared: Shared) -> Array:
+        """What follows the last sublayer."""
+        return hidden
 
     def attend(
         self, x: Array, cache: Cache | None, index: Array | int, shared: Shared
@@ -215,6 +219,11 @@ class Head(nn.Module):
         return self.config.hidden_size
 
     @property
+    def tied(self) -> bool:
+        """Whether the word embedding is the output matrix."""
+        return self.config.tie_word_embeddings
+
+    @property
     def classifier_dropout(self) -> float:
         """The rate before a classifier."""
         rate = self.config.classifier_dropout
@@ -232,7 +241,7 @@ class Head(nn.Module):
                 config.vocab_size,
                 self.vocabulary_act,
                 config.layer_norm_eps,
-                config.tie_word_embeddings,
+                self.tied,
                 nn.initializers.normal(config.initializer_range),
                 self.vocabulary_width,
             )
@@ -372,7 +381,7 @@ def told_pooler(config: Any, head: str, names: Collection[str], prefix: str) -> 
 
 def rules(config: Config, head: str) -> list[Rule]:
     """Parameters and the PyTorch tensors they are, for one head."""
-    table = body_rules(config, head, tied=("cls.predictions.decoder.weight",))
+    table = body_rules(config, head, tied="cls.predictions.decoder.weight")
     if has_pooler(config, head):
         table += dense_rules("pooler", f"{body_of(head)}pooler.dense")
     if head in VOCABULARY:
@@ -394,43 +403,54 @@ def body_of(head: str) -> str:
 
 
 def body_rules(
-    config: Any, head: str, *, tied: tuple[str, ...] = (), bias: bool = True
+    config: Any,
+    head: str,
+    *,
+    tied: str,
+    positions: bool = True,
+    projections: bool = True,
+    bias: bool = True,
 ) -> list[Rule]:
-    """Embeddings and layers.
+    """Embeddings and layers, for BERT and its relatives.
 
     Args:
         config: with BERT's names.
         head: the bare model's tensors have no prefix.
-        tied: tensors that old files hold as copies of a tied word embedding.
-        bias: whether query, key and value of self-attention have biases.
+        tied: a tensor that old files hold as a copy of a tied word embedding.
+        positions: whether there is a table of positions.
+        projections: whether self-attention's query, key and value are BERT's.
+        bias: whether these have biases.
     """
     body = body_of(head)
 
-    def attention(param: str, tensor: str) -> list[Rule]:
+    def attention(param: str, tensor: str, *, projections: bool, bias: bool) -> list[Rule]:
         table = []
-        for name in ("query", "key", "value"):
+        for name in ("query", "key", "value") if projections else ():
             table += dense_rules(f"{param}/{name}", f"{tensor}.self.{name}", bias=bias)
         return table + dense_rules(f"{param}/out", f"{tensor}.output.dense")
 
     layer, here = f"{body}encoder.layer.{{i}}", "layers_{i}"
     word = f"{body}embeddings.word_embeddings.weight"
-    aliases = tied if config.tie_word_embeddings else ()
-    tables = ("position", "token_type") if config.type_vocab_size else ("position",)
+    aliases = (tied,) if config.tie_word_embeddings else ()
+    there = {"position": positions, "token_type": config.type_vocab_size > 0}
     table = [
         Rule("params/embed/word/embedding", word, aliases=aliases),
         *(
             Rule(f"params/embed/{name}/embedding", f"{body}embeddings.{name}_embeddings.weight")
-            for name in tables
+            for name in there
+            if there[name]
         ),
         *norm_rules("embed/norm", f"{body}embeddings.LayerNorm"),
-        *attention(f"{here}/attn", f"{layer}.attention"),
+        *attention(f"{here}/attn", f"{layer}.attention", projections=projections, bias=bias),
         *norm_rules(f"{here}/norm_1", f"{layer}.attention.output.LayerNorm"),
         *dense_rules(f"{here}/mlp/up", f"{layer}.intermediate.dense"),
         *dense_rules(f"{here}/mlp/down", f"{layer}.output.dense"),
         *norm_rules(f"{here}/norm_2", f"{layer}.output.LayerNorm"),
     ]
     if config.add_cross_attention:
-        table += attention(f"{here}/cross_attn", f"{layer}.crossattention")
+        table += attention(
+            f"{here}/cross_attn", f"{layer}.crossattention", projections=True, bias=bias
+        )
         table += norm_rules(f"{here}/norm_cross", f"{layer}.crossattention.output.LayerNorm")
     return table
 

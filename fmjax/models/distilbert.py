@@ -147,7 +147,7 @@ def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
 
 def rules(config: Config, head: str) -> list[Rule]:
     """Parameters and the PyTorch tensors they are, for one head."""
-    table = renamed(bert.body_rules(config, head, tied=("vocab_projector.weight",)), NAMES)
+    table = renamed(bert.body_rules(config, head, tied="vocab_projector.weight"), NAMES)
     if config.sinusoidal_pos_embds:
         # Flax computed the table and kept it in no file.
         size = (config.max_position_embeddings, config.dim)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -124,13 +124,13 @@ def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
 
 def rules(config: Config, head: str) -> list[Rule]:
     """Parameters and the PyTorch tensors they are, for one head."""
-    body = bert.body_rules(config, head, tied=("lm_head.decoder.weight",))
+    body = bert.body_rules(config, head, tied="lm_head.decoder.weight")
     if bert.has_pooler(config, head, POOLED):
         body += dense_rules("pooler", f"{bert.body_of(head)}pooler.dense")
     return renamed(body, {"bert": "roberta"}) + head_rules(config, head)
 
 
-def head_rules(config: Config, head: str) -> list[Rule]:
+def head_rules(config: Any, head: str) -> list[Rule]:
     """The heads, whose tensors have the same names in RoBERTa's relatives."""
     if head in VOCABULARY:
         return vocabulary_rules(

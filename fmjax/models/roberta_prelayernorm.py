@@ -67,7 +67,7 @@ def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
 
 def rules(config: Config, head: str) -> list[Rule]:
     """Parameters and the PyTorch tensors they are, for one head."""
-    body = bert.body_rules(config, head, tied=("lm_head.decoder.weight",))
+    body = bert.body_rules(config, head, tied="lm_head.decoder.weight")
     body += norm_rules("final_norm", f"{bert.body_of(head)}LayerNorm")
     if bert.has_pooler(config, head, roberta.POOLED):
         body += dense_rules("pooler", f"{bert.body_of(head)}pooler.dense")
