@@ -1,6 +1,6 @@
 """Language-model batches from files larger than memory: tokenized in the pipeline, as they come.
 
-Files are read in blocks of about a mebibyte, wherever they begin in a file; a window of a few
+Files are read in blocks of some 256 KiB, wherever they begin in a file; a window of a few
 blocks, in random order, is tokenized and packed into rows, by a thread that works ahead. So memory
 is bounded by the window, also where a line never ends, and a position is which window and which of
 its rows comes next.
@@ -69,7 +69,7 @@ class TextBlocks:
     """
 
     paths: tuple[Path, ...]
-    block_bytes: int = 1 << 20
+    block_bytes: int = 1 << 18
     separator: str = "\n"
     field: str | None = None
 
