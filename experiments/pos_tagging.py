@@ -17,6 +17,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 
 import fmjax
@@ -46,6 +47,8 @@ class Settings(Training):
     """Test sentences, when data is a file."""
     target: Literal["tags", "names"] = "tags"
     """What of Brown: the 95 parts of speech, or spans of names."""
+    train_sentences: int | None = None
+    """Train on so many sentences only, drawn by the seed."""
     new: tuple[str, ...] = ("head/",)
     """Parameters to initialise afresh, by the start of their path."""
     max_length: int = 128
@@ -82,6 +85,10 @@ SPLITS = ("train", "val", "test")
 def run(settings: Settings) -> dict[str, Any]:
     """Fine-tunes (or goes on), evaluates, and returns what results.json holds."""
     sentences = load(settings)
+    if settings.train_sentences is not None:
+        draw = np.random.default_rng(settings.seed)
+        chosen = draw.permutation(len(sentences["train"]))[: settings.train_sentences]
+        sentences["train"] = sentences["train"].select(np.sort(chosen))
     names = sentences["train"].tag_names
     source = model_source(settings.model)
     model, variables = fmjax.load(

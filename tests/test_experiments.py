@@ -23,8 +23,8 @@ def experiment(name):
     return module
 
 
-def test_pos_tagging(tiny_bert, tmp_path, capsys):
-    """Words of two kinds, whose tag is their kind."""
+def write_tagged(folder):
+    """Words of two kinds, whose tag is their kind, in three files in columns."""
     rng = np.random.default_rng(0)
     kinds = {"A": "wonderful lovely great".split(), "N": "film story actor plot".split()}
     for split, count in (("train", 60), ("val", 10), ("test", 10)):
@@ -34,7 +34,11 @@ def test_pos_tagging(tiny_bert, tmp_path, capsys):
                 tag = str(rng.choice(["A", "N"]))
                 lines.append(f"{rng.choice(kinds[tag])} {tag}")
             lines.append("")
-        (tmp_path / f"{split}.conll").write_text("\n".join(lines))
+        (folder / f"{split}.conll").write_text("\n".join(lines))
+
+
+def test_pos_tagging(tiny_bert, tmp_path, capsys):
+    write_tagged(tmp_path)
     run = tmp_path / "run"
     files = [
         part
@@ -90,3 +94,28 @@ def test_pretrain_gpt(corpus, tmp_path, capsys):
     assert len(results["samples"]) >= 1
     assert "bits per byte" in capsys.readouterr().out
     assert (run / "export" / "tokenizer.json").exists()
+
+
+def test_pretrain_bert(corpus, tmp_path, capsys):
+    write_tagged(tmp_path)
+    run = tmp_path / "run"
+    tagged = {"tagged": "train", "tagged-val": "val", "tagged-test": "test"}
+    files = [
+        part
+        for name, split in tagged.items()
+        for part in (f"--{name}", f"{tmp_path}/{split}.conll")
+    ]
+    experiment("pretrain_bert").main(
+        [
+            *("--output", str(run), *corpus, *files, "--vocab-size", "120", "--layers", "1"),
+            *("--width", "32", "--max-length", "24", "--batch-size", "8", "--copies", "6"),
+            *("--learning-rate", "1e-2", "--tagged-epochs", "2"),
+        ]
+    )
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"]["masked_accuracy"] > 0.3
+    assert 0 <= results["test"]["next_sentence_accuracy"] <= 1
+    for name in ("pretrained", "random"):
+        assert 0 < results["tagging"][name]["test"]["accuracy"] <= 1
+        assert (run / f"tagged-{name}" / "report.html").exists()
+    assert "tagging from pretrained weights" in capsys.readouterr().out
