@@ -70,7 +70,7 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
         cls: a family's Config.
         data: the parsed file.
         fixed: keys that are not fields and must have the value given here, or one of the values
-            of a frozenset.
+            of a frozenset; `...` takes any value, of what the family never reads.
 
     Raises:
         ValueError: keys that are neither fields, nor bookkeeping, nor at their fixed value; values
@@ -91,6 +91,8 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
             except ValueError as error:
                 problems.append(f"{key}={value!r} {error}")
         elif key in fixed:
+            if fixed[key] is ...:
+                continue
             allowed = fixed[key] if isinstance(fixed[key], frozenset) else [fixed[key]]
             if value not in list(allowed):
                 only = " or ".join(sorted(map(repr, allowed)))

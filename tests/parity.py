@@ -58,6 +58,7 @@ def torch_twin(family, config, head, seed=0, spread=0.2, implementation="eager")
     data.pop("label2id", None)
     hf = transformers.AutoConfig.for_model(family.MODEL_TYPE, **data)
     hf._attn_implementation = implementation
+    hf._experts_implementation = "eager"  # grouped products do not take float64
     torch.manual_seed(seed)
     twin = getattr(transformers, family.HEADS[head])(hf).eval()
     for parameter in twin.parameters():

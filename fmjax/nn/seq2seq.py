@@ -296,7 +296,8 @@ class EncoderDecoder(nn.Module):
 
     Args:
         config: the family's.
-        head: "model", "seq2seq_lm", "sequence_classification" or "question_answering".
+        head: "model", "seq2seq_lm", "sequence_classification", "question_answering", or of the
+            encoder alone "encoder" and "token_classification".
         scan: weights stacked over layers and one compiled block for each of the two stacks.
         remat: blocks are recomputed in the backward pass.
     """
@@ -320,6 +321,11 @@ class EncoderDecoder(nn.Module):
     def word(self) -> Embed:
         """The table of the decoder's word vectors, which the vocabulary head may be tied to."""
         return self.embed.word
+
+    @property
+    def encoder_alone(self) -> bool:
+        """Whether the head reads the encoder alone; then there is no decoder."""
+        return self.head in ("encoder", "token_classification")
 
     @property
     def head_init(self) -> Callable[..., Array]:
@@ -354,6 +360,10 @@ class EncoderDecoder(nn.Module):
                 )
             case "question_answering":
                 self.classifier = Dense(2, True, self.head_init, name="head")
+            case "token_classification":
+                labels = len(config.id2label)
+                self.classifier = Dense(labels, True, self.head_init, name="head")
+                self.drop = Dropout(config.classifier_dropout)
 
     def unembed(self, hidden: Array) -> Array:
         """Logits of the decoder's last hidden states: [..., D] -> [..., V] float32."""
@@ -421,6 +431,14 @@ class EncoderDecoder(nn.Module):
             ValueError: inputs that contradict each other or the config.
         """
         flags = Flags(train, output_hidden_states, output_attentions)
+        if self.encoder_alone:
+            refused = (
+                decoder_input_ids, decoder_attention_mask, encoder_outputs, decoder_inputs_embeds,
+                cache,
+            )  # fmt: skip
+            if any(x is not None for x in refused):
+                raise ValueError(f"the head {self.head!r} has no decoder: give no inputs for one")
+            return self.encoder_output(input_ids, attention_mask, inputs_embeds, flags)
         given = [x is not None for x in (input_ids, inputs_embeds, encoder_outputs)]
         if sum(given) > 1 or (not any(given) and cache is None):
             raise ValueError(
@@ -460,6 +478,22 @@ class EncoderDecoder(nn.Module):
             encoder_attentions=encoded.attentions,
             cache=decoded.cache,
         )
+
+    def encoder_output(
+        self,
+        input_ids: Array | None,
+        attention_mask: Array | None,
+        inputs_embeds: Array | None,
+        flags: Flags,
+    ) -> Output:
+        """What a head of the encoder alone returns."""
+        out = self.encode(input_ids, attention_mask, inputs_embeds, **flags._asdict())
+        if self.head == "encoder":
+            return out
+        hidden = out.last_hidden_state
+        assert hidden is not None  # every encoder has one
+        logits = self.classifier(self.drop(hidden, flags.train)).astype(jnp.float32)  # [B, S, C]
+        return dataclasses.replace(out, logits=logits, last_hidden_state=None)
 
     def head_output(
         self,
