@@ -9,6 +9,8 @@ from fmjax.metrics.classification import (
 )
 from fmjax.metrics.language_modelling import bits_per_byte, perplexity
 from fmjax.metrics.regression import regression_metrics
+from fmjax.metrics.retrieval import retrieval_metrics
+from fmjax.metrics.spans import squad_metrics
 from fmjax.metrics.summarisation import summarisation_metrics
 from fmjax.metrics.tagging import entity_metrics, tag_accuracy
 from fmjax.metrics.translation import translation_metrics
@@ -23,6 +25,8 @@ __all__ = [
     "probabilities_from_logits",
     "regression_metrics",
     "reliability_bins",
+    "retrieval_metrics",
+    "squad_metrics",
     "summarisation_metrics",
     "tag_accuracy",
     "translation_metrics",

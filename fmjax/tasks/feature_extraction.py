@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,6 +13,53 @@ from fmjax.tasks.apply import apply_fn
 from fmjax.types import Batch, Variables
 
 POOLINGS = ("mean", "cls", "max", "pooler")
+
+
+class Encode(Protocol):
+    """(variables, batch, rng | None, train=...) -> (vectors [B, D] float32, new values of mutable
+    collections)."""
+
+    def __call__(
+        self, variables: Variables, batch: Batch, rng: Array | None, *, train: bool
+    ) -> tuple[Array, Variables]: ...
+
+
+def encoder(model: Any, *, pooling: str = "mean", normalize: bool = False) -> Encode:
+    """The pooled last hidden state, to be trained; see `embed` for the arguments."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}; it must be one of {POOLINGS}")
+    apply = apply_fn(model)
+
+    def encode(
+        variables: Variables, batch: Batch, rng: Array | None, *, train: bool
+    ) -> tuple[Array, Variables]:
+        output, updates = apply(variables, batch, rng, train=train)
+        hidden = output.last_hidden_state
+        if hidden is None:
+            raise ValueError(
+                f"the model has the head {model.head!r}, which returns no last_hidden_state; load "
+                'it with head="model"'
+            )
+        hidden = hidden.astype(jnp.float32)  # [B, T, D]
+        keep = jnp.asarray(batch["attention_mask"]).astype(bool)[..., None]  # [B, T, 1]
+        if pooling == "mean":
+            total = jnp.where(keep, hidden, 0.0).sum(axis=1)
+            vectors = total / jnp.maximum(keep.sum(axis=1), 1)
+        elif pooling == "max":
+            vectors = jnp.where(keep, hidden, -jnp.inf).max(axis=1)
+        elif pooling == "cls":
+            vectors = hidden[:, 0]
+        elif output.pooler_output is not None:
+            vectors = output.pooler_output.astype(jnp.float32)
+        else:
+            raise ValueError('this model has no pooler; use pooling="mean"')
+        if normalize:
+            # Not the norm itself: its derivative at 0 is nan.
+            square = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
+            vectors = vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        return vectors, updates
+
+    return encode
 
 
 def embed(
@@ -29,34 +77,5 @@ def embed(
     Raises:
         ValueError: an unknown pooling, or "pooler" of a model that has none.
     """
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling is {pooling!r}; it must be one of {POOLINGS}")
-    apply = apply_fn(model)
-
-    def embed_fn(variables: Variables, batch: Batch) -> Array:
-        output = apply(variables, batch, None, train=False)[0]
-        hidden = output.last_hidden_state
-        if hidden is None:
-            raise ValueError(
-                f"the model has the head {model.head!r}, which returns no last_hidden_state; load "
-                'it with head="model"'
-            )
-        hidden = hidden.astype(jnp.float32)  # [B, T, D]
-        keep = batch["attention_mask"].astype(bool)[..., None]  # [B, T, 1]
-        if pooling == "mean":
-            total = jnp.where(keep, hidden, 0.0).sum(axis=1)
-            vectors = total / jnp.maximum(keep.sum(axis=1), 1)
-        elif pooling == "max":
-            vectors = jnp.where(keep, hidden, -jnp.inf).max(axis=1)
-        elif pooling == "cls":
-            vectors = hidden[:, 0]
-        elif output.pooler_output is not None:
-            vectors = output.pooler_output.astype(jnp.float32)
-        else:
-            raise ValueError('this model has no pooler; use pooling="mean"')
-        if normalize:
-            length = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-            vectors = vectors / jnp.maximum(length, 1e-12)
-        return vectors
-
-    return embed_fn
+    encode = encoder(model, pooling=pooling, normalize=normalize)
+    return lambda variables, batch: encode(variables, batch, None, train=False)[0]

@@ -124,7 +124,7 @@ def mask_tokens(rng: Array | None, batch: Batch, masking: Masking) -> Masked:
         ValueError: whole words are wanted and the batch has no ``word_ids``.
     """
     ids = jnp.asarray(batch["input_ids"])  # [B, T]
-    rows, length = ids.shape
+    length = ids.shape[1]
     if masking.whole_words and "word_ids" not in batch:
         raise ValueError("whole_words=True needs word_ids [B, T] in the batch; encode with them")
     may = jnp.asarray(batch.get("attention_mask", jnp.ones_like(ids))) != 0
@@ -133,12 +133,7 @@ def mask_tokens(rng: Array | None, batch: Batch, masking: Masking) -> Masked:
     for special in masking.special_ids:
         may &= ids != special
     words = jnp.asarray(batch["word_ids"]) if masking.whole_words else jnp.zeros_like(ids)
-    if rng is None:
-        index = jnp.asarray(batch.get("index", jnp.arange(rows)))
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(index)
-    else:
-        keys = jax.random.split(rng, rows)
-    size = masking.size(length)
+    keys, size = row_keys(rng, batch, 0), masking.size(length)
 
     def one_row(key: Array, ids: Array, may: Array, words: Array) -> tuple[Array, Array, Array]:
         choice_key, kind_key, token_key = jax.random.split(key, 3)
@@ -162,6 +157,21 @@ def mask_tokens(rng: Array | None, batch: Batch, masking: Masking) -> Masked:
 
     masked, positions, labels = jax.vmap(one_row)(keys, ids, may & (words >= 0), words)
     return Masked({**batch, "input_ids": masked}, positions, labels, weigh(batch, labels))
+
+
+def row_keys(rng: Array | None, batch: Batch, use: int) -> Array:
+    """A key [B] for each row: of `rng` or, without one, of the example's ``index``.
+
+    Args:
+        rng: a typed key or None.
+        batch: the rows.
+        use: tells apart what one index draws for different things.
+    """
+    rows = batch["input_ids"].shape[0]
+    if rng is not None:
+        return jax.random.split(rng, rows)
+    index = jnp.asarray(batch.get("index", jnp.arange(rows)))
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(use), i))(index)
 
 
 def gather_labels(batch: Batch, labels: Array, size: int) -> Masked:
