@@ -87,19 +87,23 @@ def load_brown(split: str, *, target: Literal["tags", "names"] = "tags") -> Tagg
     )
 
 
-def load_brown_documents(split: str) -> Documents:
-    """Whole documents as running text, a line for each paragraph.
+def load_brown_documents(
+    split: str, *, line: Literal["paragraph", "sentence"] = "paragraph"
+) -> Documents:
+    """Whole documents as running text, a line for each paragraph or for each sentence.
 
     Raises:
-      ValueError: an unknown split.
+      ValueError: an unknown split or line.
       OSError: the asset cannot be downloaded.
     """
+    if line not in ("paragraph", "sentence"):
+        raise ValueError(f"line {line!r} is not one of 'paragraph', 'sentence'")
     texts: dict[str, list[str]] = {}
     last: tuple[str, int] | None = None
     for row in read_split(builder(), split, ["document", "paragraph", "text"]):
         place = (row["document"], int(row["paragraph"]))
         paragraphs = texts.setdefault(row["document"], [])
-        if place == last:
+        if place == last and line == "paragraph":
             paragraphs[-1] += " " + row["text"]
         else:
             paragraphs.append(row["text"])

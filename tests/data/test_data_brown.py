@@ -75,6 +75,11 @@ def test_documents_and_genres(small_brown):
         "Atlanta's mayor (Cy) said c'est not \"fine\";\nIn {}."
     )
     assert documents.texts == [expected.format(name) for name in documents.names]
+    by_sentence = small_brown.load_brown_documents("test", line="sentence").texts[0].split("\n")
+    assert len(by_sentence) == 4
+    assert by_sentence[1] == "A and / or isn't."
+    with pytest.raises(ValueError, match="line 'word' is not one of"):
+        small_brown.load_brown_documents("test", line="word")
     whole = small_brown.load_brown_genres("test")
     assert whole.texts == documents.texts
     assert whole.ids == documents.names
