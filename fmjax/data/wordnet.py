@@ -190,6 +190,7 @@ def read_synsets(path: Path) -> list[Synset]:
       ValueError: every line that is not of the format.
     """
     part_of_speech = path.name.removeprefix("data.")
+    numbers = {f"{number:02}" for number in range(len(DOMAINS))}
     synsets = []
     problems = []
     for number, line in enumerate(path.read_text("ascii").split("\n"), start=1):
@@ -204,7 +205,7 @@ def read_synsets(path: Path) -> list[Synset]:
             or not lemmas
             or not definition
             or not re.fullmatch(r"\d{8}", fields[0])
-            or fields[1] not in {f"{n:02}" for n in range(len(DOMAINS))}
+            or fields[1] not in numbers
             or fields[2] not in PARTS_OF_SPEECH[part_of_speech]
         ):
             problems.append(f"line {number}: not a synset of this file: {line[:60]!r}")
