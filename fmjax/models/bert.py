@@ -234,6 +234,10 @@ class Head(nn.Module):
         assert pooled is not None  # `Encoder.pool` gives it to the heads that take it
         return self.drop(pooled, train)
 
+    def tokens(self, hidden: Array, train: bool) -> Array:
+        """What each token is scored by, dropout included: [B, T, D]."""
+        return self.drop(hidden, train)
+
     def setup(self) -> None:
         config = self.config
         if self.head in self.vocabulary:
@@ -274,7 +278,7 @@ class Head(nn.Module):
                 x = self.sequence(hidden, pooled, train)
                 return Output(logits=self.dense("classifier", labels, x))
             case "token_classification":
-                x = self.drop(hidden, train)
+                x = self.tokens(hidden, train)
                 return Output(logits=self.dense("classifier", labels, x))
             case "question_answering":
                 start, end = jnp.moveaxis(self.answers(hidden, inputs), -1, 0)  # [B, T] each

@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
         capacity: S, T without a cache.
         start: positions already in the cache, int32 [] or 0.
         train: whether dropout is on.
+        extra: what one family takes besides.
     """
 
     input_ids: Array | None
@@ -47,6 +48,7 @@ class Inputs(NamedTuple):
     capacity: int
     start: Array | int
     train: bool
+    extra: PyTree = None
 
     @property
     def length(self) -> int:
