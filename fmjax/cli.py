@@ -170,6 +170,26 @@ class Tag:
     """Print one JSON object a line."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Answer questions about a text by passages of it."""
+
+    model: ModelArg
+    """A folder or hub id of a question-answering model."""
+    questions: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """The questions."""
+    context: str | None = None
+    """The text."""
+    file: Path | None = None
+    """A file with the text, instead of `context`."""
+    must_answer: bool = False
+    """Never say that the text has no answer."""
+    max_length: int = 384
+    """Tokens of a window of the text."""
+    json: bool = False
+    """Print one JSON object a line."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Translate(Writing):
     """Translate texts with an encoder-decoder."""
@@ -352,6 +372,32 @@ def tag(args: Tag) -> None:
             print(" ".join(f"{word}/{'?' if name is None else name}" for word, name in pairs))
 
 
+def answer(args: Answer) -> None:
+    from fmjax.recipes.predict import answer_texts
+
+    if not args.questions:
+        raise ValueError('no question; write it after the model: fmjax answer MODEL "Who ...?"')
+    if (args.context is None) == (args.file is None):
+        raise ValueError("give the text by exactly one of --context TEXT and --file FILE")
+    context = args.context if args.file is None else args.file.read_text(encoding="utf-8")
+    assert context is not None
+    predictions = answer_texts(
+        args.model,
+        args.questions,
+        context,
+        must_answer=args.must_answer,
+        max_length=args.max_length,
+    )
+    for question, prediction in zip(args.questions, predictions, strict=True):
+        best = prediction.candidates[0]
+        if args.json:
+            found = {"question": question, "answer": prediction.text}
+            found |= {"probability": best.probability, "start": best.start, "end": best.end}
+            print(json.dumps(found, ensure_ascii=False))
+        else:
+            print(prediction.text or "(no answer)")
+
+
 def translate(args: Translate) -> None:
     from fmjax.recipes.generation import load_generator, translate_texts
 
@@ -397,6 +443,7 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Generate, sub("generate")]
         | Annotated[Chat, sub("chat")]
         | Annotated[Tag, sub("tag")]
+        | Annotated[Answer, sub("answer")]
         | Annotated[Translate, sub("translate")]
         | Annotated[Report, sub("report")],
         prog="fmjax",
@@ -423,6 +470,8 @@ def main(argv: list[str] | None = None) -> int:
                 chat(args)
             case Tag():
                 tag(args)
+            case Answer():
+                answer(args)
             case Translate():
                 translate(args)
             case Report():

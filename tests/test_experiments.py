@@ -119,3 +119,83 @@ def test_pretrain_bert(corpus, tmp_path, capsys):
         assert 0 < results["tagging"][name]["test"]["accuracy"] <= 1
         assert (run / f"tagged-{name}" / "report.html").exists()
     assert "tagging from pretrained weights" in capsys.readouterr().out
+
+
+def write_pairs(folder, columns, **splits):
+    """Three .tsv files, and the arguments that name them."""
+    arguments = []
+    for name, rows in splits.items():
+        lines = ["\t".join(columns), *("\t".join(row) for row in rows)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+        arguments += [f"--{name}", str(folder / f"{name}.tsv")]
+    return arguments
+
+
+def test_retrieval(tiny_bert, tmp_path, capsys):
+    """Passages have no word of their query; which belong together must be learnt."""
+    words = "film story actor plot scene music long short quiet loud red blue".split()
+
+    def rows(*others):
+        pairs = zip(words, [*words[5:], *words[:5]], strict=True)
+        return [(query, f"{passage} {other}") for query, passage in pairs for other in others]
+
+    files = write_pairs(
+        tmp_path, ("query", "passage"), data=rows("wonderful", "dull", "great"), val=rows("lovely"),
+        test=rows("awful"),
+    )  # fmt: skip
+    run = tmp_path / "run"
+    experiment("retrieval").main(
+        [
+            *("--output", str(run), "--model", str(tiny_bert), *files, "--batch-size", "12"),
+            *("--epochs", "40", "--learning-rate", "3e-3", "--max-length", "16"),
+            *("--temperature", "0.1"),
+        ]
+    )
+    results = json.loads((run / "results.json").read_text())
+    before = results["baselines"]["before"]["test"]
+    assert before.keys() == results["test"].keys()
+    assert results["test"]["mrr"] > before["mrr"] + 0.1
+    assert "after" in capsys.readouterr().out
+
+
+def test_question_answering(tiny_bert, tmp_path, capsys):
+    module = experiment("question_answering")
+    words = "film story actor plot scene music".split()
+    glosses = module.TextPairs(
+        sources=words, targets=["long red", "quiet blue", "loud", "short", "lovely red", "dull"]
+    )
+    made = module.make_questions(glosses, 40, 3, seed=0)
+    for context, answers in zip(made.contexts, made.answers, strict=True):
+        for text, start in answers:
+            assert context[start : start + len(text)] == text
+    assert 0 < sum(not answers for answers in made.answers) < 20
+    paragraphs = [
+        {
+            "context": context,
+            "qas": [
+                {
+                    "id": name, "question": question, "is_impossible": not answers,
+                    "answers": [{"text": a.text, "answer_start": a.start} for a in answers],
+                }
+            ],
+        }
+        for name, question, context, answers in zip(
+            made.ids, made.questions, made.contexts, made.answers, strict=True
+        )
+    ]  # fmt: skip
+    file = tmp_path / "train.json"
+    file.write_text(
+        json.dumps({"version": "2.0", "data": [{"title": "t", "paragraphs": paragraphs}]})
+    )
+    run = tmp_path / "run"
+    module.main(
+        [
+            *("--output", str(run), "--model", str(tiny_bert), "--data", str(file)),
+            *("--test", str(file), "--epochs", "2", "--batch-size", "8", "--max-length", "32"),
+            *("--doc-stride", "8", "--max-question-length", "8"),
+        ]
+    )
+    results = json.loads((run / "results.json").read_text())
+    assert 0 <= results["test"]["f1"] <= 100
+    assert "f1" in capsys.readouterr().out
+    assert (run / "samples.json").exists()

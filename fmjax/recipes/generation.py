@@ -61,13 +61,21 @@ def load_generator(source: str | Path) -> Generator:
     return Generator(model, variables, tokenizer, config)
 
 
-def encode_prompts(generator: Generator, texts: Sequence[str]) -> dict[str, Any]:
+def encode_prompts(
+    generator: Generator, texts: Sequence[str], *, max_length: int | None = None
+) -> dict[str, Any]:
     """``input_ids`` and ``attention_mask`` [B, P], padded on the side where the model wants it.
+
+    Args:
+        generator: from `load_generator`.
+        texts: B prompts.
+        max_length: tokens they are cut to; None cuts none.
 
     Raises:
         ValueError: an empty prompt.
     """
-    rows = [list(generator.tokenizer(text)["input_ids"]) for text in texts]
+    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    rows = [list(generator.tokenizer(text, **cut)["input_ids"]) for text in texts]
     if empty := [number for number, row in enumerate(rows) if not row]:
         raise ValueError(f"prompts {empty} are empty: give each at least one word")
     width = max(map(len, rows))
@@ -88,6 +96,7 @@ def write_texts(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     batch_size: int = 8,
+    max_length: int | None = None,
 ) -> list[list[str]]:
     """What the model writes after (or, an encoder-decoder, in answer to) each text.
 
@@ -97,6 +106,7 @@ def write_texts(
         seed: of the draws.
         options: fields of `GenerationConfig` in place of its authors' values.
         batch_size: texts at a time, of similar length.
+        max_length: tokens that texts are cut to; None cuts none.
 
     Returns:
         N lists of as many texts as ``num_return_sequences`` says.
@@ -112,7 +122,7 @@ def write_texts(
         out = generate(
             generator.model,
             generator.variables,
-            **encode_prompts(generator, [texts[i] for i in filled]),
+            **encode_prompts(generator, [texts[i] for i in filled], max_length=max_length),
             generation_config=config,
             tokenizer=generator.tokenizer,
             rng=rng,

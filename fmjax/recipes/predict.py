@@ -1,4 +1,4 @@
-"""Predictions, tags and embeddings of texts by a saved model."""
+"""Predictions, tags, answers and embeddings of texts by a saved model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 
 import fmjax.hub as hub
 from fmjax.data import TextExamples, align_labels, load_text
+from fmjax.data.records import Questions
+from fmjax.data.windows import encode_questions
 from fmjax.recipes.texts import (
     TextData,
     encode_splits,
@@ -21,6 +23,7 @@ from fmjax.recipes.texts import (
     one_epoch,
     shared_shapes,
 )
+from fmjax.tasks import question_answering as answering
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks import token_classification as tagging
 from fmjax.tasks.apply import collect, collect_ragged
@@ -171,3 +174,55 @@ def tag_texts(
         [(word, names[tag] if tag >= 0 else None) for word, tag in zip(text, tags, strict=True)]
         for text, tags in zip(words, aligned.by_word(rows), strict=True)
     ]
+
+
+def answer_texts(
+    model: str,
+    questions: Sequence[str],
+    context: str,
+    *,
+    must_answer: bool = False,
+    max_length: int = 384,
+) -> list[answering.Prediction]:
+    """Answers to questions about one text of any length, which is read in overlapping windows.
+
+    Args:
+        model: a folder or hub id with a question-answering head.
+        questions: N questions.
+        context: the text.
+        must_answer: whether "no answer" is never said.
+        max_length: tokens of a window, of which a sixth at most are the question's and a third is
+            shared with the window before.
+
+    Raises:
+        ValueError: an empty question or text, or a window that leaves no room for the text.
+    """
+    empty = [number for number, question in enumerate(questions) if not question.strip()]
+    if empty or not context.strip():
+        raise ValueError(f"questions {empty} are empty" if empty else "the text is empty")
+    source = model_source(model)
+    module, variables = hub.load(source, head="question_answering")
+    asked = Questions(
+        ids=[str(number) for number in range(len(questions))],
+        questions=list(questions),
+        contexts=[context] * len(questions),
+        answers=None,
+    )
+    max_length = min(max_length, module.config.max_position_embeddings)
+    windows = encode_questions(
+        hub.load_tokenizer(source),
+        asked,
+        max_length=max_length,
+        doc_stride=max_length // 3,
+        max_question_length=max_length // 6,
+        vocab_size=module.config.vocab_size,
+    )
+    shapes = shared_shapes({"questions": windows.columns})
+    return answering.answer(
+        module,
+        variables,
+        one_epoch(windows.columns, shapes, batch_size=min(16, len(windows))),
+        windows,
+        asked.contexts,
+        no_answer_threshold=None if must_answer else 0.0,
+    )

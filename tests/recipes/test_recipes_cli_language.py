@@ -120,6 +120,24 @@ def test_tag(tiny_bert, tmp_path, capsys):
     assert best.shape == (4,)
 
 
+def test_answer(tiny_bert, tmp_path, capsys):
+    model, variables = fmjax.load(
+        tiny_bert, head="question_answering", num_labels=2, new=("head/",)
+    )
+    fmjax.save(tmp_path, model, variables, fmjax.load_tokenizer(tiny_bert))
+    text = "the film was long and the plot was red " * 5
+    (tmp_path / "text.txt").write_text(text)
+    arguments = ["answer", str(tmp_path), "long film", "--must-answer", "--max-length", "16"]
+    plain = run(capsys, *arguments, "--context", text)
+    assert plain.strip() in text
+    found = json.loads(run(capsys, *arguments, "--file", str(tmp_path / "text.txt"), "--json"))
+    assert found["answer"] == plain.strip() == text[found["start"] : found["end"]]
+    assert main([*arguments]) == 2
+    assert "exactly one of --context" in capsys.readouterr().err
+    assert main(["answer", str(tmp_path), " ", "--context", "a"]) == 2
+    assert "questions [0] are empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
