@@ -186,8 +186,13 @@ def device_slug(machine: Mapping[str, Any]) -> str:
 
 
 def write(doc: Mapping[str, Any], path: Path | None) -> Path:
-    """Write a document; the default place is `benchmarks/results/NAME-DEVICE.json`."""
+    """Check a document and `save` it."""
     check(doc)
+    return save(doc, path)
+
+
+def save(doc: Mapping[str, Any], path: Path | None) -> Path:
+    """Write a document; the default place is `benchmarks/results/NAME-DEVICE.json`."""
     if path is None:
         name = f"{doc['benchmark']}-{device_slug(doc['machine'])}.json"
         path = Path(__file__).parent / "results" / name
