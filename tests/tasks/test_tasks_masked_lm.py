@@ -171,6 +171,35 @@ def test_loss_and_gradient_equal_pytorch(pretraining, tmp_path):
     assert np.isnan(short(variables, given, None)[0])  # labels would be lost
 
 
+def test_sentence_order_equals_pytorch(tmp_path):
+    from transformers import AlbertForPreTraining
+
+    from fmjax.models.albert import Config as AlbertConfig
+
+    config = AlbertConfig(
+        vocab_size=V,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=40,
+        initializer_range=0.3,
+    )
+    model, variables = fmjax.create("albert", config, head="pretraining", rng=jax.random.key(0))
+    fmjax.save(tmp_path, model, variables)
+    twin = AlbertForPreTraining.from_pretrained(tmp_path).eval()
+    batch = make_batch()
+    batch["weight"] = np.ones(6, np.float32)
+    batch["labels"] = np.where(batch["input_ids"] % 3 == 1, batch["input_ids"], -100)
+    batch["sentence_order_label"] = np.array([1, 0, 0, 1, 0, 0], np.int32)
+    names = ("input_ids", "attention_mask", "labels", "sentence_order_label")
+    reference = twin(**{name: torch.tensor(batch[name]).long() for name in names}).loss
+    loss, aux = jax.jit(masked_lm.loss(model, train=False))(variables, batch, None)
+    np.testing.assert_allclose(loss, reference.item(), rtol=1e-5)
+    assert {"sentence_order_loss", "sentence_order_accuracy"} <= aux.metrics.keys()
+
+
 def test_masking_here_equals_masking_before(pretraining):
     model, variables = pretraining
     batch = make_batch()
