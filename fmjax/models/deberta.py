@@ -59,8 +59,9 @@ class Config:
     pos_att_type: tuple[str, ...] | str | None = None
     pooler_dropout: float = 0.0
     pooler_hidden_act: str = "gelu"
-    # It can only be hidden_size; PyTorch's default, and no number, when it is not written.
+    # They can only be hidden_size; PyTorch's default, and no number, when they are not written.
     pooler_hidden_size: int | None = dataclasses.field(default=None, metadata=UNSAVED)
+    embedding_size: int | None = dataclasses.field(default=None, metadata=UNSAVED)
     cls_dropout: float | None = None
     pad_token_id: int | None = 0
     # Whether the masked-LM head is transformers' first one or DeBERTa's own; the names tell.
@@ -84,12 +85,13 @@ class Config:
         kinds = self.kinds
         if len(set(kinds)) != len(kinds) or not set(kinds) <= {"c2p", "p2c"}:
             problems.append(f"pos_att_type={kinds} must be of 'c2p' and 'p2c', each once")
-        if self.pooler_hidden_size not in (None, self.hidden_size):
-            problems.append(
-                f"pooler_hidden_size={self.pooler_hidden_size} must be hidden_size="
-                f"{self.hidden_size}"
-            )
-        object.__setattr__(self, "pooler_hidden_size", None)
+        for name, size in (
+            ("pooler_hidden_size", self.pooler_hidden_size),
+            ("embedding_size", self.embedding_size),
+        ):
+            if size not in (None, self.hidden_size):
+                problems.append(f"{name}={size} must be hidden_size={self.hidden_size}")
+            object.__setattr__(self, name, None)
         return problems
 
     @property
@@ -306,6 +308,13 @@ class Model(bert.Model):
             token_types=config.type_vocab_size,
             padding_index=config.pad_token_id,
         )
+
+    @property
+    def max_positions(self) -> int | None:
+        # Distances past the table's ends share its last rows, so without absolute positions a text
+        # of any length has its place.
+        config = self.config
+        return config.max_position_embeddings if config.position_biased_input else None
 
     def relative_rows(self, length: int) -> Array:
         """int [T, S]: the row of the table for each pair of query and key."""

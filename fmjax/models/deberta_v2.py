@@ -54,10 +54,11 @@ class Config(deberta.Config):
             problems.append(f"norm_rel_ebd={self.norm_rel_ebd!r} must be 'none' or 'layer_norm'")
         if "layer_norm" in norms and not self.relative_attention:
             problems.append("norm_rel_ebd='layer_norm' needs relative_attention=True")
-        if self.position_buckets > 0 and not 4 <= self.position_buckets < 2 * self.max_distance:
+        # Buckets grow from half their number to the last distance, which must lie beyond it.
+        if self.position_buckets > 0 and not 4 <= self.position_buckets < 2 * self.max_distance - 2:
             problems.append(
                 f"position_buckets={self.position_buckets} must be at least 4 and less than twice "
-                f"the {self.max_distance} relative positions"
+                f"the largest distance, {self.max_distance - 1}"
             )
         if self.conv_kernel_size > 0 and self.conv_kernel_size % 2 == 0:
             problems.append(f"conv_kernel_size={self.conv_kernel_size} must be odd")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -64,6 +65,18 @@ def test_files_tell_which_masked_lm_head_they_have(config, tmp_path):
     fmjax.load(tmp_path, head="sequence_classification", new=("head/",))
 
 
+def test_only_absolute_positions_end(tmp_path):
+    """Without them PyTorch takes more tokens than max_position_embeddings=14."""
+    twin = torch_twin(deberta, LONG, "model")
+    twin.save_pretrained(tmp_path)
+    model, variables = fmjax.load(tmp_path)
+    ids = np.random.default_rng(0).integers(3, 51, (2, 20))
+    ours = model.apply(variables, input_ids=ids).last_hidden_state
+    assert_near(ours, twin(torch.tensor(ids)).last_hidden_state.detach(), "last_hidden_state")
+    with pytest.raises(ValueError, match=r"20 positions are more than .*=14"):
+        deberta.Model(CONFIG).init(jax.random.key(0), ids)
+
+
 def test_published_facts():
     check_classes(deberta)
     check_defaults(deberta, extra=("cls_dropout",))
@@ -76,6 +89,7 @@ def test_published_facts():
         ({"num_attention_heads": 7}, "deberta config: hidden_size=768 is not a multiple"),
         ({"pos_att_type": "c2p|p2p"}, r"pos_att_type=\('c2p', 'p2p'\) must be of"),
         ({"pooler_hidden_size": 5}, "pooler_hidden_size=5 must be hidden_size=768"),
+        ({"embedding_size": 5}, "embedding_size=5 must be hidden_size=768"),
         ({"pooler_hidden_act": "gelo"}, "pooler_hidden_act='gelo'"),
     ],
 )

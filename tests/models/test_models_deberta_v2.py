@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from encoder_checks import check_classes, check_defaults
-from parity import check_head, check_sizes, text_inputs
+from parity import assert_near, check_head, check_sizes, text_inputs, torch_twin
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
+import fmjax
+from fmjax.config import parse_config
 from fmjax.models import deberta_v2
 
 EXTRA = (
@@ -54,6 +56,33 @@ def test_buckets_are_pytorchs(buckets, positions):
     np.testing.assert_array_equal(deberta_v2.log_buckets(600, buckets, positions), theirs)
 
 
+def test_texts_may_be_longer_than_the_buckets_reach(tmp_path):
+    """PyTorch takes more tokens than max_position_embeddings=14; far distances share a bucket."""
+    twin = torch_twin(deberta_v2, THIRD, "model")
+    twin.save_pretrained(tmp_path)
+    model, variables = fmjax.load(tmp_path)
+    ids = np.random.default_rng(0).integers(3, 51, (2, 40))
+    ours = model.apply(variables, input_ids=ids).last_hidden_state
+    assert_near(ours, twin(torch.tensor(ids)).last_hidden_state.detach(), "last_hidden_state")
+
+
+def test_configs_of_the_hub():
+    """microsoft/deberta-v3-base, and the same with keys that say nothing new."""
+    data = {
+        "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+        "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+        "layer_norm_eps": 1e-7, "max_position_embeddings": 512, "max_relative_positions": -1,
+        "model_type": "deberta-v2", "norm_rel_ebd": "layer_norm", "num_attention_heads": 12,
+        "num_hidden_layers": 12, "pos_att_type": "p2c|c2p", "position_biased_input": False,
+        "position_buckets": 256, "relative_attention": True, "share_att_key": True,
+        "type_vocab_size": 0, "vocab_size": 128100,
+    }  # fmt: skip
+    more = {"pooler_hidden_size": 768, "embedding_size": 768, "attention_head_size": 64}
+    for keys in (data, data | more):
+        config = parse_config(deberta_v2.Config, keys, deberta_v2.FIXED)
+        assert config == deberta_v2.VARIANTS["v3-base"]
+
+
 def test_published_facts():
     check_classes(deberta_v2)
     check_defaults(deberta_v2, extra=EXTRA)
@@ -68,6 +97,7 @@ def test_published_facts():
         ({"norm_rel_ebd": "batch_norm"}, "norm_rel_ebd='batch_norm'"),
         ({"norm_rel_ebd": "layer_norm"}, "needs relative_attention=True"),
         ({"position_buckets": 1024}, "position_buckets=1024"),
+        ({"position_buckets": 1022}, "position_buckets=1022 .* largest distance, 511"),
         ({"conv_kernel_size": 4, "conv_groups": 7}, "conv_kernel_size=4.*conv_groups=7"),
     ],
 )
