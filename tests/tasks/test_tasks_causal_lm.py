@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fmjax
+from fmjax.models import bloom, gpt2, mixtral
 from fmjax.models.bert import Config
 from fmjax.tasks import causal_lm
 from fmjax.train import accumulate, cast, gradient, init_state, jit_step, make_train_step
@@ -28,6 +29,11 @@ CONFIG = Config(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
+VARIANTS = {
+    "gpt2": gpt2.VARIANTS["tiny"],
+    "bloom": bloom.VARIANTS["tiny"],
+    "mixtral": mixtral.VARIANTS["tiny"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +122,43 @@ def test_packed_documents_equal_separate_ones(model_and_variables, loss_fn):
     np.testing.assert_allclose(a[0, 5:12], b[1, :7], atol=1e-5)
     np.testing.assert_allclose(a[1, 9:15], b[4, :6], atol=1e-5)
     assert a[0, 5] == a[0, 0] == a[0, 15] == 0.0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "mixtral"])
+def test_families_keep_documents_apart(family):
+    """Learned positions, alibi (which takes none), rotary ones under a window and experts."""
+    config = VARIANTS[family]
+    model, variables = fmjax.create(family, config, head="causal_lm", rng=jax.random.key(0))
+    draw = np.random.default_rng(0)
+    documents = [draw.integers(3, config.vocab_size, size) for size in (5, 7, 4, 9, 6, 8)]
+    together, apart = packed([documents[:3], documents[3:5], documents[5:]]), separate(documents)
+    together["weight"] = np.ones(3, np.float32)
+    loss_fn = jax.jit(causal_lm.loss(model, train=False))
+    a, b = (loss_fn(variables, batch, None)[0] for batch in (together, apart))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_balanced_loss_equals_pytorch(tmp_path):
+    from transformers import MixtralForCausalLM
+
+    model, variables = fmjax.create(
+        "mixtral", VARIANTS["mixtral"], head="causal_lm", rng=jax.random.key(0)
+    )
+    fmjax.save(tmp_path, model, variables)
+    twin = MixtralForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    batch = make_batch()
+    reference = twin(
+        input_ids=torch.tensor(batch["input_ids"]),
+        attention_mask=torch.tensor(batch["attention_mask"]),
+        labels=torch.tensor(np.where(batch["attention_mask"], batch["input_ids"], -100)).long(),
+        output_router_logits=True,
+    )
+    coefficient = twin.config.router_aux_loss_coef
+    loss_fn = jax.jit(causal_lm.loss(model, train=False, balance=coefficient))
+    loss, aux = loss_fn(variables, batch, None)
+    np.testing.assert_allclose(loss, reference.loss.item(), rtol=1e-5)
+    balance = aux.metrics["load_balance"].value
+    np.testing.assert_allclose(balance, reference.aux_loss.item(), rtol=1e-5)
 
 
 def test_unpack_restarts_positions():
