@@ -40,7 +40,8 @@ LONGROPE = scaled(
     RopeScaling(
         "longrope", factor=4.0, original_max_position_embeddings=8, short_factor=(1.0, 1.5),
         long_factor=(2.0, 4.0),
-    )
+    ),
+    num_hidden_layers=1,  # the head is the same after one layer
 )  # fmt: skip
 LLAMA3 = scaled(
     RopeScaling(
@@ -52,6 +53,7 @@ LLAMA3 = scaled(
 YARN = scaled(
     RopeScaling("yarn", factor=4.0, original_max_position_embeddings=8),
     id2label=("LABEL_0", "LABEL_1"),
+    num_hidden_layers=1,
 )
 LINEAR = dataclasses.replace(BIASED, rope_scaling=RopeScaling("linear", factor=2.0))
 CASES = [

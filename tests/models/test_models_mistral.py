@@ -23,12 +23,13 @@ CONFIG = mistral.Config(
 )  # fmt: skip
 # Null is no window: the old Flax classes masked everything there.
 FULL = dataclasses.replace(CONFIG, sliding_window=None, num_key_value_heads=3, head_dim=6)
-TWO_LABELS = dataclasses.replace(CONFIG, id2label=("LABEL_0", "LABEL_1"))
+SHORT = dataclasses.replace(CONFIG, num_hidden_layers=1)  # heads are the same after one layer
+TWO_LABELS = dataclasses.replace(SHORT, id2label=("LABEL_0", "LABEL_1"))
 CASES = [
     ("model", CONFIG),
     ("causal_lm", FULL),
-    ("sequence_classification", CONFIG),
-    ("token_classification", FULL),
+    ("sequence_classification", SHORT),
+    ("token_classification", SHORT),
     ("question_answering", TWO_LABELS),
 ]
 

@@ -25,7 +25,7 @@ CONFIG = olmo2.Config(
 CASES = [
     ("model", {"attention_bias": True, "num_key_value_heads": 6}),
     ("causal_lm", {"tie_word_embeddings": True, "rope_scaling": RopeScaling("linear", factor=2)}),
-    ("sequence_classification", {"head_dim": 8}),
+    ("sequence_classification", {"head_dim": 8, "num_hidden_layers": 1}),
 ]
 
 

@@ -40,8 +40,12 @@ def longrope(original, size):
 CASES = [
     ("model", longrope(8, 6) | {"partial_rotary_factor": 0.75}),
     ("causal_lm", {"sliding_window": None, "tie_word_embeddings": True}),
-    ("sequence_classification", longrope(16, 4) | {"partial_rotary_factor": 0.5}),
-    ("token_classification", {"num_key_value_heads": 6}),
+    # Heads are the same after one layer.
+    (
+        "sequence_classification",
+        longrope(16, 4) | {"partial_rotary_factor": 0.5, "num_hidden_layers": 1},
+    ),
+    ("token_classification", {"num_key_value_heads": 6, "num_hidden_layers": 1}),
 ]
 
 

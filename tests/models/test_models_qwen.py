@@ -28,18 +28,20 @@ CONFIG3 = qwen3.Config(
     **dataclasses.asdict(dataclasses.replace(CONFIG2, hidden_size=30, head_dim=4))
 )
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED}
-TWO_LABELS = {"id2label": ("LABEL_0", "LABEL_1")}
+# Heads are the same after one layer.
+SHORT = {"num_hidden_layers": 1, "layer_types": FULL[:1]}
+TWO_LABELS = SHORT | {"id2label": ("LABEL_0", "LABEL_1")}
 SCALED = {"rope_scaling": RopeScaling("yarn", factor=4.0, original_max_position_embeddings=8)}
 CASES = [
     (qwen2, "model", CONFIG2, SLIDING),
     (qwen2, "causal_lm", CONFIG2, {"tie_word_embeddings": True} | SCALED),
-    (qwen2, "sequence_classification", CONFIG2, SLIDING),
-    (qwen2, "token_classification", CONFIG2, {"head_dim": 8}),
+    (qwen2, "sequence_classification", CONFIG2, SHORT),
+    (qwen2, "token_classification", CONFIG2, SHORT | {"head_dim": 8}),
     (qwen2, "question_answering", CONFIG2, TWO_LABELS),
     (qwen3, "model", CONFIG3, SLIDING),
     (qwen3, "causal_lm", CONFIG3, {"tie_word_embeddings": True}),
-    (qwen3, "sequence_classification", CONFIG3, {"attention_bias": True}),
-    (qwen3, "token_classification", CONFIG3, {"head_dim": 8}),
+    (qwen3, "sequence_classification", CONFIG3, SHORT | {"attention_bias": True}),
+    (qwen3, "token_classification", CONFIG3, SHORT | {"head_dim": 8}),
     (qwen3, "question_answering", CONFIG3, TWO_LABELS),
 ]
 
