@@ -123,6 +123,20 @@ VARIANTS = {
     "pythia-2.8b": _pythia(32, 2560, 32),
     "pythia-6.9b": _pythia(32, 4096, 32, 50432),
     "pythia-12b": _pythia(36, 5120, 40, 50688),
+    # The config.json files of togethercomputer/RedPajama-INCITE-Base-3B-v1 and -7B-Base, and of
+    # stabilityai/stablelm-base-alpha-3b and -7b.
+    "redpajama-3b": dataclasses.replace(
+        _pythia(32, 2560, 32, 50432), use_parallel_residual=False, rotary_pct=1.0
+    ),
+    "redpajama-7b": dataclasses.replace(
+        _pythia(32, 4096, 32, 50432), use_parallel_residual=False, rotary_pct=1.0
+    ),
+    "stablelm-alpha-3b": dataclasses.replace(
+        _pythia(16, 4096, 32, 50688), max_position_embeddings=4096
+    ),
+    "stablelm-alpha-7b": dataclasses.replace(
+        _pythia(16, 6144, 48, 50432), max_position_embeddings=4096
+    ),
     # Black et al. 2022, section 2.1, and the config.json of EleutherAI/gpt-neox-20b.
     "20b": dataclasses.replace(_pythia(44, 6144, 64, 50432), hidden_act="gelu_fast"),
 }  # fmt: skip

@@ -45,10 +45,9 @@ def test_equals_pytorch(head, config, tmp_path):
     check_head(bloom, config, head, tmp_path, inputs)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_decoding(scan):
+def test_cached_decoding():
     model, variables = fmjax.create(
-        "bloom", bloom.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0), scan=scan
+        "bloom", bloom.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0)
     )
     check_decoding(model, shuffled(variables))
 

@@ -61,9 +61,7 @@ def test_equals_pytorch(head, config, tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("config", "scan"), [(falcon.VARIANTS["tiny"], True), (SERIAL, False), (CONFIG, False)]
-)
+@pytest.mark.parametrize(("config", "scan"), [(falcon.VARIANTS["tiny"], True), (SERIAL, False)])
 def test_cached_decoding(config, scan):
     model, variables = fmjax.create(
         "falcon", config, head="causal_lm", rng=jax.random.key(0), scan=scan
@@ -78,6 +76,21 @@ def test_files_of_the_hub_load(tmp_path):
         extra=("h.0.self_attention.maybe_rotary.inv_freq", "lm_head.weight"),
         rename=lambda name: name.removeprefix("transformer."),
     )  # fmt: skip
+
+
+def test_a_config_of_the_hub_is_read():
+    """The keys of tiiuae/falcon-40b's."""
+    data = {
+        "alibi": False, "apply_residual_connection_post_layernorm": False,
+        "architectures": ["FalconForCausalLM"], "attention_dropout": 0.0, "auto_map": {},
+        "bias": False, "bos_token_id": 11, "eos_token_id": 11, "hidden_dropout": 0.0,
+        "hidden_size": 8192, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+        "model_type": "falcon", "new_decoder_architecture": True, "num_attention_heads": 128,
+        "num_hidden_layers": 60, "num_kv_heads": 8, "parallel_attn": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.27.4", "use_cache": True,
+        "vocab_size": 65024,
+    }  # fmt: skip
+    assert parse_config(falcon.Config, data, falcon.FIXED) == falcon.VARIANTS["40b"]
 
 
 def test_published_sizes():

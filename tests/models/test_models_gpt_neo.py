@@ -44,10 +44,9 @@ def test_equals_pytorch(head, config, tmp_path):
     check_head(gpt_neo, config, head, tmp_path, inputs)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_decoding(scan):
+def test_cached_decoding():
     model, variables = fmjax.create(
-        "gpt_neo", gpt_neo.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0), scan=scan
+        "gpt_neo", gpt_neo.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0), scan=True
     )
     check_decoding(model, shuffled(variables))
 
@@ -59,6 +58,23 @@ def test_files_of_the_hub_load(tmp_path):
         extra=("h.0.attn.attention.bias", "h.1.attn.attention.masked_bias", "lm_head.weight"),
         rename=lambda name: name.removeprefix("transformer."),
     )  # fmt: skip
+
+
+def test_a_config_of_the_hub_is_read():
+    """The keys of EleutherAI/gpt-neo-125m's."""
+    data = {
+        "activation_function": "gelu_new", "architectures": ["GPTNeoForCausalLM"],
+        "attention_dropout": 0, "attention_layers": ["global", "local"] * 6,
+        "attention_types": [[["global", "local"], 6]], "bos_token_id": 50256, "embed_dropout": 0,
+        "eos_token_id": 50256, "gradient_checkpointing": False, "hidden_size": 768,
+        "initializer_range": 0.02, "intermediate_size": None, "layer_norm_epsilon": 1e-05,
+        "max_position_embeddings": 2048, "model_type": "gpt_neo", "num_heads": 12,
+        "num_layers": 12, "resid_dropout": 0, "summary_activation": None,
+        "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+        "summary_use_proj": True, "transformers_version": "4.9.0.dev0", "use_cache": True,
+        "vocab_size": 50257, "window_size": 256,
+    }  # fmt: skip
+    assert parse_config(gpt_neo.Config, data, gpt_neo.FIXED) == gpt_neo.VARIANTS["125m"]
 
 
 def test_published_sizes():

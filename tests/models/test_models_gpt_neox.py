@@ -47,10 +47,9 @@ def test_equals_pytorch(head, config, tmp_path):
     check_head(gpt_neox, config, head, tmp_path, text_inputs(config, head, pad_id=2))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_decoding(scan):
+def test_cached_decoding():
     model, variables = fmjax.create(
-        "gpt_neox", gpt_neox.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0), scan=scan
+        "gpt_neox", gpt_neox.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0)
     )
     check_decoding(model, shuffled(variables))
 
@@ -73,6 +72,20 @@ def test_the_output_matrix_has_two_names(tmp_path):
         extra=("gpt_neox.layers.0.attention.bias", "gpt_neox.rotary_emb.inv_freq"),
         rename=lambda name: name.replace("embed_out.", "lm_head."),
     )  # fmt: skip
+
+
+def test_a_config_of_the_hub_is_read():
+    """The keys of EleutherAI/gpt-neox-20b's."""
+    data = {
+        "architectures": ["GPTNeoXForCausalLM"], "attention_probs_dropout_prob": 0,
+        "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu_fast", "hidden_dropout_prob": 0,
+        "hidden_size": 6144, "initializer_range": 0.02, "intermediate_size": 24576,
+        "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox",
+        "num_attention_heads": 64, "num_hidden_layers": 44, "rotary_emb_base": 10000,
+        "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.19.0.dev0", "use_cache": True, "vocab_size": 50432,
+    }  # fmt: skip
+    assert parse_config(gpt_neox.Config, data, gpt_neox.FIXED) == gpt_neox.VARIANTS["20b"]
 
 
 def test_published_sizes():

@@ -44,10 +44,9 @@ def test_equals_pytorch(head, config, tmp_path):
     check_head(gptj, config, head, tmp_path, inputs)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_decoding(scan):
+def test_cached_decoding():
     model, variables = fmjax.create(
-        "gptj", gptj.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0), scan=scan
+        "gptj", gptj.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0)
     )
     check_decoding(model, shuffled(variables))
 
@@ -59,6 +58,23 @@ def test_files_of_the_hub_load(tmp_path):
         extra=("h.0.attn.bias", "h.1.attn.masked_bias"),
         rename=lambda name: name.removeprefix("transformer."),
     )  # fmt: skip
+
+
+def test_a_config_of_the_hub_is_read():
+    """The keys of EleutherAI/gpt-j-6b's."""
+    data = {
+        "activation_function": "gelu_new", "architectures": ["GPTJForCausalLM"],
+        "attn_pdrop": 0.0, "bos_token_id": 50256, "embd_pdrop": 0.0, "eos_token_id": 50256,
+        "gradient_checkpointing": False, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+        "model_type": "gptj", "n_embd": 4096, "n_head": 16, "n_inner": None, "n_layer": 28,
+        "n_positions": 2048, "resid_pdrop": 0.0, "rotary": True, "rotary_dim": 64,
+        "scale_attn_weights": True, "summary_activation": None, "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True}},
+        "tie_word_embeddings": False, "tokenizer_class": "GPT2Tokenizer",
+        "transformers_version": "4.18.0.dev0", "use_cache": True, "vocab_size": 50400,
+    }  # fmt: skip
+    assert parse_config(gptj.Config, data, gptj.FIXED) == gptj.VARIANTS["6b"]
 
 
 def test_published_sizes():

@@ -71,10 +71,9 @@ def test_dropped_layers_do_nothing():
     np.testing.assert_array_equal(states[1], states[0])
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_decoding(scan):
+def test_cached_decoding():
     model, variables = fmjax.create(
-        "opt", opt.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0), scan=scan
+        "opt", opt.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0), scan=True
     )
     check_decoding(model, shuffled(variables))
 
@@ -86,6 +85,21 @@ def test_files_of_the_hub_load(tmp_path):
         extra=("decoder.version", "lm_head.weight"),
         rename=lambda name: name.removeprefix("model."),
     )  # fmt: skip
+
+
+def test_a_config_of_the_hub_is_read():
+    """The keys of facebook/opt-350m's."""
+    data = {
+        "_name_or_path": "opt-350m", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
+        "activation_function": "relu", "architectures": ["OPTForCausalLM"],
+        "attention_dropout": 0.0, "bos_token_id": 2, "do_layer_norm_before": False, "dropout": 0.1,
+        "eos_token_id": 2, "ffn_dim": 4096, "hidden_size": 1024, "init_std": 0.02,
+        "layerdrop": 0.0, "max_position_embeddings": 2048, "model_type": "opt",
+        "num_attention_heads": 16, "num_hidden_layers": 24, "pad_token_id": 1, "prefix": "</s>",
+        "torch_dtype": "float16", "transformers_version": "4.20.0.dev0", "use_cache": True,
+        "vocab_size": 50272, "word_embed_proj_dim": 512,
+    }  # fmt: skip
+    assert parse_config(opt.Config, data, opt.FIXED) == opt.VARIANTS["350m"]
 
 
 def test_published_sizes():

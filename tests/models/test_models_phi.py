@@ -43,10 +43,9 @@ def test_equals_pytorch(head, config, tmp_path):
     check_head(phi, config, head, tmp_path, text_inputs(config, head, pad_id=2))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_decoding(scan):
+def test_cached_decoding():
     model, variables = fmjax.create(
-        "phi", phi.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0), scan=scan
+        "phi", phi.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0)
     )
     check_decoding(model, shuffled(variables))
 
@@ -58,6 +57,22 @@ def test_files_of_the_hub_load(tmp_path):
         extra=("layers.0.self_attn.rotary_emb.inv_freq",),
         rename=lambda name: name.removeprefix("model."),
     )  # fmt: skip
+
+
+def test_a_config_of_the_hub_is_read():
+    """The keys of microsoft/phi-2's."""
+    data = {
+        "_name_or_path": "microsoft/phi-2", "architectures": ["PhiForCausalLM"],
+        "attention_dropout": 0.0, "bos_token_id": 50256, "embd_pdrop": 0.0, "eos_token_id": 50256,
+        "hidden_act": "gelu_new", "hidden_size": 2560, "initializer_range": 0.02,
+        "intermediate_size": 10240, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,
+        "model_type": "phi", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": None, "partial_rotary_factor": 0.4, "qk_layernorm": False,
+        "resid_pdrop": 0.1, "rope_scaling": None, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.37.0",
+        "use_cache": True, "vocab_size": 51200,
+    }  # fmt: skip
+    assert parse_config(phi.Config, data, phi.FIXED) == phi.VARIANTS["2"]
 
 
 def test_published_sizes():

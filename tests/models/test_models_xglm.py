@@ -82,10 +82,9 @@ def test_cross_attention_is_refused_without_the_config():
         model.init(jax.random.key(0), ids, encoder_hidden_states=states)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_decoding(scan):
+def test_cached_decoding():
     model, variables = fmjax.create(
-        "xglm", xglm.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0), scan=scan
+        "xglm", xglm.VARIANTS["tiny"], head="causal_lm", rng=jax.random.key(0)
     )
     check_decoding(model, shuffled(variables))
 
