@@ -7,31 +7,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.attention import Attention, empty_cache
+from fmjax.nn.attention import Attention
 from fmjax.nn.decoder import config_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.seq2seq import (
-    EncoderDecoder,
-    Flags,
+from fmjax.nn.seq2seq import WithDecoderAlone
+from fmjax.nn.sides import (
     Shared,
     Tokens,
     Words,
     cross_attention,
-    cross_mask,
     own_cache,
     shift_right,
     stack_output,
-    tokens,
 )
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.types import Output, PyTree
@@ -41,8 +40,8 @@ EPSILON = 1e-5  # of every layer norm; no config.json names it
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The fields of config.json, under its names and with its defaults (transformers 5)."""
+class PairConfig:
+    """The fields of config.json that all siblings have, with BART's defaults (transformers 5)."""
 
     vocab_size: int = 50265
     max_position_embeddings: int = 1024
@@ -61,17 +60,12 @@ class Config:
     dropout: float = 0.1
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
-    classifier_dropout: float = 0.0
     init_std: float = 0.02
     scale_embedding: bool = False
     pad_token_id: int | None = 1
     eos_token_id: int | None = 2
     decoder_start_token_id: int | None = 2
     tie_word_embeddings: bool = True
-    # Whether the vocabulary head adds this constant; the weights tell, and without it, it is 0.
-    final_logits_bias: bool = dataclasses.field(default=True, metadata={"saved": False})
-    problem_type: str | None = None  # read by the task, not by the model
-    id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1", "LABEL_2")
 
     def __post_init__(self) -> None:
         problems = config_problems(
@@ -85,6 +79,15 @@ class Config:
         if problems:
             family = type(self).__module__.rpartition(".")[2]
             raise ValueError(f"{family} config: " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(PairConfig):
+    """BART's fields."""
+
+    classifier_dropout: float = 0.0
+    problem_type: str | None = None  # read by the task, not by the model
+    id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
 MODEL_TYPE = "bart"
@@ -193,11 +196,12 @@ class Embeddings(nn.Module):
 
     config: Any
 
+    offset: ClassVar[int] = 2  # the row of the first position; the rows before it are not used
+
     def setup(self) -> None:
         config = self.config
-        # The table has two more rows than positions: position t is row t + 2.
         self.position = Embed(
-            config.max_position_embeddings + 2,
+            config.max_position_embeddings + self.offset,
             config.d_model,
             nn.initializers.normal(config.init_std),
         )
@@ -205,7 +209,7 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def __call__(self, words: Array, positions: Array, train: bool) -> Array:  # [B, T, D]
-        return self.dropout(self.norm(words + self.position(positions + 2)), train)
+        return self.dropout(self.norm(words + self.position(positions + self.offset)), train)
 
 
 class Stack(nn.Module):
@@ -256,14 +260,12 @@ class Stack(nn.Module):
         return stack_output(side, embedded, stack, hidden)
 
 
-class Model(EncoderDecoder):
-    """BART with one head; see `fmjax.nn.seq2seq.EncoderDecoder`.
-
-    The head "causal_lm" is the decoder alone.
-    """
+class Model(WithDecoderAlone):
+    """BART with one head; see `fmjax.nn.seq2seq.WithDecoderAlone`."""
 
     block: ClassVar[type[nn.Module]] = Block
     embeddings: ClassVar[type[nn.Module]] = Embeddings
+    decoder_embeddings: ClassVar[type[nn.Module] | None] = None  # None is as `embeddings`
     final_norm: ClassVar[bool] = False
 
     @property
@@ -306,19 +308,20 @@ class Model(EncoderDecoder):
             self.embed = self.make_words(self.config.vocab_size)
         else:
             self.decoder_embed = self.make_words(self.decoder_vocab_size)
-            if self.head != "causal_lm":
+            if not self.alone:
                 self.encoder_embed = self.make_words(self.config.vocab_size)
 
         def stack(decoder: bool) -> Stack:
+            embeddings = self.decoder_embeddings if decoder else None
             return Stack(
-                self.config, decoder, self.block, self.embeddings, self.final_norm,
+                self.config, decoder, self.block, embeddings or self.embeddings, self.final_norm,
                 self.scan, self.remat,
             )  # fmt: skip
 
-        if self.head != "causal_lm":
+        if not self.alone:
             self.encoder = stack(False)
         self.decoder = stack(True)
-        if self.head == "seq2seq_lm" and self.config.final_logits_bias:
+        if self.head == "seq2seq_lm":
             # A constant of the file, no parameter: PyTorch does not train it either.
             self.logits_bias = self.variable(
                 "buffers", "final_logits_bias", jnp.zeros, (1, self.word.num_embeddings)
@@ -354,105 +357,9 @@ class Model(EncoderDecoder):
 
     def unembed(self, hidden: Array) -> Array:
         logits = super().unembed(hidden)
-        if self.head == "seq2seq_lm" and self.config.final_logits_bias:
+        if self.head == "seq2seq_lm":
             logits = logits + jax.lax.stop_gradient(self.logits_bias.value[0])
         return logits
-
-    def __call__(
-        self,
-        input_ids: Array | None = None,
-        attention_mask: Array | None = None,
-        decoder_input_ids: Array | None = None,
-        decoder_attention_mask: Array | None = None,
-        encoder_outputs: Array | None = None,
-        inputs_embeds: Array | None = None,
-        decoder_inputs_embeds: Array | None = None,
-        position_ids: Array | None = None,
-        encoder_hidden_states: Array | None = None,
-        encoder_attention_mask: Array | None = None,
-        cache: PyTree = None,
-        *,
-        train: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        output_logits: bool = True,
-    ) -> Output:
-        """Runs the model; see `fmjax.nn.seq2seq.EncoderDecoder`.
-
-        The head "causal_lm" takes `input_ids` or `inputs_embeds`, `attention_mask` and `cache` as
-        decoder-only models do (`fmjax.nn.decoder.Decoder`), and as the one head
-
-        Args:
-            position_ids: int [B, T]; None counts from 0, or from the cache's length.
-            encoder_hidden_states: [B, S, D], for cross-attention.
-            encoder_attention_mask: [B, S].
-
-        Raises:
-            ValueError: inputs that contradict each other, the head or the config.
-        """
-        alone = self.head == "causal_lm"
-        refused = {
-            "position_ids": (position_ids, False),
-            "encoder_hidden_states": (encoder_hidden_states, False),
-            "encoder_attention_mask": (encoder_attention_mask, False),
-            "decoder_input_ids": (decoder_input_ids, True),
-            "decoder_attention_mask": (decoder_attention_mask, True),
-            "decoder_inputs_embeds": (decoder_inputs_embeds, True),
-            "encoder_outputs": (encoder_outputs, True),
-        }
-        if names := [name for name, (x, of) in refused.items() if x is not None and of == alone]:
-            raise ValueError(f"the head {self.head!r} does not take {', '.join(names)}")
-        if not alone:
-            return super().__call__(
-                input_ids, attention_mask, decoder_input_ids, decoder_attention_mask,
-                encoder_outputs, inputs_embeds, decoder_inputs_embeds, cache,
-                train=train, output_hidden_states=output_hidden_states,
-                output_attentions=output_attentions, output_logits=output_logits,
-            )  # fmt: skip
-        side = tokens(
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            Flags(train, output_hidden_states, output_attentions),
-            prefix="",
-            causal=True,
-            cache=cache,
-            max_positions=self.max_positions,
-        )
-        positions = side.positions() if position_ids is None else position_ids
-        encoder_mask = cross_mask(encoder_attention_mask, None)
-        shared = Shared(side.mask, side.start, encoder_hidden_states, encoder_mask)
-        out = self.decoder(self.decoder_words(side), positions, side, shared, cache)
-        if output_logits:
-            assert out.last_hidden_state is not None  # every decoder has one
-            logits = self.unembed(out.last_hidden_state)
-            out = dataclasses.replace(out, logits=logits, last_hidden_state=None)
-        return out
-
-    def init_cache(
-        self,
-        batch_size: int,
-        length: int,
-        encoder_length: int | None = None,
-        dtype: Any = jnp.float32,
-    ) -> PyTree:
-        """An empty cache; see `fmjax.nn.seq2seq.EncoderDecoder`.
-
-        Args:
-            batch_size: B.
-            length: decoder positions there is room for.
-            encoder_length: S of the encoder's states; the head "causal_lm" has none.
-            dtype: of keys and values.
-        """
-        if (encoder_length is None) != (self.head == "causal_lm"):
-            raise ValueError(
-                f"encoder_length={encoder_length} for the head {self.head!r}: the head 'causal_lm' "
-                "has none, all others need it"
-            )
-        if encoder_length is not None:
-            return super().init_cache(batch_size, length, encoder_length, dtype)
-        layers, heads, size = self.cache_shape
-        return empty_cache(layers, (batch_size, heads, length, size), dtype=dtype, scan=self.scan)
 
 
 def inputs(config: Any, head: str) -> dict[str, Array]:
@@ -464,29 +371,22 @@ def inputs(config: Any, head: str) -> dict[str, Array]:
 
 
 PREFIX = "model."
-FIXED: dict[str, Any] = {
-    # The head decides.
-    "is_decoder": ...,
-    "is_encoder_decoder": ...,
-    "add_cross_attention": ...,
-    # Old files, in which they are true of the family or never read.
-    "add_bias_logits": False,
-    "add_final_layer_norm": False,
-    "normalize_before": False,
-    "normalize_embedding": True,
-    "static_position_embeddings": False,
-    "extra_pos_embeddings": 2,
-    "force_bos_token_to_be_generated": ...,
-    "classif_dropout": ...,
-    "save_step": ...,
-}
+# Keys of old files that PyTorch does not read either; is_decoder and its like follow the head.
+FIXED: dict[str, Any] = dict.fromkeys(
+    """
+    add_bias_logits add_cross_attention add_final_layer_norm classif_dropout
+    do_blenderbot_90_layernorm extra_layer_norm extra_pos_embeddings force_bos_token_to_be_generated
+    is_decoder is_encoder_decoder layernorm_variant normalize_before normalize_embedding save_step
+    static_position_embeddings unk_token_id
+    """.split(),
+    ...,
+)
 IGNORED = (r"(^|\.)(encoder|decoder)\.version$",)
 
 
 def from_tensors(config: Any, head: str, names: Collection[str]) -> Any:
-    """The config with what only the tensors' names tell: whether there is a bias of logits."""
-    has_bias = head != "seq2seq_lm" or "final_logits_bias" in names
-    return dataclasses.replace(config, final_logits_bias=has_bias)
+    """The config with what only the tensors' names tell: nothing."""
+    return config
 
 
 def dense(param: str, tensor: str) -> list[Rule]:
@@ -540,7 +440,9 @@ def stack_rules(
     return table
 
 
-def word_rules(config: Any, head: str, body: str, *, shared: bool) -> list[Rule]:
+def word_rules(
+    config: Any, head: str, body: str, *, shared: bool, third: bool = True
+) -> list[Rule]:
     """The tables of words.
 
     Args:
@@ -549,6 +451,7 @@ def word_rules(config: Any, head: str, body: str, *, shared: bool) -> list[Rule]
         body: the prefix of the base model.
         shared: whether both sides have one table, which files know by many names; otherwise a file
             of transformers 4 has one tensor where ours are two.
+        third: whether PyTorch keeps a common table, unused, where it is not shared.
     """
     common, encoder, decoder = (
         f"{body}{name}.weight"
@@ -558,20 +461,23 @@ def word_rules(config: Any, head: str, body: str, *, shared: bool) -> list[Rule]
     if not shared:
         table = [Rule("params/decoder_embed/word/embedding", decoder, aliases=(common, *tied))]
         if head != "causal_lm":
-            table.append(Rule("params/encoder_embed/word/embedding", encoder, copies=(common,)))
+            table.append(
+                Rule("params/encoder_embed/word/embedding", encoder, copies=(common,) * third)
+            )
         return table
     if head == "causal_lm":
         return [Rule("params/embed/word/embedding", decoder, aliases=(common, encoder, *tied))]
     return [Rule("params/embed/word/embedding", common, aliases=(encoder, decoder, *tied))]
 
 
-def head_rules(config: Any, head: str) -> list[Rule]:
-    """What follows the decoder."""
+def head_rules(config: Any, head: str, vocab_size: int) -> list[Rule]:
+    """What follows the decoder, whose vocabulary has `vocab_size` tokens."""
     table = []
     if head in ("seq2seq_lm", "causal_lm") and not config.tie_word_embeddings:
         table.append(Rule("params/head/kernel", "lm_head.weight", TRANSPOSE))
-    if head == "seq2seq_lm" and config.final_logits_bias:
-        table.append(Rule("buffers/final_logits_bias", "final_logits_bias"))
+    if head == "seq2seq_lm":
+        none = partial(np.zeros, (1, vocab_size), np.float32)
+        table.append(Rule("buffers/final_logits_bias", "final_logits_bias", default=none))
     if head == "sequence_classification":
         table += dense("head/dense", "classification_head.dense")
         table += dense("head/out", "classification_head.out_proj")
@@ -585,12 +491,28 @@ def sides(head: str) -> Sequence[str]:
     return ("decoder",) if head == "causal_lm" else ("encoder", "decoder")
 
 
-def rules(config: Any, head: str) -> list[Rule]:
-    """Parameters and the PyTorch tensors they are, for one head."""
+def all_rules(
+    config: Any,
+    head: str,
+    *,
+    positions: bool = True,
+    embedding_norm: bool = True,
+    final_norm: bool = False,
+) -> list[Rule]:
+    """The table of a sibling with these of BART's modules; see `stack_rules`."""
     body = "" if head == "model" else PREFIX
     table = word_rules(config, head, body, shared=config.tie_word_embeddings)
     for side in sides(head):
         table += stack_rules(
-            side, f"{body}{side}", positions=True, embedding_norm=True, final_norm=False
+            side,
+            f"{body}{side}",
+            positions=positions,
+            embedding_norm=embedding_norm,
+            final_norm=final_norm,
         )
-    return table + head_rules(config, head)
+    return table + head_rules(config, head, config.vocab_size)
+
+
+def rules(config: Config, head: str) -> list[Rule]:
+    """Parameters and the PyTorch tensors they are, for one head."""
+    return all_rules(config, head)

@@ -19,8 +19,8 @@ from fmjax.nn.embed import Embed
 from fmjax.nn.mlp import ACTIVATIONS, Mlp
 from fmjax.nn.norm import RMSNorm
 from fmjax.nn.position import relative_position_buckets
-from fmjax.nn.seq2seq import (
-    EncoderDecoder,
+from fmjax.nn.seq2seq import EncoderDecoder
+from fmjax.nn.sides import (
     Shared,
     Tokens,
     Words,
