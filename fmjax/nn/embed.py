@@ -20,7 +20,7 @@ class Embed(nn.Module):
         features: D.
         embedding_init: initializer of the table.
         padding_index: a row that starts at zero and that lookups do not train, as PyTorch's
-            ``padding_idx``; None for none.
+            ``padding_idx``; below 0 it counts from the last; None for none.
     """
 
     num_embeddings: int
@@ -41,7 +41,7 @@ class Embed(nn.Module):
         vectors = jnp.take(self.embedding, ids, axis=0)
         if self.padding_index is None:
             return vectors
-        padding = (ids == self.padding_index)[..., None]
+        padding = (ids == self.padding_index % self.num_embeddings)[..., None]
         return jnp.where(padding, jax.lax.stop_gradient(vectors), vectors)
 
     def attend(self, x: Array) -> Array:  # [..., D] -> [..., V] float32
