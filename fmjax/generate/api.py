@@ -11,8 +11,9 @@ from jax import Array
 
 from fmjax.generate.beam import Scoring, beam_search
 from fmjax.generate.build import build_processors
-from fmjax.generate.inputs import Plan, make_plan
+from fmjax.generate.inputs import Plan, is_encoder_decoder, make_plan, vocabulary_size
 from fmjax.generate.search import go_on, start
+from fmjax.generate.speculative import speculate, start_draft
 from fmjax.generate.state import Controls, Processor
 from fmjax.generate.stop_strings import stop_states, stop_table
 from fmjax.generation_config import GenerationConfig
@@ -112,7 +113,10 @@ def generate(
         attention_mask=attention_mask,
         decoder_input_ids=decoder_input_ids,
         encoder_outputs=encoder_outputs,
+        extra_columns=0 if draft is None else config.num_assistant_tokens,
     )
+    if draft is not None:
+        _check_draft(model, draft[0], plan)
     controls = _controls(config, plan, processors, tokenizer, rng)
     limit, stop = np.int32(plan.limit), stop_states(controls.stop, plan.prompt)
     if config.num_beams > 1:
@@ -143,6 +147,29 @@ def generate(
         keep_logits=output_logits,
         keep_scores=output_scores,
     )
+    if draft is not None:
+        draft_cache, draft_context = start_draft(
+            *draft,
+            plan.prompt,
+            limit,
+            capacity=plan.capacity,
+            repeats=config.num_return_sequences,
+        )
+        loop = speculate(
+            model,
+            variables,
+            *draft,
+            carry,
+            context,
+            draft_cache,
+            draft_context,
+            controls,
+            count=config.num_assistant_tokens,
+        )
+        tokens, lengths = np.asarray(loop.carry.state.tokens), np.asarray(loop.carry.lengths)
+        return _generated(
+            config, plan, tokens, lengths, drafted=int(loop.drafted), accepted=int(loop.accepted)
+        )
     carry = go_on(model, variables, carry, context, controls, limit)
     steps = {
         name: None if store is None else np.moveaxis(np.asarray(store), 0, 1)[:, : plan.limit]
@@ -249,6 +276,23 @@ def _problems(
     if drafted and kept:
         problems.append("output_logits and output_scores are not kept with a draft model")
     return problems
+
+
+def _check_draft(model: Any, draft_model: Any, plan: Plan) -> None:
+    problems = []
+    if is_encoder_decoder(model) != is_encoder_decoder(draft_model):
+        problems.append("of the model and the draft model one alone has an encoder")
+    if (size := vocabulary_size(draft_model)) != plan.vocab_size:
+        problems.append(
+            f"the draft model's vocabulary has {size} tokens, the model's {plan.vocab_size}"
+        )
+    if plan.prompt.encoder_states is not None:
+        problems.append("a draft model encodes for itself: give input_ids, not encoder_outputs")
+    most, needed = draft_model.max_positions, int(plan.prompt.tokens.shape[1]) + plan.limit
+    if most is not None and needed - int(plan.prompt.padding.min()) > most:
+        problems.append(f"the draft model has only {most} positions")
+    if problems:
+        raise ValueError("generation:\n  " + "\n  ".join(problems))
 
 
 def _controls(

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fmjax.generate.forward import Prompt, forward, prefill, repeat_rows, take_rows, unembed
+from fmjax.generate.forward import (
+    Prompt,
+    forward,
+    prefill,
+    repeat_rows,
+    take_rows,
+    unembed,
+    while_decoding,
+)
 from fmjax.generate.state import Controls, State, advance_stop, begin_state, is_end, process
 from fmjax.types import PyTree, Variables
 
@@ -216,4 +224,4 @@ def beam_search(
         logits = unembed(model, variables, hidden[:, -1])
         return _choose(logits, beams._replace(cache=cache), controls, scoring)
 
-    return jax.lax.while_loop(lambda beams: beams.go_on, step, beams).finished
+    return while_decoding(lambda beams: beams.go_on, step, beams).finished

@@ -142,11 +142,45 @@ def _map_rows(fn: Callable[[Array, int], Array], cache: PyTree, *, cross: bool) 
 
     def mapped(keys: tuple[Any, ...], array: Array) -> Array:
         names = path_of(keys).split("/")
-        if names == ["length"] or ("cross" in names and not cross):
+        if names[-1] == "length" or ("cross" in names and not cross):
             return array
         return fn(array, array.ndim - 4)  # [B, G, S, K], or stacked [L, B, G, S, K]
 
     return jax.tree_util.tree_map_with_path(mapped, cache)
+
+
+def drop_ones(cache: PyTree) -> PyTree:
+    """Keys and values without their axes B and G where these are 1; see `while_decoding`."""
+
+    def dropped(array: Array, axis: int) -> Array:
+        ones = [i for i in (axis, axis + 1) if array.shape[i] == 1]
+        return jnp.squeeze(array, ones)
+
+    return _map_rows(dropped, cache, cross=True)
+
+
+def while_decoding(
+    condition: Callable[[Any], Array], step: Callable[[Any], Any], start: Any
+) -> Any:
+    """``jax.lax.while_loop`` over a tuple with a field ``cache``, which is updated in place.
+
+    Between steps keys and values have no axes of size 1, as `fmjax.nn.attention.write_positions`
+    explains.
+    """
+    shapes = jax.tree.map(jnp.shape, start.cache)
+
+    def packed(carry: Any) -> Any:
+        return carry._replace(cache=drop_ones(carry.cache))
+
+    def unpacked(carry: Any) -> Any:
+        return carry._replace(cache=jax.tree.map(jnp.reshape, carry.cache, shapes))
+
+    end = jax.lax.while_loop(
+        lambda carry: condition(carry._replace(cache=None)),
+        lambda carry: packed(step(unpacked(carry))),
+        packed(start),
+    )
+    return unpacked(end)
 
 
 def repeat_rows(cache: PyTree, context: Context, times: int) -> tuple[PyTree, Context]:

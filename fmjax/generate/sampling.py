@@ -7,6 +7,7 @@ k or p, and is many times faster than sorting a vocabulary. Equal logits stay or
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fmjax.generate.processors import Numbers, static
-from fmjax.generate.state import State, largest
+from fmjax.generate.state import State
 
 
 def largest_threshold(values: Array, holds: Callable[[Array], Array]) -> Array:
@@ -191,6 +192,32 @@ class EtaCutoff:
 
 
 def draw(logits: Array, rng: Array) -> Array:
-    """int32 [...]: tokens drawn from the distributions of logits [..., V]."""
-    noise = jax.random.gumbel(rng, logits.shape, logits.dtype)
-    return largest(logits + noise)
+    """int32 [...]: tokens drawn from the distributions of logits [..., V].
+
+    By one uniform number a row and the cumulative sums of blocks, then of one block's tokens: a
+    number for every token of the vocabulary, as `jax.random.categorical` draws them, takes ten
+    times as long on CPU. A token of probability 0 is never drawn.
+    """
+    vocab_size = logits.shape[-1]
+    size = math.isqrt(vocab_size - 1) + 1  # of a block, and blocks are no more
+    blocks = -(-vocab_size // size)
+    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * size - vocab_size)]
+    mass = jnp.pad(mass, padding).reshape(*logits.shape[:-1], blocks, size)
+    sums = jnp.sum(mass, axis=-1)  # [..., blocks]
+    total = jnp.sum(sums, axis=-1)
+    # In float32 a uniform number can round up to the whole; `_reach` takes care of that.
+    at = jax.random.uniform(rng, total.shape) * total
+    block, at = _reach(sums, at)
+    inside = jnp.take_along_axis(mass, block[..., None, None], axis=-2)[..., 0, :]
+    token, _ = _reach(inside, at)
+    return (block * size + token).astype(jnp.int32)
+
+
+def _reach(mass: Array, at: Array) -> tuple[Array, Array]:
+    """(the first part [...] of mass [..., n] with which the sum exceeds `at`, the rest in it)."""
+    sums = jnp.cumsum(mass, axis=-1)
+    over = sums > at[..., None]
+    part = jnp.where(jnp.any(over, axis=-1), jnp.argmax(over, axis=-1), jnp.argmax(mass, axis=-1))
+    before = jnp.take_along_axis(sums - mass, part[..., None], axis=-1)[..., 0]
+    return part, jnp.maximum(at - before, 0.0)

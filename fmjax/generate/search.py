@@ -16,6 +16,7 @@ from fmjax.generate.forward import (
     prefill,
     repeat_rows,
     unembed,
+    while_decoding,
 )
 from fmjax.generate.sampling import draw
 from fmjax.generate.state import (
@@ -24,7 +25,6 @@ from fmjax.generate.state import (
     advance_stop,
     begin_state,
     is_end,
-    largest,
     process,
 )
 from fmjax.types import PyTree, Variables
@@ -68,7 +68,7 @@ def _choose(logits: Array, carry: Carry, controls: Controls) -> Carry:
     state = carry.state
     scores = process(logits, state, controls)
     if controls.rng is None:
-        token = largest(scores)
+        token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     else:
         token = draw(scores, jax.random.fold_in(controls.rng, state.step))
 
@@ -155,4 +155,4 @@ def go_on(
         logits = unembed(model, variables, hidden[:, -1])  # [B, V]
         return _choose(logits, carry._replace(cache=cache), controls)
 
-    return jax.lax.while_loop(unfinished, step, carry)
+    return while_decoding(unfinished, step, carry)

@@ -108,18 +108,6 @@ def begin_state(
     return State(tokens, padding, counts, zero + length, zero, limit)
 
 
-def largest(logits: Array) -> Array:
-    """int32 [...]: the first position of the largest of [..., V].
-
-    Compared with the maximum: XLA's argmax on CPU carries pairs through a loop and is many times
-    slower.
-    """
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    first = jnp.min(jnp.where(logits >= top, words, logits.shape[-1]), axis=-1)
-    return jnp.minimum(first, logits.shape[-1] - 1)  # of nan, the last
-
-
 def process(logits: Array, state: State, controls: Controls) -> Array:
     """Logits [B, V] after all processors."""
     for processor in controls.processors:

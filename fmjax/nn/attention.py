@@ -53,6 +53,20 @@ def empty_cache(
     return {"length": length, **layers}
 
 
+def write_positions(buffer: Array, new: Array, start: Array | int) -> Array:
+    """The buffer [B, G, S, K] with new keys or values [B, G, T, K] from position `start` on.
+
+    Axes of size 1 are dropped around the update, and `fmjax.generate` drops them in its loop. XLA
+    would do so between the update and the products that read it, and on CPU fuse that step into a
+    second update, for which it copies the whole buffer, every step.
+    """
+    lead = tuple(size for size in buffer.shape[:2] if size > 1)
+    flat = buffer.reshape(*lead, *buffer.shape[2:])
+    new = new.astype(buffer.dtype).reshape(*lead, *new.shape[2:])
+    at = (*(0 for _ in lead), start, 0)
+    return jax.lax.dynamic_update_slice(flat, new, at).reshape(buffer.shape)
+
+
 def cache_capacity(cache: dict[str, Any]) -> int:
     """How many positions a cache has room for."""
     layer = next(value for name, value in cache.items() if name.startswith("layers"))
@@ -259,9 +273,8 @@ class Attention(nn.Module):
         else:
             key, value = fixed
         if cache is not None:
-            at = (0, 0, start, 0)
-            key = jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), at)
-            value = jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), at)
+            key = write_positions(cache.key, key, start)
+            value = write_positions(cache.value, value, start)
             cache = Cache(key, value)
         elif others is not None or fixed is not None:
             cache = Cache(key, value)
