@@ -56,11 +56,11 @@ def mix_experts(act: str, x: Array, shares: Array, kernels: ExpertKernels) -> Ar
     """The sum of the experts' outputs, weighted by each token's shares; exact, nothing is dropped.
 
     An expert that any token chose is computed for all of them, one expert after the other; one that
-    none chose is skipped and its kernels are not read. So a batch costs up to E / top_k times the
-    arithmetic of sending each token to its own experts alone (4 for Mixtral), and a few tokens, as
-    in decoding, cost what they need. In exchange all shapes are known, tokens are not moved (the
-    batch axis shards as for a dense layer), and memory is that of one expert: the backward pass
-    computes each anew.
+    none chose is skipped and its kernels are not read. So a large batch costs E / top_k times the
+    arithmetic of sending each token to its own experts alone (4 for Mixtral), while a few tokens,
+    as in decoding, read the kernels of their experts alone. In exchange all shapes are known,
+    tokens stay where they are (the batch axis shards as for a dense layer),
+    and memory is that of one expert: the backward pass computes each anew.
 
     Args:
         act: name of the activation, as in config.json.

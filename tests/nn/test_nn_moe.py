@@ -97,6 +97,28 @@ def test_one_program_serves_every_routing():
     assert len(traces) == 1
 
 
+def test_tokens_stay_on_their_devices():
+    """Sharded over the batch, each device computes its own tokens: no tokens are gathered."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    x, logits, kernels = draw()
+    x, shares = x[:8], route(logits[:8], 2)
+
+    def loss(x, shares, kernels):
+        return jnp.sin(mix_experts("silu", x, shares, kernels)).sum()
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    sharded = jax.jit(
+        grad, in_shardings=(rows, rows, whole), out_shardings=(whole, (rows, rows, whole))
+    )
+    text = sharded.lower(x, shares, kernels).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    assert_trees_all_close(
+        sharded(x, shares, kernels), jax.jit(grad)(x, shares, kernels), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_half_precision_is_near():
     x, logits, kernels = draw()
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x, kernels))
