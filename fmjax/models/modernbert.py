@@ -127,7 +127,11 @@ HEADS = {
     "question_answering": "ModernBertForQuestionAnswering",
     "multiple_choice": "ModernBertForMultipleChoice",
 }
-# Warner et al. 2024, appendix A, table 4: 149 and 395 million parameters.
+# Marone et al. 2025, arXiv:2509.06888: mmBERT, which has Gemma 2's vocabulary.
+_MULTILINGUAL: dict[str, Any] = {
+    "vocab_size": 256000, "pad_token_id": 0, "local_rope_theta": 160000.0,
+}  # fmt: skip
+# Warner et al. 2024, appendix A, table 4 (base, large): 149 and 395 million parameters.
 VARIANTS = {
     "tiny": Config(
         vocab_size=99, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
@@ -138,6 +142,8 @@ VARIANTS = {
     "large": Config(
         hidden_size=1024, intermediate_size=2624, num_hidden_layers=28, num_attention_heads=16
     ),
+    "mmbert-small": Config(hidden_size=384, num_attention_heads=6, **_MULTILINGUAL),
+    "mmbert-base": Config(**_MULTILINGUAL),
 }  # fmt: skip
 
 
@@ -278,6 +284,10 @@ class Model(Encoder):
     block = Block
     head_module = Head
     heads = HEADS
+
+    @property
+    def max_positions(self) -> None:
+        return None  # positions are computed
 
     def embeddings(self) -> Embeddings:
         return Embeddings(self.config)
