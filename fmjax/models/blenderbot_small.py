@@ -66,9 +66,7 @@ class Model(bart.Model):
     decoder_embeddings = DecoderEmbeddings
 
     def decoder_words(self, side: Tokens) -> Array:
-        """[B, T, D]: never scaled, unlike the encoder's; beside the epsilon of the norm that follows
-        this changes nothing.
-        """
+        """[B, T, D]: not scaled, unlike the encoder's, which the norm that follows hardly shows."""
         if side.ids is None:
             return super().decoder_words(side)
         return self.word(side.ids)

@@ -35,8 +35,8 @@ from fmjax.weights import TRANSPOSE, Rule
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The fields of config.json, under its names and with its defaults (transformers 5)."""
+class PairConfig:
+    """The fields of config.json that all siblings have, with T5's defaults (transformers 5)."""
 
     vocab_size: int = 32128
     d_model: int = dataclasses.field(default=512, metadata={"also": ("hidden_size",)})
@@ -48,7 +48,6 @@ class Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     dropout_rate: float = 0.1
-    classifier_dropout: float = 0.0
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
     feed_forward_proj: str = "relu"
@@ -56,13 +55,9 @@ class Config:
     eos_token_id: int | None = 1
     decoder_start_token_id: int | None = None
     tie_word_embeddings: bool = True
-    # Whether hidden states are scaled by d_model^-0.5 for the vocabulary head; None: if it is tied.
-    scale_decoder_outputs: bool | None = dataclasses.field(default=None, metadata={"saved": "set"})
     # What `feed_forward_proj` says, in other words; kept as None once they agree.
     dense_act_fn: str | None = dataclasses.field(default=None, metadata={"saved": False})
     is_gated_act: bool | None = dataclasses.field(default=None, metadata={"saved": False})
-    problem_type: str | None = None  # read by the task, not by the model
-    id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self) -> None:
         name = type(self).__module__.rpartition(".")[2]
@@ -129,7 +124,22 @@ class Config:
 
     @property
     def scaled(self) -> bool:
-        """Whether hidden states are scaled for the vocabulary head."""
+        """Whether hidden states are scaled by d_model^-0.5 for the vocabulary head."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(PairConfig):
+    """T5's fields."""
+
+    # Whether hidden states are scaled for the vocabulary head; None: if it is tied.
+    scale_decoder_outputs: bool | None = dataclasses.field(default=None, metadata={"saved": "set"})
+    classifier_dropout: float = 0.0
+    problem_type: str | None = None  # read by the task, not by the model
+    id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+
+    @property
+    def scaled(self) -> bool:
         scale = self.scale_decoder_outputs
         return self.tie_word_embeddings if scale is None else scale
 
@@ -152,7 +162,7 @@ def _sized(layers: int, width: int, heads: int, size: int, inner: int) -> Config
     )  # fmt: skip
 
 
-def gated_sizes(cls: type[Config], **fields: Any) -> dict[str, Any]:
+def gated_sizes(cls: type[PairConfig], **fields: Any) -> dict[str, Any]:
     """The sizes of T5 v1.1 and Flan-T5 (Chung et al. 2022, arXiv:2210.11416), which mT5 has too."""
     return {
         name: cls(
@@ -403,22 +413,25 @@ def from_tensors(config: Any, head: str, names: Collection[str]) -> Any:
     return config
 
 
-def stack_rules(config: Any, side: str, tensor: str) -> list[Rule]:
+def stack_rules(
+    config: Any, side: str, tensor: str, *, attention: str = "SelfAttention"
+) -> list[Rule]:
     """One side's parameters.
 
     Args:
         config: the family's.
         side: "encoder" or "decoder".
         tensor: what its tensors' names start with.
+        attention: the name of its self-attention.
     """
     here, layer = f"params/{side}/layers_{{i}}", f"{tensor}.block.{{i}}.layer"
-    sublayers = [("attn", "SelfAttention", "norm_1")]
+    sublayers = [("attn", attention, "norm_1")]
     if side == "decoder":
         sublayers.append(("cross_attn", "EncDecAttention", "norm_cross"))
     table = [
         Rule(
             f"params/{side}/relative_bias/embedding",
-            f"{tensor}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            f"{tensor}.block.0.layer.0.{attention}.relative_attention_bias.weight",
         ),
         Rule(f"params/{side}/final_norm/scale", f"{tensor}.final_layer_norm.weight"),
     ]
