@@ -19,7 +19,7 @@ import numpy as np
 from peer import Peer
 
 import fmjax
-from fmjax.models import bert
+from fmjax.models import bert, family_of, gpt2
 from fmjax.types import Variables
 
 BASE = bert.VARIANTS["base"]
@@ -35,6 +35,7 @@ SMOKE = bert.Config(
     intermediate_size=64,
     max_position_embeddings=32,
 )
+SMOKE_GPT2 = gpt2.Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=64)
 # Largest difference of logits over the largest logit. bfloat16 keeps 8 bits of every activation,
 # and the two sides round at different places.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -46,7 +47,7 @@ class Case:
 
     Attributes:
         name: what `--cases` calls it.
-        config: the model's sizes.
+        config: the model's sizes, and by its class the family.
         head: the model's head.
         batch_size: B.
         length: T.
@@ -54,11 +55,16 @@ class Case:
     """
 
     name: str
-    config: bert.Config
+    config: bert.Config | gpt2.Config
     head: str
     batch_size: int
     length: int
     dtype: str
+
+    @property
+    def family(self) -> str:
+        """The config's family."""
+        return "gpt2" if isinstance(self.config, gpt2.Config) else "bert"
 
 
 def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[Case]:
@@ -72,14 +78,17 @@ def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[
         raise ValueError(f"unknown cases {unknown}; choose from {list(known)}")
     chosen = [known[name] for name in names] if names else list(cases)
     if smoke:
-        tiny = {"config": SMOKE, "batch_size": 2, "length": 16}
-        chosen = [dataclasses.replace(case, **tiny) for case in chosen]
+        configs = {"bert": SMOKE, "gpt2": SMOKE_GPT2}
+        chosen = [
+            dataclasses.replace(case, config=configs[case.family], batch_size=2, length=16)
+            for case in chosen
+        ]
     return chosen
 
 
 def create(case: Case) -> tuple[Any, Variables]:
     """The case's model with random weights from seed 0."""
-    return fmjax.create("bert", case.config, head=case.head, rng=jax.random.key(0))
+    return fmjax.create(case.family, case.config, head=case.head, rng=jax.random.key(0))
 
 
 def make_batch(case: Case) -> dict[str, np.ndarray]:
@@ -89,8 +98,9 @@ def make_batch(case: Case) -> dict[str, np.ndarray]:
     batch = {
         "input_ids": random.integers(0, case.config.vocab_size, shape, dtype=np.int32),
         "attention_mask": np.ones(shape, np.int32),
-        "token_type_ids": np.zeros(shape, np.int32),
     }
+    if case.family == "bert":
+        batch["token_type_ids"] = np.zeros(shape, np.int32)
     if case.head == "masked_lm":  # every position is labelled
         batch["labels"] = random.integers(0, case.config.vocab_size, shape, dtype=np.int32)
     if case.head == "sequence_classification":
@@ -139,7 +149,8 @@ def start_peer(
         fmjax.save(folder, model, variables)
         peer = Peer(
             folder,
-            head=case.head,
+            family=case.family,
+            model_class=family_of(case.family).HEADS[case.head],
             dtype=case.dtype,
             device="cpu" if jax.default_backend() == "cpu" else "cuda",
             batch=batch,

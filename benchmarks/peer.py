@@ -7,18 +7,13 @@ processor, while fmjax runs, and the other way round; steps still alternate.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-
-MODELS = {
-    "model": "BertModel",
-    "masked_lm": "BertForMaskedLM",
-    "sequence_classification": "BertForSequenceClassification",
-}
 
 
 class Peer:
@@ -28,7 +23,8 @@ class Peer:
 
     Args:
         folder: what `fmjax.save` wrote.
-        head: a key of `MODELS`.
+        family: transformers' model type.
+        model_class: the name of its class.
         dtype: "float32", or "bfloat16" for autocast.
         device: "cpu" or "cuda".
         batch: inputs, and labels for a train step.
@@ -39,7 +35,8 @@ class Peer:
         self,
         folder: str,
         *,
-        head: str,
+        family: str,
+        model_class: str,
         dtype: str,
         device: str,
         batch: dict[str, np.ndarray],
@@ -50,7 +47,17 @@ class Peer:
         self._connection, far_end = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(far_end, folder, MODELS[head], dtype, device, batch, learning_rate, weight_decay),
+            args=(
+                far_end,
+                folder,
+                family,
+                model_class,
+                dtype,
+                device,
+                batch,
+                learning_rate,
+                weight_decay,
+            ),
             daemon=True,
         )
         self._process.start()
@@ -65,7 +72,7 @@ class Peer:
         if self._process.is_alive():
             self._process.terminate()
 
-    def _ask(self, what: str) -> Any:
+    def _ask(self, *what: Any) -> Any:
         self._connection.send(what)
         return self._connection.recv()
 
@@ -81,10 +88,15 @@ class Peer:
         """One AdamW step with dropout on."""
         self._ask("train_step")
 
+    def generate(self, max_new_tokens: int) -> np.ndarray:
+        """The tokens, prompt included, of greedy search that no token ends."""
+        return self._ask("generate", max_new_tokens)
+
 
 def _serve(
     connection: Connection,
     folder: str,
+    family: str,
     model_class: str,
     dtype: str,
     device: str,
@@ -94,13 +106,11 @@ def _serve(
 ) -> None:
     """The peer's process: answers until the other end closes."""
     import torch
-    import transformers
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.set_float32_matmul_precision("highest")
-    model = vars(transformers.models.bert.modeling_bert)[model_class].from_pretrained(
-        folder, attn_implementation="sdpa"
-    )
+    classes = vars(importlib.import_module(f"transformers.models.{family}.modeling_{family}"))
+    model = classes[model_class].from_pretrained(folder, attn_implementation="sdpa")
     model = model.to(device).eval()
     tensors = {name: torch.from_numpy(value).long().to(device) for name, value in batch.items()}
     inputs = {name: value for name, value in tensors.items() if name != "labels"}
@@ -126,9 +136,20 @@ def _serve(
         optimizer.step()
         wait()
 
+    def generate(max_new_tokens: int) -> np.ndarray:
+        with torch.no_grad(), low:
+            tokens = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return tokens.cpu().numpy()
+
     while True:
         try:
-            what = connection.recv()
+            what, *args = connection.recv()
         except EOFError:
             return
         if what == "logits":
@@ -136,6 +157,8 @@ def _serve(
         elif what == "forward":
             forward()
             connection.send(None)
+        elif what == "generate":
+            connection.send(generate(*args))
         else:
             train_step()
             connection.send(None)

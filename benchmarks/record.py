@@ -2,7 +2,7 @@
 
 `python benchmarks/NAME.py` writes `benchmarks/results/NAME-DEVICE.json`:
 
-    {"schema": 1, "benchmark": NAME, "started": ISO time, "repeats": n, "smoke": false,
+    {"schema": 2, "benchmark": NAME, "started": ISO time, "repeats": n, "smoke": false,
      "machine": fmjax.perf.device.describe_machine(),
      "load_before": the machine's load average when the run began; 0 is idle,
      "matmul_peak": {"float32": FLOP/s, ...},           measured in the same run
@@ -18,7 +18,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from rich.table import Table
 from fmjax.perf.device import describe_machine, measure_matmul_peak
 from fmjax.perf.timing import Compiled, Timing, peak_memory_bytes
 
-SCHEMA = 1
+SCHEMA = 2
 SMOKE_SHAPES = ((256, 256, 256),)
 
 
@@ -53,6 +53,9 @@ class Row:
             temporaries; None for the peer.
         max_difference: largest difference of the two sides' logits, over the largest logit;
             measured before anything was timed. None when there is no peer.
+        weight_bytes_per_second: of generation, bytes of all weights times tokens of a text, over
+            the median; else None.
+        bandwidth_share: the same over that of a matrix-vector product in the same run.
     """
 
     case: str
@@ -68,6 +71,8 @@ class Row:
     compile_seconds: dict[str, float] | None
     planned_bytes: int | None
     max_difference: float | None
+    weight_bytes_per_second: float | None = None
+    bandwidth_share: float | None = None
 
 
 def row(
@@ -220,7 +225,7 @@ def show(doc: Mapping[str, Any]) -> None:
     table.add_column("side")
     for column in (
         "min ms", "median ms", "max ms", "examples/s", "tokens/s", "GFLOP", "of peak",
-        "compile s", "planned GB", "torch / fmjax",
+        "weights GB/s", "of matvec", "compile s", "planned GB", "torch / fmjax",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for entry in doc["rows"]:
@@ -235,9 +240,15 @@ def show(doc: Mapping[str, Any]) -> None:
             f"{entry['tokens_per_second']:,.0f}",
             f"{entry['model_flops'] / 1e9:,.1f}",
             f"{entry['peak_share']:.0%}",
+            _or_empty(entry["weight_bytes_per_second"], lambda x: f"{x / 1e9:.1f}"),
+            _or_empty(entry["bandwidth_share"], lambda x: f"{x:.0%}"),
             f"{sum(compiling.values()):.1f}" if compiling else "",
             f"{entry['planned_bytes'] / 1e9:.2f}" if entry["planned_bytes"] else "",
             f"{ratio:.2f}" if ratio else "",
         )
     # A pipe has no width of its own; 80 columns would fold every cell.
-    Console(width=None if Console().is_terminal else 160).print(table)
+    Console(width=None if Console().is_terminal else 180).print(table)
+
+
+def _or_empty(value: float | None, show: Callable[[float], str]) -> str:
+    return "" if value is None else show(value)

@@ -166,3 +166,35 @@ def measure_matmul_peak(
 @jax.jit
 def _product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     return jnp.matmul(lhs, rhs, preferred_element_type=jnp.float32)
+
+
+def measure_matvec_bandwidth(*, size: int = 4096, count: int = 8, repeats: int = 10) -> float:
+    """How fast float32 matrices are read by products with one vector, in bytes per second.
+
+    Decoding one text does nothing else: each token multiplies every weight matrix by one vector.
+
+    Args:
+        size: matrices are [size, size]; together they should be larger than any cache.
+        count: how many, one after the other.
+        repeats: timed runs; the fastest counts.
+
+    Returns:
+        Bytes per second.
+    """
+    keys = jax.random.split(jax.random.key(0), count)
+    matrices = [jax.random.normal(key, (size, size)) for key in keys]
+    vector = jnp.ones((1, size))
+    jax.block_until_ready(_matvecs(vector, matrices))  # compiles
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(_matvecs(vector, matrices))
+        best = min(best, time.perf_counter() - start)
+    return count * size * size * 4 / best
+
+
+@jax.jit
+def _matvecs(vector: jax.Array, matrices: list[jax.Array]) -> jax.Array:
+    for matrix in matrices:  # each needs the one before
+        vector = jnp.matmul(vector, matrix) / matrix.shape[0]
+    return vector

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -132,6 +133,54 @@ def compiled_memory(compiled: jax.stages.Compiled) -> dict[str, int]:
         "code": stats.generated_code_size_in_bytes,
         "peak": stats.peak_memory_in_bytes,
     }
+
+
+@dataclasses.dataclass
+class CompileEvents:
+    """What JAX traced and compiled in the meantime.
+
+    Attributes:
+        traces: functions traced.
+        compilations: programs compiled (or read from the persistent cache).
+        seconds: {"lower": tracing and lowering, "compile": compiling}.
+    """
+
+    traces: int = 0
+    compilations: int = 0
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"lower": 0.0, "compile": 0.0}
+    )
+
+
+_COMPILE_STAGES = {
+    "/jax/core/compile/jaxpr_trace_duration": "lower",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
+    "/jax/core/compile/backend_compile_duration": "compile",
+}
+
+
+@contextlib.contextmanager
+def compile_events() -> Iterator[CompileEvents]:
+    """Counts what JAX traces and compiles inside the ``with`` block, whoever asks for it.
+
+    >>> with compile_events() as events:
+    ...     _ = jax.jit(lambda x: x + 1)(1.0)
+    >>> events.compilations
+    1
+    """
+    events = CompileEvents()
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if stage := _COMPILE_STAGES.get(event):
+            events.seconds[stage] += duration_secs
+            events.traces += event.endswith("jaxpr_trace_duration")
+            events.compilations += stage == "compile"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 class PeakMemory(NamedTuple):

@@ -49,6 +49,29 @@ def test_script_writes_the_schema(benchmarks, tmp_path, script, case, dtype) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_generate_writes_the_schema(benchmarks, tmp_path) -> None:
+    _, record = benchmarks
+    path = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / "generate.py"), "--smoke", "--repeats", "2"]
+    done = subprocess.run(
+        [*command, "--cases", "gpt2-batch-8", "--json", str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    doc = json.loads(path.read_text())
+    record.check(doc)
+    ours, theirs = doc["rows"]
+    assert (ours["case"], ours["side"], theirs["side"]) == ("gpt2-batch-8", "fmjax", "torch")
+    assert ours["compile_seconds"]["compile"] > 0
+    assert theirs["compile_seconds"] is None
+    for row in (ours, theirs):
+        weights = 4 * (128 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32)
+        rate = weights * row["length"] / row["seconds"]["median"]
+        assert row["weight_bytes_per_second"] == pytest.approx(rate)
+        assert row["bandwidth_share"] > 0
+        tokens = 2 * row["length"] / row["seconds"]["median"]  # two rows
+        assert row["tokens_per_second"] == pytest.approx(tokens)
+
+
 def test_a_wrong_model_is_not_timed(benchmarks) -> None:
     cases, _ = benchmarks
     case = cases.Case("tiny", cases.SMOKE, "masked_lm", 2, 8, "float32")
