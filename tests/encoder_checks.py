@@ -66,7 +66,6 @@ def check_cached(family, config, *, scan, length=9, padding=2, tolerance=1e-5):
     mask[:, :padding] = 0
     padded = np.concatenate([np.full((2, padding), 3), ids], axis=1)
     positions = np.maximum(np.arange(length + padding) - padding, 0)[None].repeat(2, axis=0)
-    positions += model.position_offset
 
     @jax.jit
     def decode(variables, cache, **inputs):

@@ -79,7 +79,7 @@ POOLED = ("pretraining", "multiple_choice")
 VARIANTS = {
     "tiny": Config(
         vocab_size=99, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
-        intermediate_size=40, max_position_embeddings=32, block_size=1, num_random_blocks=0,
+        intermediate_size=40, max_position_embeddings=32, block_size=2, num_random_blocks=1,
         rescale_embeddings=True, sep_token_id=3,
     ),
     "base": Config(),
@@ -329,7 +329,7 @@ class Model(bert.Model):
 
     All heads but "question_answering" have the pooler, as PyTorch's files do. With
     ``add_cross_attention`` it differs from transformers', where self-attention attends to the
-    encoder's states instead of the decoder's own.
+    encoder's states instead of the decoder's own, padding among them included.
     """
 
     block = Block

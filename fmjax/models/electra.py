@@ -10,11 +10,13 @@ from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import Array
 
 from fmjax.models import bert, roberta
 from fmjax.models.bert import FIXED, IGNORED, inputs
 from fmjax.nn.encoder import Inputs, TextEmbeddings
+from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import ACTIVATIONS, activation
 from fmjax.types import Output
 from fmjax.weights import Rule, dense_rules, renamed, vocabulary_rules
@@ -107,6 +109,14 @@ class Head(roberta.Head):
     def vocabulary_width(self) -> int:
         return self.config.embedding_size
 
+    def setup(self) -> None:
+        super().setup()
+        if self.head == "pretraining":
+            width, init = self.config.hidden_size, self.config.initializer_range
+            init = nn.initializers.normal(init)
+            self.hidden_layer = Dense(width, kernel_init=init, name="dense")
+            self.score = Dense(1, kernel_init=init, name="classifier")
+
     def pretraining(
         self,
         logits: Array | None,
@@ -115,9 +125,14 @@ class Head(roberta.Head):
         pooled: Array | None,
         inputs: Inputs,
     ) -> Output:
-        act = activation(self.config.hidden_act)
-        x = act(self.dense("dense", hidden.shape[-1], hidden))
-        return Output(logits=jnp.squeeze(self.dense("classifier", 1, x), -1))  # [B, T]
+        if states is not None:
+            return Output(last_hidden_state=states)
+        return Output(logits=self.replaced(hidden))
+
+    def replaced(self, hidden: Array) -> Array:
+        """The logit that each token is a replaced one: [..., D] -> [...] float32."""
+        x = activation(self.config.hidden_act)(self.hidden_layer(hidden))
+        return jnp.squeeze(self.score(x), -1).astype(jnp.float32)
 
     def sequence(self, hidden: Array, pooled: Array | None, train: bool) -> Array:
         if self.head == "multiple_choice":
@@ -162,6 +177,12 @@ class Model(bert.Model):
 
     def pool(self, hidden: Array, inputs: Inputs) -> None:
         return None
+
+    def unembed(self, hidden: Array) -> Array:
+        """Logits of any last hidden states: [..., D] -> [..., V], of the discriminator [...]."""
+        if self.head == "pretraining":
+            return self.outputs.replaced(hidden)
+        return super().unembed(hidden)
 
 
 PREFIX = "electra."

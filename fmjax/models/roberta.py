@@ -88,7 +88,7 @@ class Model(bert.Model):
     """RoBERTa with one head; see `fmjax.nn.encoder.Encoder`.
 
     Positions count from ``pad_token_id + 1``, over tokens that are not padding; padding has
-    position ``pad_token_id``. ``position_ids`` are, as in PyTorch, rows of that table.
+    position ``pad_token_id``. ``position_ids`` are such rows of the table, as in PyTorch.
     """
 
     head_module = Head

@@ -184,11 +184,11 @@ class Encoder(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """How many positions there are; None where any position is computed."""
-        return self.config.max_position_embeddings
+        return self.config.max_position_embeddings - self.position_offset
 
     @property
     def position_offset(self) -> int:
-        """The ``position_id`` of a sequence's first token."""
+        """The row of the position table that a sequence's first token has."""
         return 0
 
     @property
@@ -257,8 +257,9 @@ class Encoder(nn.Module):
             attention_mask: [B, T] (1 = token, 0 = padding) or [B, T, S]; with a cache, over the
                 cache's whole length. None keeps everything.
             token_type_ids: int [B, T]; None is all 0. Families without token types ignore it.
-            position_ids: int [B, T]; None counts from `position_offset`, or from the cache's
-                length.
+            position_ids: int [B, T], rows of the position table as in PyTorch; with a cache they
+                count from 0 in every family. None counts from the first token's, or from the
+                cache's length.
             inputs_embeds: [B, T, D], in place of `input_ids`.
             encoder_hidden_states: [B, S, D], for cross-attention. With a cache made for them they
                 are needed in the first call only.
@@ -336,13 +337,17 @@ class Encoder(nn.Module):
         start, capacity = 0, batch_shape[-1]
         if cache is not None:
             start, capacity = cache["length"], cache_capacity(cache)
-        if self.max_positions is not None and capacity + self.position_offset > self.max_positions:
+        # A cache may have columns to spare, for padding, where positions are given.
+        spare = cache is not None and position_ids is not None
+        if self.max_positions is not None and capacity > self.max_positions and not spare:
             raise ValueError(
-                f"{capacity} positions are more than the model's max_position_embeddings="
-                f"{self.max_positions} less {self.position_offset}; truncate the input"
+                f"{capacity} positions are more than the model's {self.max_positions} "
+                f"(max_position_embeddings={config.max_position_embeddings}); truncate the input"
             )
         if position_ids is None:
             position_ids = self.default_positions(input_ids, start, batch_shape[-1])
+        elif cache is not None:
+            position_ids = position_ids + self.position_offset
         encoder_mask = None
         if encoder_attention_mask is not None:
             encoder_mask = encoder_attention_mask.astype(bool)[:, None, None, :]  # [B, 1, 1, S]

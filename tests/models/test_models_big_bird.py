@@ -63,7 +63,8 @@ def test_equals_pytorch(head, config, length, tmp_path):
 
 def test_cross_attention_equals_pytorch(tmp_path):
     """Once its layers are mended: PyTorch's self-attention is given the encoder's states too, and
-    attends to them instead; and its cache keeps the keys of both attentions in one place.
+    attends to them instead; its cross-attention reads the mask from another argument than it gets;
+    and its cache keeps the keys of both in one place.
     """
     twin = torch_twin(big_bird, CROSS, "causal_lm")
     twin.config.use_cache = False
@@ -72,6 +73,12 @@ def test_cross_attention_equals_pytorch(tmp_path):
         layer.attention.forward = functools.partial(
             lambda forward, hidden, **inputs: forward(hidden, **inputs | none),
             layer.attention.forward,
+        )
+        layer.crossattention.forward = functools.partial(
+            lambda forward, hidden, attention_mask, **inputs: forward(
+                hidden, encoder_attention_mask=attention_mask, **inputs
+            ),
+            layer.crossattention.forward,
         )
     twin.save_pretrained(tmp_path / "torch")
     model, variables = fmjax.load(tmp_path / "torch")
