@@ -104,7 +104,7 @@ def _sized(width: int, layers: int = 12, heads: int | None = None) -> Config:
 VARIANTS = {
     "tiny": Config(
         vocab_size=99, embedding_size=16, hidden_size=24, num_hidden_layers=3, num_hidden_groups=2,
-        inner_group_num=2, num_attention_heads=3, intermediate_size=40, max_position_embeddings=32,
+        num_attention_heads=3, intermediate_size=40, max_position_embeddings=32,
         hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
     ),
     "base": _sized(768),
