@@ -66,6 +66,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]) -> T:
     """The dataclass `cls` from the keys of a config.json.
 
+    A field whose type the file itself names, such as a config inside a config, has in its metadata
+    ``read``, from JSON to the value, and ``write``, the inverse.
+
     Args:
         cls: a family's Config.
         data: the parsed file.
@@ -80,6 +83,7 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
     hints = typing.get_type_hints(cls)
     problems: list[str] = []
     values: dict[str, Any] = {}
+    readers = {field.name: field.metadata.get("read") for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     named, alias_problems = _own_names(one_rope_dialect(data, hints), cls)
     problems += alias_problems
     for key, value in named.items():
@@ -87,7 +91,8 @@ def parse_config(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any]
             continue
         if key in hints:
             try:
-                values[key] = _read(value, hints[key])
+                read = readers[key]
+                values[key] = _read(value, hints[key]) if read is None else read(value)
             except ValueError as error:
                 problems.append(f"{key}={value!r} {error}")
         elif key in fixed:
@@ -242,7 +247,7 @@ def config_to_json(config: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
     the default and stumbles over null.
     """
     data: dict[str, Any] = {
-        field.name: _written(getattr(config, field.name))
+        field.name: field.metadata.get("write", _written)(getattr(config, field.name))
         for field in dataclasses.fields(config)
         if (saved := field.metadata.get("saved", True))
         and not (saved == "set" and getattr(config, field.name) is None)

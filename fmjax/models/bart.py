@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -34,7 +34,7 @@ from fmjax.nn.sides import (
 )
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.types import Output, PyTree
-from fmjax.weights import TRANSPOSE, Rule
+from fmjax.weights import TRANSPOSE, Rule, dense_rules, norm_rules
 
 EPSILON = 1e-5  # of every layer norm; no config.json names it
 
@@ -126,6 +126,10 @@ class Block(nn.Module):
     output_hidden_states: bool
     output_attentions: bool
 
+    def kernel_init(self) -> Callable[..., Array]:
+        """Initializer of the kernels."""
+        return nn.initializers.normal(self.config.init_std)
+
     def enter(self, name: str, hidden: Array) -> Array:
         """What a sublayer reads."""
         return hidden
@@ -143,7 +147,7 @@ class Block(nn.Module):
         self, hidden: Array, cache: PyTree, index: Array | int, shared: Shared
     ) -> tuple[Array, LayerOutput]:  # [B, T, D] -> [B, T, D]
         config, before = self.config, hidden
-        init = nn.initializers.normal(config.init_std)
+        init = self.kernel_init()
         heads, width, layerdrop = (
             (config.decoder_attention_heads, config.decoder_ffn_dim, config.decoder_layerdrop)
             if self.decoder
@@ -267,6 +271,7 @@ class Model(WithDecoderAlone):
     embeddings: ClassVar[type[nn.Module]] = Embeddings
     decoder_embeddings: ClassVar[type[nn.Module] | None] = None  # None is as `embeddings`
     final_norm: ClassVar[bool] = False
+    has_logits_bias: ClassVar[bool] = True
 
     @property
     def max_positions(self) -> int:
@@ -278,13 +283,18 @@ class Model(WithDecoderAlone):
         heads = config.decoder_attention_heads
         return config.decoder_layers, heads, config.d_model // heads
 
+    @property
+    def word_init(self) -> Callable[..., Array]:
+        """Initializer of the tables of words."""
+        return nn.initializers.normal(self.config.init_std)
+
     def make_words(self, vocab_size: int) -> Words:
         """A table of word vectors."""
         config = self.config
         return Words(
             vocab_size,
             config.d_model,
-            nn.initializers.normal(config.init_std),
+            self.word_init,
             config.pad_token_id,
             math.sqrt(config.d_model) if config.scale_embedding else 1.0,
         )
@@ -321,7 +331,7 @@ class Model(WithDecoderAlone):
         if not self.alone:
             self.encoder = stack(False)
         self.decoder = stack(True)
-        if self.head == "seq2seq_lm":
+        if self.head == "seq2seq_lm" and self.has_logits_bias:
             # A constant of the file, no parameter: PyTorch does not train it either.
             self.logits_bias = self.variable(
                 "buffers", "final_logits_bias", jnp.zeros, (1, self.word.num_embeddings)
@@ -357,7 +367,7 @@ class Model(WithDecoderAlone):
 
     def unembed(self, hidden: Array) -> Array:
         logits = super().unembed(hidden)
-        if self.head == "seq2seq_lm":
+        if self.head == "seq2seq_lm" and self.has_logits_bias:
             logits = logits + jax.lax.stop_gradient(self.logits_bias.value[0])
         return logits
 
@@ -389,22 +399,6 @@ def from_tensors(config: Any, head: str, names: Collection[str]) -> Any:
     return config
 
 
-def dense(param: str, tensor: str) -> list[Rule]:
-    """A layer with kernel and bias."""
-    return [
-        Rule(f"params/{param}/kernel", f"{tensor}.weight", TRANSPOSE),
-        Rule(f"params/{param}/bias", f"{tensor}.bias"),
-    ]
-
-
-def norm(param: str, tensor: str) -> list[Rule]:
-    """A norm with scale and bias."""
-    return [
-        Rule(f"params/{param}/scale", f"{tensor}.weight"),
-        Rule(f"params/{param}/bias", f"{tensor}.bias"),
-    ]
-
-
 def stack_rules(
     side: str, tensor: str, *, positions: bool, embedding_norm: bool, final_norm: bool
 ) -> list[Rule]:
@@ -427,16 +421,16 @@ def stack_rules(
             Rule(f"params/{side}/embed/position/embedding", f"{tensor}.embed_positions.weight")
         )
     if embedding_norm:
-        table += norm(f"{side}/embed/norm", f"{tensor}.layernorm_embedding")
+        table += norm_rules(f"{side}/embed/norm", f"{tensor}.layernorm_embedding")
     for name, theirs, before in attentions:
         for ours, projection in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
-            table += dense(f"{here}/{name}/{ours}", f"{layer}.{theirs}.{projection}_proj")
-        table += norm(f"{here}/{before}", f"{layer}.{theirs}_layer_norm")
-    table += dense(f"{here}/mlp/up", f"{layer}.fc1")
-    table += dense(f"{here}/mlp/down", f"{layer}.fc2")
-    table += norm(f"{here}/norm_2", f"{layer}.final_layer_norm")
+            table += dense_rules(f"{here}/{name}/{ours}", f"{layer}.{theirs}.{projection}_proj")
+        table += norm_rules(f"{here}/{before}", f"{layer}.{theirs}_layer_norm")
+    table += dense_rules(f"{here}/mlp/up", f"{layer}.fc1")
+    table += dense_rules(f"{here}/mlp/down", f"{layer}.fc2")
+    table += norm_rules(f"{here}/norm_2", f"{layer}.final_layer_norm")
     if final_norm:
-        table += norm(f"{side}/final_norm", f"{tensor}.layer_norm")
+        table += norm_rules(f"{side}/final_norm", f"{tensor}.layer_norm")
     return table
 
 
@@ -479,10 +473,10 @@ def head_rules(config: Any, head: str, vocab_size: int) -> list[Rule]:
         none = partial(np.zeros, (1, vocab_size), np.float32)
         table.append(Rule("buffers/final_logits_bias", "final_logits_bias", default=none))
     if head == "sequence_classification":
-        table += dense("head/dense", "classification_head.dense")
-        table += dense("head/out", "classification_head.out_proj")
+        table += dense_rules("head/dense", "classification_head.dense")
+        table += dense_rules("head/out", "classification_head.out_proj")
     if head == "question_answering":
-        table += dense("head", "qa_outputs")
+        table += dense_rules("head", "qa_outputs")
     return table
 
 

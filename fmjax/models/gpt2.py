@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.attention import Attention, Cache
+from fmjax.nn.attention import Attention
 from fmjax.nn.decoder import Decoder, Inputs
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
@@ -21,6 +21,7 @@ from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
+from fmjax.nn.sides import cross_attention, own_cache
 from fmjax.nn.stack import LayerOutput
 from fmjax.types import Output, PyTree
 from fmjax.weights import IDENTITY, TRANSPOSE, Rule, fused
@@ -146,7 +147,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Array, cache: Cache | None, index: Array | int, shared: Shared
+        self, hidden: Array, cache: Any, index: Array | int, shared: Shared
     ) -> tuple[Array, LayerOutput]:  # [B, T, D] -> [B, T, D]
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
@@ -177,26 +178,26 @@ class Block(nn.Module):
         def drop(x: Array) -> Array:
             return Dropout(config.resid_pdrop)(x, self.train)
 
-        update, probabilities, cache = attention("attn")(
+        update, probabilities, new_cache = attention("attn")(
             norm("norm_1", hidden),
             mask=shared.mask,
-            cache=cache,
+            cache=own_cache(cache),
             start=shared.start,
         )
         hidden = hidden + drop(update)
         crossed = None
-        if config.add_cross_attention and shared.encoder is not None:
-            update, crossed, _ = attention("cross_attn")(
-                norm("norm_cross", hidden),
-                mask=shared.encoder_mask,
-                others=shared.encoder,
+        if config.add_cross_attention and (shared.encoder is not None or isinstance(cache, dict)):
+            update, crossed, kept = cross_attention(
+                attention("cross_attn"), norm("norm_cross", hidden), shared, cache
             )
             hidden = hidden + drop(update)
+            if isinstance(cache, dict):
+                new_cache = {"self": new_cache, "cross": kept}
         inner = 4 * config.n_embd if config.n_inner is None else config.n_inner
         mlp = Mlp(inner, config.activation_function, init, out_init=out_init, name="mlp")
         hidden = hidden + drop(mlp(norm("norm_2", hidden)))
         copy = hidden if self.output_hidden_states else None
-        return hidden, LayerOutput(cache, copy, probabilities, crossed)
+        return hidden, LayerOutput(new_cache, copy, probabilities, crossed)
 
 
 class Embeddings(nn.Module):
@@ -301,7 +302,8 @@ class Model(Decoder):
 
         Args:
             token_type_ids: int [B, T], looked up in the word table and added.
-            encoder_hidden_states: [B, S, D], for cross-attention.
+            encoder_hidden_states: [B, S, D], for cross-attention. With a cache made for them they
+                are needed in the first call only.
             encoder_attention_mask: [B, S].
             mc_token_ids: int [B, N], of the head "double_heads": where each choice's summary is
                 read; None is the last position. That head takes [B, N, T] for [B, T].

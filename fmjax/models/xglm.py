@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,13 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models.gpt2 import Shared
-from fmjax.nn.attention import Attention, Cache
+from fmjax.nn.attention import Attention
 from fmjax.nn.decoder import Decoder, Inputs, config_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
+from fmjax.nn.sides import cross_attention, own_cache
 from fmjax.nn.stack import LayerOutput
 from fmjax.types import Output, PyTree
 from fmjax.weights import Rule, decoder_head_rules, dense_rules, norm_rules
@@ -104,7 +106,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Array, cache: Cache | None, index: Array | int, shared: Shared
+        self, hidden: Array, cache: Any, index: Array | int, shared: Shared
     ) -> tuple[Array, LayerOutput]:  # [B, T, D] -> [B, T, D]
         config = self.config
         init = nn.initializers.normal(config.init_std)
@@ -126,16 +128,18 @@ class Block(nn.Module):
         def drop(x: Array) -> Array:
             return Dropout(config.dropout)(x, self.train)
 
-        update, probabilities, cache = attention("attn")(
-            norm("norm_1", hidden), mask=shared.mask, cache=cache, start=shared.start
+        update, probabilities, new_cache = attention("attn")(
+            norm("norm_1", hidden), mask=shared.mask, cache=own_cache(cache), start=shared.start
         )
         hidden = hidden + drop(update)
         crossed = None
-        if config.add_cross_attention and shared.encoder is not None:
-            update, crossed, _ = attention("cross_attn")(
-                norm("norm_cross", hidden), mask=shared.encoder_mask, others=shared.encoder
+        if config.add_cross_attention and (shared.encoder is not None or isinstance(cache, dict)):
+            update, crossed, kept = cross_attention(
+                attention("cross_attn"), norm("norm_cross", hidden), shared, cache
             )
             hidden = hidden + drop(update)
+            if isinstance(cache, dict):
+                new_cache = {"self": new_cache, "cross": kept}
         update = Mlp(
             config.ffn_dim,
             config.activation_function,
@@ -149,7 +153,7 @@ class Block(nn.Module):
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - config.layerdrop)
             hidden = jnp.where(keep, hidden, entered)
         copy = hidden if self.output_hidden_states else None
-        return hidden, LayerOutput(cache, copy, probabilities, crossed)
+        return hidden, LayerOutput(new_cache, copy, probabilities, crossed)
 
 
 class Embeddings(nn.Module):
@@ -238,7 +242,8 @@ class Model(Decoder):
         """Runs the model; beside the arguments of `fmjax.nn.decoder.Decoder`:
 
         Args:
-            encoder_hidden_states: [B, S, D], for cross-attention.
+            encoder_hidden_states: [B, S, D], for cross-attention. With a cache made for them they
+                are needed in the first call only.
             encoder_attention_mask: [B, S].
 
         Raises:

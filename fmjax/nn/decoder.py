@@ -17,6 +17,7 @@ from fmjax.nn.embed import Embed
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import ACTIVATIONS
+from fmjax.nn.sides import empty_seq2seq_cache
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output, PyTree
 
@@ -375,11 +376,29 @@ class Decoder(nn.Module):
                 return Output(start_logits=start, end_logits=end)
         raise ValueError(f"{type(self).__module__} has no head {self.head!r}")
 
-    def init_cache(self, batch_size: int, length: int, dtype: Any = jnp.float32) -> PyTree:
-        """An empty cache for `length` positions; its key dtype should be the weights'."""
+    def init_cache(
+        self,
+        batch_size: int,
+        length: int,
+        encoder_length: int | None = None,
+        *,
+        dtype: Any = jnp.float32,
+    ) -> PyTree:
+        """An empty cache; its key dtype should be the weights'.
+
+        Args:
+            batch_size: B.
+            length: positions it has room for.
+            encoder_length: S of the ``encoder_hidden_states`` of families that cross-attend, whose
+                keys and values are then kept too; None keeps none.
+            dtype: of keys and values.
+        """
         groups, size = self.cache_shape
-        return empty_cache(
-            self.num_layers, (batch_size, groups, length, size), dtype=dtype, scan=self.scan
+        shape = (batch_size, groups, length, size)
+        if encoder_length is None:
+            return empty_cache(self.num_layers, shape, dtype=dtype, scan=self.scan)
+        return empty_seq2seq_cache(
+            self.num_layers, shape, encoder_length, dtype=dtype, scan=self.scan
         )
 
 

@@ -334,7 +334,8 @@ class WithDecoderAlone(EncoderDecoder):
 
         Args:
             position_ids: int [B, T]; None counts from 0, or from the cache's length.
-            encoder_hidden_states: [B, S, D], for cross-attention.
+            encoder_hidden_states: [B, S, D], for cross-attention. With a cache made for them they
+                are needed in the first call only.
             encoder_attention_mask: [B, S].
 
         Raises:
@@ -368,7 +369,8 @@ class WithDecoderAlone(EncoderDecoder):
             prefix="",
             causal=True,
             cache=cache,
-            max_positions=self.max_positions,
+            # A cache may have columns to spare, for padding, where positions are given.
+            max_positions=self.max_positions if cache is None or position_ids is None else None,
         )._replace(position_ids=position_ids)
         encoder_mask = cross_mask(encoder_attention_mask, None)
         out = self.run_decoder(side, encoder_hidden_states, encoder_mask, cache)
@@ -390,16 +392,16 @@ class WithDecoderAlone(EncoderDecoder):
         Args:
             batch_size: B.
             length: decoder positions there is room for.
-            encoder_length: S of the encoder's states; the head "causal_lm" has none.
+            encoder_length: S of the encoder's states; None, for the head "causal_lm" alone, keeps
+                none.
             dtype: of keys and values.
         """
-        if (encoder_length is None) != self.alone:
-            raise ValueError(
-                f"encoder_length={encoder_length} for the head {self.head!r}: the head 'causal_lm' "
-                "has none, all others need it"
-            )
         if encoder_length is not None:
             return super().init_cache(batch_size, length, encoder_length, dtype)
+        if not self.alone:
+            raise ValueError(
+                f"encoder_length=None for the head {self.head!r}: only 'causal_lm' decodes alone"
+            )
         layers, heads, size = self.cache_shape
         return empty_cache(layers, (batch_size, heads, length, size), dtype=dtype, scan=self.scan)
 

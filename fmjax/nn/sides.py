@@ -29,6 +29,7 @@ class Tokens(NamedTuple):
         train: whether dropout is on.
         output_hidden_states, output_attentions: what else to return.
         position_ids: int [B | 1, T], or None: counted from what is in the cache.
+        attention_mask: what `mask` was made of, [B, S], [B, T, S] or None.
     """
 
     ids: Array | None
@@ -41,6 +42,7 @@ class Tokens(NamedTuple):
     output_hidden_states: bool = False
     output_attentions: bool = False
     position_ids: Array | None = None
+    attention_mask: Array | None = None
 
     def positions(self) -> Array:
         """int [B | 1, T]."""
@@ -117,7 +119,7 @@ def tokens(
     mask = make_attention_mask(
         attention_mask, query_length=length, key_length=capacity, causal=causal, start=start
     )
-    return Tokens(ids, embeds, length, capacity, start, mask, *flags)
+    return Tokens(ids, embeds, length, capacity, start, mask, *flags, attention_mask=attention_mask)
 
 
 def cross_mask(attention_mask: Array | None, length: int | None) -> Array | None:
@@ -153,15 +155,15 @@ def own_cache(cache: PyTree) -> Cache | None:
 
 
 def cross_attention(
-    attention: Attention, hidden: Array, shared: Shared, cache: PyTree
+    attention: Attention, hidden: Array, shared: Any, cache: PyTree
 ) -> tuple[Array, Array | None, Cache | None]:
     """Attention to the encoder's states, or to the keys and values that a layer's cache keeps.
 
     Args:
         attention: the layer.
         hidden: [B, T, D].
-        shared: with the encoder's states, which are then written to the cache; without, they must
-            be there.
+        shared: ``encoder``, the states, which are then written to the cache (None where they are
+            there already), and ``encoder_mask``.
         cache: the layer's, ``{"self": Cache, "cross": Cache}``, or None.
 
     Returns:

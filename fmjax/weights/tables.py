@@ -117,3 +117,31 @@ def renamed(table: Iterable[Rule], names: Mapping[str, str]) -> list[Rule]:
         )
         for rule in table
     ]
+
+
+def nested_rules(table: Iterable[Rule], place: str) -> list[Rule]:
+    """The table of a model that is a part of another, under one name in parameters and tensors.
+
+    Args:
+        table: rules of the part.
+        place: its name, "encoder": "params/embed/..." becomes "params/encoder/embed/..." and the
+            tensor "embed..." becomes "encoder.embed...".
+    """
+
+    def path(param: str) -> str:
+        collection, _, rest = param.partition("/")
+        return f"{collection}/{place}/{rest}"
+
+    def name(tensor: str) -> str:
+        return f"{place}.{tensor}"
+
+    return [
+        replace(
+            rule,
+            param=tuple(map(path, rule.params)),
+            tensor=tuple(map(name, rule.tensors)),
+            aliases=tuple(map(name, rule.aliases)),
+            copies=tuple(map(name, rule.copies)),
+        )
+        for rule in table
+    ]
