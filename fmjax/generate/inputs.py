@@ -62,6 +62,7 @@ def is_encoder_decoder(model: Any) -> bool:
     """
     # Here, because they import Flax, which whoever has a model has already loaded.
     from fmjax.nn.decoder import Decoder
+    from fmjax.nn.encoder import Encoder
     from fmjax.nn.seq2seq import EncoderDecoder
 
     name = type(model).__module__.rsplit(".", 1)[-1]
@@ -69,6 +70,8 @@ def is_encoder_decoder(model: Any) -> bool:
         return True
     if isinstance(model, Decoder) and model.head == "causal_lm":
         return False
+    if isinstance(model, Encoder) and model.head == "causal_lm" and model.config.is_decoder:
+        return False  # BERT and its relatives as decoders
     raise ValueError(
         f"{name} with the head {model.head!r} does not generate; load a decoder with "
         "head='causal_lm' or an encoder-decoder with head='seq2seq_lm'"

@@ -54,6 +54,25 @@ def test_cached_decoding(family, settings):
     check_cached(family, family.Config(**SIZES | settings), scan="add_cross_attention" in settings)
 
 
+def test_a_causal_model_generates():
+    """As taking the likeliest token of full passes does, whatever the prompt's padding."""
+    config = roberta.Config(**SIZES | {"is_decoder": True, "max_position_embeddings": 20})
+    model, variables = fmjax.create("roberta", config, head="causal_lm", rng=jax.random.key(0))
+    variables = shuffled(variables)
+    prompt, pad = np.array([[5, 6, 7, 8, 9]]), np.array([[1, 1, 5, 6, 7]])
+    ids, mask = np.concatenate([prompt, pad]), np.array([[1] * 5, [0, 0, 1, 1, 1]])
+    made = fmjax.generate(
+        model, variables, ids, attention_mask=mask, max_new_tokens=4, eos_token_id=None
+    )
+    logits = jax.jit(lambda ids: model.apply(variables, input_ids=ids).logits)
+    for row, start in ((0, 0), (1, 2)):
+        tokens = ids[row, start:]
+        for _ in range(4):
+            padded = np.pad(tokens, (0, 9 - tokens.size), constant_values=1)[None]
+            tokens = np.append(tokens, np.argmax(logits(padded)[0, tokens.size - 1]))
+        np.testing.assert_array_equal(made.sequences[row, start:], tokens)
+
+
 def test_positions_as_pytorch(tmp_path):
     """From embeddings they count from pad_token_id + 1; given ones are rows of the table."""
     config = roberta.Config(**SIZES)
