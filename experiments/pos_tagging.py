@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     results = run(settings)
     if results is STOPPED:
         print(f"stopped; run the same command again to continue {settings.output}")
+        return
     for split in ("val", "test"):
         scores = {k: v for k, v in results.get(split, {}).items() if isinstance(v, float)}
         print(split, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))

@@ -13,7 +13,7 @@ import fmjax.hub as hub
 from fmjax.data import EncodedText, TextExamples
 from fmjax.metrics.classification import classification_metrics
 from fmjax.recipes.texts import evaluation_batches, labels_of, shared_buckets
-from fmjax.tasks.apply import collect
+from fmjax.tasks.apply import collect, once
 from fmjax.tasks.feature_extraction import embed
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
@@ -28,7 +28,7 @@ def features(
     pooling: str = "mean",
 ) -> dict[str, np.ndarray]:
     """Pooled features [N, D] float32 of every split, by one compiled function."""
-    embed_fn, buckets = jax.jit(embed(model, pooling=pooling)), shared_buckets(encoded)
+    embed_fn, buckets = jax.jit(once(embed, model, pooling=pooling)), shared_buckets(encoded)
     return {
         split: collect(
             embed_fn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +58,21 @@ def apply_fn(model: Any, **options: Any) -> Apply:
     return apply
 
 
+@functools.lru_cache(maxsize=64)
+def once(make: Callable[..., Any], model: Any, **options: Any) -> Any:
+    """``make(model, **options)``, the same function for the same arguments.
+
+    What jit has compiled of a function it finds by the function: an evaluation every few hundred
+    steps must not trace and compile the model each time.
+
+    Args:
+        make: a task's ``loss`` or ``predict``.
+        model: from `fmjax.load` or `fmjax.create`.
+        options: of `make`, hashable.
+    """
+    return make(model, **options)
+
+
 class Total(NamedTuple):
     """A mean over a whole set, by its two sums in float64."""
 
@@ -73,19 +89,14 @@ def means(loss_fn: LossFn, variables: Variables, batches: Iterable[Batch]) -> di
     """The loss and its metrics over a whole set; batches count by their weights.
 
     Args:
-        loss_fn: built with ``train=False``.
+        loss_fn: built with ``train=False``; the same function (see `once`) is compiled once.
         variables: the model's.
         batches: each example once; rows of weight 0 do not count.
 
     Raises:
         ValueError: there are no batches.
     """
-
-    @jax.jit
-    def step(variables: Variables, batch: Batch) -> dict[str, tuple[Array, Array]]:
-        loss, aux = loss_fn(variables, batch, None)
-        return {"loss": (loss * aux.weight, aux.weight), **aux.metrics}
-
+    step = _mean_step(loss_fn)
     sums: dict[str, Total] = {}
     for batch in batches:
         for name, mean in step(variables, batch).items():
@@ -95,6 +106,16 @@ def means(loss_fn: LossFn, variables: Variables, batches: Iterable[Batch]) -> di
     if not sums:
         raise ValueError("there are no batches to evaluate on")
     return sums
+
+
+@functools.lru_cache(maxsize=64)
+def _mean_step(loss_fn: LossFn) -> Callable[[Variables, Batch], dict[str, tuple[Array, Array]]]:
+    @jax.jit
+    def step(variables: Variables, batch: Batch) -> dict[str, tuple[Array, Array]]:
+        loss, aux = loss_fn(variables, batch, None)
+        return {"loss": (loss * aux.weight, aux.weight), **aux.metrics}
+
+    return step
 
 
 def collect(

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from fmjax.metrics.language_modelling import bits_per_byte, perplexity
-from fmjax.tasks.apply import apply_fn, means
+from fmjax.tasks.apply import apply_fn, means, once
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.vocabulary_loss import (
     CHUNK_SIZE,
@@ -203,7 +203,7 @@ def evaluate(
     Raises:
         ValueError: no token is predicted.
     """
-    found = means(loss(model, train=False, chunk_size=chunk_size), variables, batches)
+    found = means(once(loss, model, train=False, chunk_size=chunk_size), variables, batches)
     nll = found["nll"]
     scores = {
         "nll": nll.value,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn, means
+from fmjax.tasks.apply import apply_fn, means, once
 from fmjax.tasks.masking import Masked, Masking, gather_labels, mask_tokens, weigh
 from fmjax.tasks.vocabulary_loss import (
     CHUNK_SIZE,
@@ -165,7 +165,8 @@ def evaluate(
         "loss" in nats, "masked_nll", "masked_accuracy", "masked_perplexity" (exp of the nll), and
         where a batch has a pair's label its "..._loss" and "..._accuracy".
     """
-    loss_fn = loss(
+    loss_fn = once(
+        loss,
         model,
         masking=masking,
         max_predictions=max_predictions,

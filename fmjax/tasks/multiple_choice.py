@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn, collect
+from fmjax.tasks.apply import apply_fn, collect, once
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 
@@ -79,7 +79,7 @@ def evaluate(
         batches: one epoch.
         labels: int [S], the set's labels, in its order.
     """
-    rows = collect(jax.jit(predict(model)), variables, batches, size=len(labels))
+    rows = collect(jax.jit(once(predict, model)), variables, batches, size=len(labels))
     metrics = {
         "accuracy": float((rows.argmax(axis=1) == labels).mean()),
         "probability": float(np.take_along_axis(rows, np.asarray(labels)[:, None], axis=1).mean()),

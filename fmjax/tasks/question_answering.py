@@ -16,7 +16,7 @@ from jax import Array
 from fmjax.data.records import Questions
 from fmjax.data.windows import OUTSIDE, QuestionWindows
 from fmjax.metrics.spans import best_threshold, squad_metrics
-from fmjax.tasks.apply import apply_fn, collect_ragged
+from fmjax.tasks.apply import apply_fn, collect_ragged, once
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 
@@ -267,7 +267,7 @@ def answer(
         contexts: N texts.
         settings: of `best_spans`.
     """
-    predict_fn = jax.jit(predict(model))
+    predict_fn = jax.jit(once(predict, model))
 
     def rows(variables: Variables, batch: Batch) -> np.ndarray:
         return np.asarray(predict_fn(variables, batch))

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from fmjax.metrics.retrieval import Relevant, retrieval_metrics
-from fmjax.tasks.apply import collect
+from fmjax.tasks.apply import collect, once
 from fmjax.tasks.feature_extraction import embed, encoder
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
@@ -146,7 +146,7 @@ def evaluate(
     Returns:
         See `retrieval_metrics`.
     """
-    embed_fn = jax.jit(predict(model, pooling=pooling))
+    embed_fn = jax.jit(once(predict, model, pooling=pooling))
     first = collect(embed_fn, variables, queries, size=len(relevant))
     second = collect(embed_fn, variables, passages, size=num_passages)
     return retrieval_metrics(first, second, relevant, cutoffs=cutoffs)

@@ -11,7 +11,7 @@ from jax import Array
 
 from fmjax.metrics.language_modelling import perplexity
 from fmjax.metrics.translation import References, translation_metrics
-from fmjax.tasks.apply import apply_fn, means
+from fmjax.tasks.apply import apply_fn, means, once
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.vocabulary_loss import (
     CHUNK_SIZE,
@@ -148,7 +148,7 @@ def evaluate(
         "nll" (nats a token), "perplexity", "accuracy" (of the next token, the right ones given),
         "tokens", and what `measure` returns.
     """
-    found = means(loss(model, train=False, chunk_size=chunk_size), variables, batches)
+    found = means(once(loss, model, train=False, chunk_size=chunk_size), variables, batches)
     nll = found["nll"]
     scores: dict[str, Any] = {
         "nll": nll.value,

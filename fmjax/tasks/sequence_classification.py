@@ -14,7 +14,7 @@ from jax import Array
 
 from fmjax.metrics.classification import classification_metrics, multi_label_metrics
 from fmjax.metrics.regression import regression_metrics
-from fmjax.tasks.apply import apply_fn, collect
+from fmjax.tasks.apply import apply_fn, collect, once
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 SINGLE, MULTI, REGRESSION = (
@@ -123,7 +123,7 @@ def evaluate(
         batches: one epoch, unshuffled.
         labels: the set's labels, in its order.
     """
-    rows = collect(jax.jit(predict(model)), variables, batches, size=len(labels))
+    rows = collect(jax.jit(once(predict, model)), variables, batches, size=len(labels))
     return Evaluation(rows, labels, metrics_of(model, rows, labels))
 
 

@@ -13,7 +13,7 @@ import optax
 from jax import Array
 
 from fmjax.metrics.tagging import are_entities, entity_metrics, tag_accuracy
-from fmjax.tasks.apply import apply_fn, collect_ragged
+from fmjax.tasks.apply import apply_fn, collect_ragged, once
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.vocabulary_loss import IGNORED
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
@@ -82,6 +82,12 @@ class Evaluation:
     metrics: dict[str, Any]
 
 
+def _best(model: Any) -> Callable[[Variables, Batch], Array]:
+    """``(variables, batch) -> int [B, T]``: each token's most probable tag."""
+    predict_fn = predict(model)
+    return lambda variables, batch: jnp.argmax(predict_fn(variables, batch), axis=-1)
+
+
 def evaluate(
     model: Any,
     variables: Variables,
@@ -104,11 +110,7 @@ def evaluate(
         scheme: see `entity_metrics`.
     """
     names = model.config.id2label
-    predict_fn = predict(model)
-
-    @jax.jit
-    def best(variables: Variables, batch: Batch) -> Array:
-        return jnp.argmax(predict_fn(variables, batch), axis=-1)  # [B, T]
+    best = jax.jit(once(_best, model))
 
     def rows(variables: Variables, batch: Batch) -> list[tuple[list[str], list[str]]]:
         found, labels = np.asarray(best(variables, batch)), np.asarray(batch["labels"])  # [B, T]
