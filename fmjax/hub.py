@@ -254,9 +254,7 @@ def _initialise(
     return init(jax.random.key(0) if rng is None else rng)
 
 
-def _known_names(
-    family: ModuleType, config: Any, head: str, names: Iterable[str]
-) -> set[str]:
+def _known_names(family: ModuleType, config: Any, head: str, names: Iterable[str]) -> set[str]:
     """Of a checkpoint's names, those that only other heads of the family read, prefix or not.
 
     Inside layers these are tensors of a kind that this head has none of, such as the decoder's for
