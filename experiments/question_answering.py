@@ -81,7 +81,7 @@ def make_questions(glosses: TextPairs, count: int, entries: int, seed: int) -> Q
         at = int(draw.integers(entries))
         absent = draw.random() < 0.2
         word = glosses.sources[other if absent else chosen[at]]
-        answer = Answer(glosses.targets[chosen[at]], starts[at])
+        answer = Answer(str(glosses.targets[chosen[at]]), starts[at])
         rows["ids"].append(str(number))
         rows["questions"].append(f"What does {word} mean?")
         rows["contexts"].append(text.strip())

@@ -77,8 +77,10 @@ def load(settings: Settings) -> dict[str, TextPairs]:
     if settings.val is None or settings.test is None:
         raise ValueError(f"data={settings.data!r} is a file: give val=FILE and test=FILE too")
     files = {"train": settings.data, "val": settings.val, "test": settings.test}
-    columns = {"source": settings.query, "target": settings.passage}
-    return {split: read_pairs(path, **columns) for split, path in files.items()}
+    return {
+        split: read_pairs(path, source=settings.query, target=settings.passage)
+        for split, path in files.items()
+    }
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -158,7 +160,11 @@ def run(settings: Settings) -> dict[str, Any]:
         results[split], vectors = evaluate(variables, split)
         best = np.argmax(vectors["query"][:30] @ vectors["passage"].T, axis=1)
         rows = [
-            (pairs[split].sources[i], pairs[split].targets[i], pairs[split].targets[found])
+            (
+                pairs[split].sources[i],
+                str(pairs[split].targets[i]),
+                str(pairs[split].targets[found]),
+            )
             for i, found in enumerate(best)
         ]
         save_samples(settings.output, ("query", "its passage", "found"), rows)

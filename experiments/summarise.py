@@ -72,8 +72,10 @@ def load(settings: Settings) -> dict[str, TextPairs]:
     if settings.val is None or settings.test is None:
         raise ValueError(f"data={settings.data!r} is a file: give val=FILE and test=FILE too")
     files = {"train": settings.data, "val": settings.val, "test": settings.test}
-    columns = {"source": settings.source, "target": settings.target}
-    return {split: read_pairs(path, **columns) for split, path in files.items()}
+    return {
+        split: read_pairs(path, source=settings.source, target=settings.target)
+        for split, path in files.items()
+    }
 
 
 def run(settings: Settings) -> dict[str, Any]:

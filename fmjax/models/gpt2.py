@@ -212,9 +212,7 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(self.config.embd_pdrop)
 
     def __call__(self, inputs: Inputs, token_type_ids: Array | None) -> Array:
-        words = self.word(inputs.input_ids) if inputs.input_ids is not None else None
-        x = inputs.inputs_embeds if words is None else words
-        x = x + self.position(inputs.position_ids)  # [B, T, D]
+        x = inputs.embedded(self.word) + self.position(inputs.position_ids)  # [B, T, D]
         if token_type_ids is not None:
             x = x + self.word(token_type_ids)
         return self.dropout(x, inputs.train)
