@@ -179,7 +179,7 @@ def test_dropout_depends_on_the_key_alone(name):
 
     rates = [
         value
-        for name, value in dataclasses.asdict(config).items()
+        for name, value in flatten(dataclasses.asdict(config)).items()  # and of its parts
         if isinstance(value, float) and ("drop" in name)
     ]
     assert "random_bits" not in jaxpr(False)
