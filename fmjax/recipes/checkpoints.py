@@ -23,6 +23,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
+# Parameters below which a variant is nothing that was published but one for tests.
+SMALLEST = 1_000_000
 
 
 def convert_checkpoint(
@@ -100,7 +102,9 @@ def families_table() -> str:
         family = hub.family_of(name)
         sizes = []
         for variant, config in family.VARIANTS.items():
-            model = family.Model(config, head="model")
-            sizes.append(f"{variant} {count(hub.abstract_variables(model)) / 1e6:.1f} M")
+            size = count(hub.abstract_variables(family.Model(config, head="model")))
+            if size >= SMALLEST:
+                shown = f"{size / 1e6:.1f} M" if size < 1e9 else f"{size / 1e9:.1f} B"
+                sizes.append(f"{variant} {shown}")
         lines.append(f"| {name} | {', '.join(family.HEADS)} | {', '.join(sizes)} |")
     return "\n".join(lines)
