@@ -21,6 +21,9 @@ from fmjax.config import config_to_json, parse_config
 from fmjax.tree import flatten, unflatten
 from fmjax.weights import export_params
 
+# On tiny models PyTorch's threads do nothing but wait for each other.
+torch.set_num_threads(1)
+
 OUTPUTS = (
     "logits",
     "last_hidden_state",

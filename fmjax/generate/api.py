@@ -11,7 +11,13 @@ from jax import Array
 
 from fmjax.generate.beam import Scoring, beam_search
 from fmjax.generate.build import build_processors
-from fmjax.generate.inputs import Plan, is_encoder_decoder, make_plan, vocabulary_size
+from fmjax.generate.inputs import (
+    Plan,
+    decoder_positions,
+    is_encoder_decoder,
+    make_plan,
+    vocabulary_sizes,
+)
 from fmjax.generate.search import go_on, start
 from fmjax.generate.speculative import speculate, start_draft
 from fmjax.generate.state import Controls, Processor
@@ -282,15 +288,18 @@ def _check_draft(model: Any, draft_model: Any, plan: Plan) -> None:
     problems = []
     if is_encoder_decoder(model) != is_encoder_decoder(draft_model):
         problems.append("of the model and the draft model one alone has an encoder")
-    if (size := vocabulary_size(draft_model)) != plan.vocab_size:
+    if (size := vocabulary_sizes(draft_model)[1]) != plan.vocab_size:
         problems.append(
             f"the draft model's vocabulary has {size} tokens, the model's {plan.vocab_size}"
         )
     if plan.prompt.encoder_states is not None:
         problems.append("a draft model encodes for itself: give input_ids, not encoder_outputs")
-    most, needed = draft_model.max_positions, int(plan.prompt.tokens.shape[1]) + plan.limit
-    if most is not None and needed - int(plan.prompt.padding.min()) > most:
-        problems.append(f"the draft model has only {most} positions")
+    longest = int(plan.prompt.tokens.shape[1] - plan.prompt.padding.min())
+    most = decoder_positions(draft_model)
+    if most is not None and longest + plan.limit > most:
+        problems.append(
+            f"{longest} + {plan.limit} tokens are more than the draft model's {most} positions"
+        )
     if problems:
         raise ValueError("generation:\n  " + "\n  ".join(problems))
 

@@ -201,4 +201,7 @@ def repeat_rows(cache: PyTree, context: Context, times: int) -> tuple[PyTree, Co
 
 def take_rows(cache: PyTree, rows: Array) -> PyTree:
     """The cache with other rows, int32 [B], of the same prompts: the encoder's stay."""
-    return _map_rows(lambda array, axis: jnp.take(array, rows, axis=axis), cache, cross=False)
+    def taken(array: Array, axis: int) -> Array:
+        return jnp.take(array, rows, axis=axis, mode="clip")  # none is out of bounds
+
+    return _map_rows(taken, cache, cross=False)

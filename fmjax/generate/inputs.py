@@ -47,11 +47,20 @@ def bucket(length: int) -> int:
     return size
 
 
-def vocabulary_size(model: Any) -> int:
-    """V of the decoder."""
+def vocabulary_sizes(model: Any) -> tuple[int, int]:
+    """V of the encoder, where there is one, and of the decoder."""
     config = model.config
     names = {field.name for field in dataclasses.fields(config)}
-    return config.vocab_size if "vocab_size" in names else config.decoder.vocab_size
+    if {"encoder", "decoder"} <= names:  # any pair of models
+        return config.encoder.vocab_size, config.decoder.vocab_size
+    if "decoder_vocab_size" in names:  # Marian, perhaps with two vocabularies
+        return config.vocab_size, config.decoder_vocab_size or config.vocab_size
+    return config.vocab_size, config.vocab_size
+
+
+def decoder_positions(model: Any) -> int | None:
+    """How many positions the decoder has; None where any position is computed."""
+    return model.side_positions[1] if is_encoder_decoder(model) else model.max_positions
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -63,12 +72,12 @@ def is_encoder_decoder(model: Any) -> bool:
     # Here, because they import Flax, which whoever has a model has already loaded.
     from fmjax.nn.decoder import Decoder
     from fmjax.nn.encoder import Encoder
-    from fmjax.nn.seq2seq import EncoderDecoder
+    from fmjax.nn.seq2seq import EncoderDecoder, WithDecoderAlone
 
     name = type(model).__module__.rsplit(".", 1)[-1]
     if isinstance(model, EncoderDecoder) and model.head == "seq2seq_lm":
         return True
-    if isinstance(model, Decoder) and model.head == "causal_lm":
+    if isinstance(model, Decoder | WithDecoderAlone) and model.head == "causal_lm":
         return False
     if isinstance(model, Encoder) and model.head == "causal_lm" and model.config.is_decoder:
         return False  # BERT and its relatives as decoders
@@ -104,7 +113,7 @@ def make_plan(
     Raises:
         ValueError: everything that is wrong.
     """
-    vocab_size = vocabulary_size(model)
+    _, vocab_size = vocabulary_sizes(model)
     problems = _token_problems(config, vocab_size)
     both = is_encoder_decoder(model)
     encoder: dict[str, Any] = {}
@@ -139,16 +148,17 @@ def make_plan(
     batch, width = prefix.shape
     padding = (width - mask.sum(axis=1)).astype(np.int32)
     longest = int(mask.sum(axis=1).max())
-    limit = _limit(model, config, explicit, width, longest)
+    most = decoder_positions(model)
+    limit = _limit(most, config, explicit, width, longest)
     if both:
         room, columns = width, width + bucket(limit) + extra_columns
-        if model.max_positions is not None:  # its positions are counted by columns
-            if width + limit + extra_columns > model.max_positions:
+        if most is not None:  # its positions are counted by columns
+            if width + limit + extra_columns > most:
                 raise ValueError(
                     f"{width} + {limit} tokens and {extra_columns} drafted ones are more than the "
-                    f"decoder's {model.max_positions} positions; set max_new_tokens lower"
+                    f"decoder's {most} positions; set max_new_tokens lower"
                 )
-            columns = min(columns, model.max_positions)
+            columns = min(columns, most)
     else:
         # Columns that are padding in all rows are not kept, so that they fill no bucket.
         room = bucket(longest)
@@ -242,12 +252,12 @@ def _encoder_inputs(
             problems.append(f"attention_mask has shape {mask.shape}; it must be {shape}")
         result |= {"encoder_states": encoder_outputs, "encoder_mask": mask}
         return shape[0]
-    ids = _ids(input_ids, "input_ids", vocabulary_size(model), problems)
+    ids = _ids(input_ids, "input_ids", vocabulary_sizes(model)[0], problems)
     mask = _mask(attention_mask, ids, config, problems)
     if mask.size and (mask.sum(axis=1) == 0).any():
         rows = np.flatnonzero(mask.sum(axis=1) == 0).tolist()
         problems.append(f"the texts of the rows {rows} are empty")
-    most, length = model.max_positions, ids.shape[1]
+    most, length = model.side_positions[0], ids.shape[1]
     room = bucket(length)
     if most is not None:
         if length > most:
@@ -281,10 +291,13 @@ def _decoder_prefix(
 
 
 def _limit(
-    model: Any, config: GenerationConfig, explicit: Mapping[str, Any], width: int, longest: int
+    most: int | None,
+    config: GenerationConfig,
+    explicit: Mapping[str, Any],
+    width: int,
+    longest: int,
 ) -> int:
-    """New tokens there may be, by the options and the model's positions."""
-    most = model.max_positions
+    """New tokens there may be, by the options and the model's positions (None for any)."""
     if most is not None and longest >= most:
         raise ValueError(
             f"the prompt has {longest} tokens and the model {most} positions; cut the prompt so "

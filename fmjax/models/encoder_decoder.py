@@ -160,6 +160,12 @@ class Model(EncoderDecoder):
             config, head=head, scan=self.scan, remat=self.remat, **fields
         )
 
+    @property
+    def side_positions(self) -> tuple[int | None, int | None]:
+        encoder = self.make_part(self.config.encoder, "model", parent=None)
+        decoder = self.make_part(self.config.decoder, "causal_lm", parent=None)
+        return encoder.max_positions, decoder.max_positions  # pyright: ignore[reportAttributeAccessIssue]
+
     def setup(self) -> None:
         self.encoder = self.make_part(self.config.encoder, "model")
         self.decoder = self.make_part(self.config.decoder, "causal_lm")

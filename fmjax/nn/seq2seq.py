@@ -67,6 +67,11 @@ class EncoderDecoder(nn.Module):
         return None
 
     @property
+    def side_positions(self) -> tuple[int | None, int | None]:
+        """The same for the encoder and for the decoder, which may differ."""
+        return self.max_positions, self.max_positions
+
+    @property
     def cache_shape(self) -> tuple[int, int, int]:
         """(L, H, K): the decoder's layers, heads and head size."""
         raise NotImplementedError

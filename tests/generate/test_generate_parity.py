@@ -1,4 +1,8 @@
-"""Token for token what PyTorch's `generate` returns, on fixtures and on random models."""
+"""Token for token what PyTorch's `generate` returns, on fixtures and on random models.
+
+One model of each kind here: a cache alone, grouped heads with rotary positions, biases from the
+mask, and encoder-decoders with learned and with relative positions.
+"""
 
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import torch
 from parity import assert_near, torch_twin
 
 import fmjax
-from fmjax.models import gpt2
+from fmjax.models import bart, bloom, gpt2, llama, t5
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CONFIG = gpt2.Config(vocab_size=53, n_positions=40, n_embd=24, n_layer=2, n_head=3)
@@ -76,6 +80,21 @@ def test_fixture_decoder():
     np.testing.assert_array_equal(out.sequences, io["pt.generate_leftpad"])
 
 
+def test_fixture_encoder_decoder():
+    model, variables = fmjax.load(FIXTURES / "t5-cond")
+    config = fmjax.load_generation_config(FIXTURES / "t5-cond")
+    io = np.load(FIXTURES / "t5-cond" / "io.npz")
+    inputs = {"input_ids": io["in.input_ids"], "attention_mask": io["in.attention_mask"]}
+    options = {"max_new_tokens": 10, "generation_config": config}
+    for name, others in (
+        ("generate", {"eos_token_id": None}),
+        ("generate_eos", {"eos_token_id": 65}),
+        ("generate_beam3", {"eos_token_id": None, "num_beams": 3}),
+    ):
+        out = fmjax.generate(model, variables, **inputs, **options, **others)
+        np.testing.assert_array_equal(out.sequences, io[f"pt.{name}"], name)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -127,3 +146,56 @@ def test_beams_with_processors(decoder):
         twin, ours, inputs, beams=True, num_beams=4, max_new_tokens=10, eos_token_id=27,
         forced_eos_token_id=5, **options,
     )  # fmt: skip
+
+
+LLAMA = llama.Config(
+    vocab_size=53, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+BLOOM = bloom.Config(vocab_size=53, hidden_size=24, n_layer=2, n_head=3)
+BART = bart.Config(
+    vocab_size=53, d_model=24, encoder_layers=1, decoder_layers=2, encoder_attention_heads=3,
+    decoder_attention_heads=3, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    max_position_embeddings=24,
+)  # fmt: skip
+T5 = t5.Config(
+    vocab_size=53, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=3
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [(llama, LLAMA), (bloom, BLOOM)], ids=["llama", "bloom"]
+)
+def test_other_decoders(family, config, tmp_path):
+    twin, ours = pair(family, config, "causal_lm", tmp_path)
+    ids, mask = prompts(config.vocab_size)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    out = check(twin, ours, inputs)
+    check(twin, ours, inputs, eos_token_id=[int(out.tokens[0, 3])])  # the first row ends
+    check(twin, ours, inputs, beams=True, num_beams=2, eos_token_id=int(out.tokens[1, 1]))
+
+
+@pytest.mark.parametrize(("family", "config"), [(bart, BART), (t5, T5)], ids=["bart", "t5"])
+def test_encoder_decoders(family, config, tmp_path):
+    twin, ours = pair(family, config, "seq2seq_lm", tmp_path)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, config.vocab_size, (3, 9))
+    mask = np.ones_like(ids)
+    mask[1, 5:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    options = {"decoder_start_token_id": 2, "eos_token_id": None, "forced_eos_token_id": None}
+    out = check(twin, ours, inputs, **options)
+    options |= {"eos_token_id": int(out.tokens[0, 3]), "encoder_no_repeat_ngram_size": 1}
+    options |= {"forced_bos_token_id": 7, "begin_suppress_tokens": [8], "no_repeat_ngram_size": 3}
+    options |= {"encoder_repetition_penalty": 1.5, "forced_eos_token_id": 5}
+    check(twin, ours, inputs, **options)
+    check(twin, ours, inputs, beams=True, num_beams=3, num_return_sequences=2, **options)
+    prefix = {"decoder_input_ids": rng.integers(3, config.vocab_size, (3, 3))}
+    prefix["decoder_input_ids"][:, 0] = 2
+    check(twin, ours, inputs | prefix, decoder_start_token_id=2, forced_eos_token_id=None)
+    states = ours[0].apply(ours[1], **inputs, method="encode").last_hidden_state
+    again = fmjax.generate(
+        *ours, encoder_outputs=states, attention_mask=mask, max_new_tokens=12,
+        decoder_start_token_id=2,
+    )  # fmt: skip
+    np.testing.assert_array_equal(again.tokens, out.tokens)
