@@ -244,7 +244,9 @@ def check_fixture(folder: Path, *, tolerance: float = 2e-4) -> None:
         for key in io.files
         if key.startswith("in.") and key != "in.labels" and "leftpad" not in key
     }
-    out = model.apply(variables, **inputs, output_hidden_states=True, output_attentions=True)
+    out = jax.jit(
+        lambda v: model.apply(v, **inputs, output_hidden_states=True, output_attentions=True)
+    )(variables)
     checked = 0
     for key in io.files:
         field, _, index = key.removeprefix("pt.").partition(".")
@@ -362,7 +364,9 @@ def check_seq2seq_decoding(model, variables, *, tolerance=1e-5, seed=0) -> None:
     )  # causal
 
 
-def check_old_file(family, config, head, tmp_path, *, extra=(), rename=str) -> None:
+def check_old_file(
+    family, config, head, tmp_path, *, extra=(), rename: Callable[[str], str] = str
+) -> None:
     """A file as old versions wrote them loads the same: other names, more tensors.
 
     Args:

@@ -33,7 +33,7 @@ CONFIG = marian.Config(
 # Each side its own words, the decoder's tied to the output matrix; as many, as one of PyTorch's
 # classes takes the sizes for equal.
 APART = dataclasses.replace(
-    CONFIG, share_encoder_decoder_embeddings=False, scale_embedding=False, decoder_layers=1,
+    CONFIG, share_encoder_decoder_embeddings=False, scale_embedding=False, encoder_layers=1,
 )  # fmt: skip
 
 
@@ -71,10 +71,9 @@ def test_the_decoder_alone_equals_pytorch(tmp_path):
     check_head(marian, CONFIG, "causal_lm", tmp_path, inputs, unused=positions)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_decoding(scan):
+def test_cached_decoding():
     model, variables = fmjax.create(
-        "marian", APART, head="seq2seq_lm", rng=jax.random.key(0), scan=scan
+        "marian", APART, head="seq2seq_lm", rng=jax.random.key(0), scan=True
     )
     check_seq2seq_decoding(model, shuffled(variables))
 

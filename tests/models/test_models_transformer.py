@@ -25,20 +25,21 @@ UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False)
 
 def twin_of(config):
     """torch.nn.Transformer without its last norms, which post-norm layers do not need."""
-    nn = torch.nn
-    sides = {}
-    for side, layer, stack in (
-        ("encoder", nn.TransformerEncoderLayer, nn.TransformerEncoder),
-        ("decoder", nn.TransformerDecoderLayer, nn.TransformerDecoder),
-    ):
-        sizes = dataclasses.asdict(config)
-        block = layer(
-            config.d_model, sizes[f"{side}_attention_heads"], sizes[f"{side}_ffn_dim"],
-            dropout=0.0, batch_first=True,
-        )  # fmt: skip
-        extra = {"enable_nested_tensor": False} if side == "encoder" else {}
-        sides[f"custom_{side}"] = stack(block, sizes[f"{side}_layers"], norm=None, **extra)
-    return nn.Transformer(config.d_model, batch_first=True, **sides).double()
+    nn, fields = torch.nn, {"dropout": 0.0, "batch_first": True}
+    encoder = nn.TransformerEncoderLayer(
+        config.d_model, config.encoder_attention_heads, config.encoder_ffn_dim, **fields
+    )
+    decoder = nn.TransformerDecoderLayer(
+        config.d_model, config.decoder_attention_heads, config.decoder_ffn_dim, **fields
+    )
+    return nn.Transformer(
+        config.d_model,
+        custom_encoder=nn.TransformerEncoder(
+            encoder, config.encoder_layers, enable_nested_tensor=False
+        ),
+        custom_decoder=nn.TransformerDecoder(decoder, config.decoder_layers),
+        batch_first=True,
+    ).double()
 
 
 def positions(config, length):
@@ -98,10 +99,11 @@ def test_equals_the_layers_of_torch(config):
     (_, ours), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
     assert_near(ours, logits.detach(), "logits")
     mine = exported(transformer, model, grads)
-    largest = max(float(tensor.grad.abs().max()) for tensor in tensors.values())
-    for name, tensor in tensors.items():
-        scale = max(float(tensor.grad.abs().max()), 1e-2 * largest)
-        error = np.abs(mine[name] - tensor.grad.numpy()).max() / scale
+    theirs = {name: np.asarray(tensor.grad) for name, tensor in tensors.items()}
+    largest = max(np.abs(grad).max() for grad in theirs.values())
+    for name, grad in theirs.items():
+        scale = max(np.abs(grad).max(), 1e-2 * largest)
+        error = np.abs(mine[name] - grad).max() / scale
         assert error < 1e-5, f"gradient of {name}: {error:.1e}"
 
 
