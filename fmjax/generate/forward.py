@@ -201,6 +201,7 @@ def repeat_rows(cache: PyTree, context: Context, times: int) -> tuple[PyTree, Co
 
 def take_rows(cache: PyTree, rows: Array) -> PyTree:
     """The cache with other rows, int32 [B], of the same prompts: the encoder's stay."""
+
     def taken(array: Array, axis: int) -> Array:
         return jnp.take(array, rows, axis=axis, mode="clip")  # none is out of bounds
 

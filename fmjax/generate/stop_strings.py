@@ -96,37 +96,37 @@ def stop_states(stop: StopTable | None, prompt: Prompt) -> np.ndarray:
 
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
     """What each token adds to a text, in UTF-8; special tokens add what they are written as."""
+    kinds = _decoder_kinds(tokenizer)
+    alphabet = _byte_alphabet() if "ByteLevel" in kinds else {}
+    # Decoders treat the first token of a text differently: here none is the first.
+    before = tokenizer.tokenize("a")
+    start = tokenizer.convert_tokens_to_string(before)
     words = [b""] * vocab_size
-    kind = _decoder_types(tokenizer)
-    alphabet = _byte_alphabet() if "ByteLevel" in kind else {}
     for token, index in tokenizer.get_vocab().items():
         if index >= vocab_size:
             continue
         if alphabet and all(letter in alphabet for letter in token):
             words[index] = bytes(alphabet[letter] for letter in token)
-        elif "ByteFallback" in kind and len(token) == 6 and token.startswith("<0x"):
+        elif "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x"):
             words[index] = bytes([int(token[3:5], 16)])
-        elif "Metaspace" in kind or token.startswith("\u2581"):
-            words[index] = token.replace("\u2581", " ").encode()
-        elif "WordPiece" in kind:
-            inner = token.startswith("##")
-            words[index] = token[2:].encode() if inner else b" " + token.encode()
         else:
-            words[index] = token.replace("\u2581", " ").encode()
+            text = tokenizer.convert_tokens_to_string([*before, token])
+            words[index] = text.removeprefix(start).encode()
     return words
 
 
-def _decoder_types(tokenizer: Any) -> set[str]:
-    """The kinds of decoder in a fast tokenizer's tokenizer.json."""
-    described = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
-    found = set()
-    queue = [described]
+def _decoder_kinds(tokenizer: Any) -> set[str]:
+    """The kinds of decoder in a fast tokenizer's tokenizer.json; none of a slow one."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return set()
+    found: set[str] = set()
+    queue = [json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}]
     while queue:
         part = queue.pop()
-        found.add(part.get("type"))
+        found.add(part.get("type", ""))
         queue += part.get("decoders", [])
-        if part.get("type") == "Replace" and "\u2581" in str(part.get("pattern")):
-            found.add("Metaspace")
     return found
 
 
