@@ -10,7 +10,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=4"
     # Tiny models spend their time in the compiler: without LLVM's optimisations and with the plain
-    # emitters of fused loops, much less of it (three BERT heads: 8.9 s of CPU with the first two alone, 3.3 s with all).
+    # emitters of fused loops, much less of it (three BERT heads: 8.9 s of CPU without the latter,
+    # 3.3 s with it).
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     + " --xla_cpu_use_fusion_emitters=false"
 )
