@@ -94,7 +94,7 @@ def test_cached_decoding_of_the_decoder_alone():
 
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 def test_published_sizes(family):
-    check_sizes(family, {name: family.HEADS["model"] for name in family.VARIANTS})
+    check_sizes(family, dict.fromkeys(family.VARIANTS, family.HEADS["model"]))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
