@@ -34,6 +34,13 @@ settings.register_profile("fmjax", deadline=None, derandomize=True, max_examples
 settings.load_profile("fmjax")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """What a module's tests have compiled is of no use to the next one's: some 50 models a run."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng():
     """A typed random key."""
