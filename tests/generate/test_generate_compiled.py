@@ -1,6 +1,8 @@
 """What compiles, and what does not: second calls, streams, processors of one's own."""
 
+import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,13 @@ import numpy as np
 import pytest
 
 import fmjax
+from fmjax.generate.forward import Prompt
 from fmjax.generate.inputs import bucket
-from fmjax.models import gpt2, t5
+from fmjax.generate.search import go_on, start
+from fmjax.generate.state import Controls
+from fmjax.models import family_of, gpt2, t5
 from fmjax.perf.timing import compile_events
+from fmjax.tree import unstack_layers
 
 CONFIG = gpt2.Config(vocab_size=47, n_positions=64, n_embd=16, n_layer=1, n_head=2)
 
@@ -86,6 +92,64 @@ def test_the_bucket_changes_nothing(decoder):
     mask = np.concatenate([np.ones((1, 37), np.int64), mask[:1]])
     other = fmjax.generate(*decoder, beside, attention_mask=mask, max_new_tokens=20)
     np.testing.assert_array_equal(other.tokens[1], out.tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "rows"),
+    [
+        ("gpt2", {}, 1),
+        ("gpt2", {}, 2),
+        ("llama", {"num_key_value_heads": 1}, 2),
+        ("t5", {}, 1),
+    ],
+)
+def test_the_cache_is_updated_in_place(family, change, rows):
+    """The compiled loop copies no keys or values, as it would for a careless update."""
+    config = dataclasses.replace(family_of(family).VARIANTS["tiny"], **change)
+    head = "seq2seq_lm" if family == "t5" else "causal_lm"
+    model, variables = fmjax.create(family, config, head=head, rng=jax.random.key(0))
+    empty = np.zeros(0, np.int32)
+    controls = Controls((), empty, np.array(0, np.int32), None, None)
+    ids = np.ones((rows, 16), np.int32)
+    none = np.zeros(rows, np.int32)
+    prompt = Prompt(ids, none) if head == "causal_lm" else Prompt(ids[:, :1], none, ids, None, ids)
+    limit = np.int32(8)
+
+    def begin(variables):
+        return start(model, variables, prompt, controls, limit, none, capacity=37)
+
+    carry, context = jax.eval_shape(begin, variables)
+    program = go_on.lower(model, variables, carry, context, controls, limit).compile().as_text()
+    name = re.findall(r"while\(.*?body=%?([\w.-]+)", program)[-1]
+    body = program[program.index(f"\n%{name} ") :]
+    body = body[: body.index("\n}")]
+    cached = [line for line in body.splitlines() if re.search(r"\[[\d,]*37,\d+\]", line)]
+    assert any("dynamic-update-slice" in line for line in cached)
+    assert not [line for line in cached if re.search(r" copy\(| transpose\(", line)]
+
+
+def test_scanned_and_sharded_models_say_the_same(decoder):
+    """Layers in one scan, and weights spread over four devices."""
+    config = dataclasses.replace(CONFIG, n_layer=2)
+    model, variables = fmjax.create(
+        "gpt2", config, head="causal_lm", rng=jax.random.key(0), scan=True
+    )
+    ids = prompts(5)
+    for options in ({}, {"num_beams": 2}):
+        scanned = fmjax.generate(model, variables, ids, max_new_tokens=9, **options)
+        loop = model.clone(scan=False), unstack_layers(variables)
+        plain = fmjax.generate(*loop, ids, max_new_tokens=9, **options)
+        np.testing.assert_array_equal(scanned.tokens, plain.tokens)
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def spread(leaf):
+        axis = "model" if leaf.ndim > 1 and leaf.shape[-1] % 4 == 0 else None
+        spec = jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), axis)
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+    sharded = jax.tree.map(spread, loop[1])
+    out = fmjax.generate(loop[0], sharded, ids, max_new_tokens=9, num_beams=2)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
 
 
 def test_buckets():
