@@ -3,7 +3,7 @@
     python experiments/pos_tagging.py --output runs/pos
     python experiments/pos_tagging.py --output runs/names --target names
 
-TIMES_AND_NUMBERS
+Its default run has not been timed or measured yet; the tests run it on a few lines of text.
 Sentences are split by document. Any other tags, in columns (CoNLL):
 
     python experiments/pos_tagging.py --output runs/mine --model google-bert/bert-base-cased \

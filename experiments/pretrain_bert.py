@@ -2,7 +2,7 @@
 
     python experiments/pretrain_bert.py --output runs/bert
 
-TIMES_AND_NUMBERS
+Its default run has not been timed or measured yet; the tests run it on a few lines of text.
 Afterwards the encoder is fine-tuned to tag parts of speech with few labelled sentences, beside the
 same network from random weights. Any other text (a sentence a line, empty lines between documents)
 and tags:

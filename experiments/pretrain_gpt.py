@@ -2,7 +2,8 @@
 
     python experiments/pretrain_gpt.py --output runs/gpt
 
-TIMES_AND_NUMBERS
+The byte 6-gram model has 2.086 bits per byte on Brown's test documents. The default run of the GPT
+has not been timed or measured yet; the tests run it on a few lines of text.
 Documents are split whole. Both sides are measured in bits per byte of held-out text; tokens that
 nothing predicts (the first of each row) are charged as if drawn uniformly from the vocabulary. Any
 other text, with empty lines between documents:

@@ -4,7 +4,7 @@
         --test dev-v2.0.json
     python experiments/question_answering.py --output runs/answers
 
-TIMES_AND_NUMBERS
+Its default run has not been timed or measured yet; the tests run it on a few lines of text.
 Without files, the questions are made by rule from WordNet: a text of several entries ("shuttle:
 bobbin that passes the weft thread ..."), a question for the meaning of one word, and one question
 in five for a word that the text does not have, whose answer is none.

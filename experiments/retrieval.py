@@ -2,7 +2,7 @@
 
     python experiments/retrieval.py --output runs/retrieval
 
-TIMES_AND_NUMBERS
+Its default run has not been timed or measured yet; the tests run it on a few lines of text.
 Queries are WordNet's words, passages their glosses; each query is compared with all glosses of its
 split. Any other pairs, in two columns:
 

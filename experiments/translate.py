@@ -2,7 +2,7 @@
 
     python experiments/translate.py --output runs/translate
 
-TIMES_AND_NUMBERS
+Its default run has not been timed or measured yet; the tests run it on a few lines of text.
 The pairs are the English and German messages of the installed programs (gettext catalogs), split by
 the words of the English one; the baseline copies the source. Any other pairs, in two columns:
 
