@@ -73,8 +73,7 @@ def generate(
     """Continues prompts: greedily, by drawing, by beam search, or with a draft model's help.
 
     >>> out = fmjax.generate(model, variables, ids, max_new_tokens=20)  # doctest: +SKIP
-    >>> out = fmjax.generate(model, variables, ids, do_sample=True, top_p=0.9, rng=key)
-    ... # doctest: +SKIP
+    >>> tokenizer.batch_decode(out.sequences, skip_special_tokens=True)  # doctest: +SKIP
 
     It is compiled for the batch size, the buckets of the prompt's length and of `max_new_tokens`
     (16, 24, 32, 48, 64, ...), and for which options are used; their numbers are free.
@@ -90,7 +89,7 @@ def generate(
             defaults.
         rng: a typed key, for ``do_sample=True``.
         processors: pure functions ``(logits [B, V], State) -> logits``, see
-            `fmjax.generate.Processor`.
+            `Processor` of this package.
         tokenizer: for ``stop_strings``.
         draft: (model, variables) of a smaller model with the same vocabulary that proposes
             ``num_assistant_tokens`` at a time; the result is the same, respectively drawn from

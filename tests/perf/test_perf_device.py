@@ -64,3 +64,8 @@ def test_published_peaks_by_device_kind(kind: str, tflops: int) -> None:
 
 def test_unknown_device_has_no_published_peak() -> None:
     assert published_peak("cpu") is None
+
+
+def test_matvec_bandwidth_is_a_rate_of_memory() -> None:
+    """Between what no memory is below and what no cache is above."""
+    assert 1e7 < measure_matvec_bandwidth(size=256, count=4, repeats=3) < 1e14
