@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fmjax.perf.device import describe_machine, measure_matmul_peak, published_peak
+from fmjax.perf.device import (
+    describe_machine,
+    measure_matmul_peak,
+    measure_matvec_bandwidth,
+    published_peak,
+)
 
 
 def test_description_is_json_in_the_documented_form() -> None:
