@@ -199,3 +199,27 @@ def test_question_answering(tiny_bert, tmp_path, capsys):
     assert 0 <= results["test"]["f1"] <= 100
     assert "f1" in capsys.readouterr().out
     assert (run / "samples.json").exists()
+
+
+@pytest.mark.parametrize(("name", "score"), [("translate", "bleu")])
+def test_sequence_to_sequence(name, score, tmp_path, capsys):
+    pairs = [
+        (f"the {adjective} {noun}", f"das {noun} {adjective}")
+        for adjective in ("old", "new", "red", "long", "blue", "loud")
+        for noun in ("film", "plot", "cat", "dog", "scene", "tree")
+    ]
+    columns = ("source", "target")
+    files = write_pairs(tmp_path, columns, data=pairs[6:] * 2, val=pairs[:3], test=pairs[3:6])
+    run = tmp_path / "run"
+    experiment(name).main(
+        [
+            *("--output", str(run), *files, "--vocab-size", "60", "--layers", "1", "--width", "32"),
+            *("--epochs", "4", "--batch-size", "8", "--max-length", "16"),
+            *("--max-target-length", "8"),
+        ]
+    )
+    results = json.loads((run / "results.json").read_text())
+    assert 0 <= results["test"][score] <= 100
+    assert results["test"]["nll"] < 4  # about log(60) before training
+    assert "test" in capsys.readouterr().out
+    assert (run / "export" / "generation_config.json").exists()
