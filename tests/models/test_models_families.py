@@ -89,9 +89,14 @@ def test_ways_to_run_agree(name):
     assert_trees_all_close(
         flatten(unstack_layers(scanned[1])), flatten(grads), atol=2e-4, rtol=1e-4
     )
+    forward = jax.jit(lambda model, v: leaves_of(model.apply(v, **inputs)), static_argnums=0)
+    if hasattr(config, "num_local_experts"):
+        # Rounding may change which experts are chosen, and the output jumps: let all of them be.
+        config = dataclasses.replace(config, num_experts_per_tok=config.num_local_experts)
+        model = family.Model(config)
+        out = forward(model, variables)
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
-    low_out = jax.jit(lambda v: model.apply(v, **inputs))(low)
-    for field, value in leaves_of(low_out).items():
+    for field, value in forward(model, low).items():
         scale = float(jnp.abs(out[field]).max())
         # 8 bits of mantissa through two layers: the worst error measured is 0.03 of the largest.
         np.testing.assert_allclose(
