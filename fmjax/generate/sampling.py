@@ -66,6 +66,12 @@ def _mass(probabilities: Array, kept: Array) -> Array:
     return jnp.where(kept, probabilities, 0.0) @ ones
 
 
+def _entropy(log_p: Array) -> Array:
+    """[B, 1] in nats, of log-probabilities [B, V]."""
+    p = jnp.exp(log_p)
+    return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1, keepdims=True)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Temperature:
@@ -144,8 +150,7 @@ class Typical:
     def __call__(self, logits: Array, state: State) -> Array:
         log_p = jax.nn.log_softmax(logits, axis=-1)
         p = jnp.exp(log_p)
-        entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1, keepdims=True)
-        typical = -jnp.abs(log_p + entropy)  # [B, V], 0 is the most typical
+        typical = -jnp.abs(log_p + _entropy(log_p))  # [B, V], 0 is the most typical
         threshold = largest_threshold(typical, lambda kept: _mass(p, kept) >= self.mass)
         kept = typical >= threshold
         if self.at_least > 1:
@@ -185,10 +190,9 @@ class EtaCutoff:
 
     def __call__(self, logits: Array, state: State) -> Array:
         log_p = jax.nn.log_softmax(logits, axis=-1)
-        p = jnp.exp(log_p)
-        entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1, keepdims=True)
+        entropy = _entropy(log_p)
         eta = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-entropy))
-        return _keep(logits, p >= eta, self.at_least)
+        return _keep(logits, jnp.exp(log_p) >= eta, self.at_least)
 
 
 def draw(logits: Array, rng: Array) -> Array:
