@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone
 from fmjax.nn.attention import Attention
 from fmjax.nn.decoder import config_problems
 from fmjax.nn.dropout import Dropout
@@ -392,11 +393,7 @@ FIXED: dict[str, Any] = dict.fromkeys(
     ...,
 )
 IGNORED = (r"(^|\.)(encoder|decoder)\.version$",)
-
-
-def from_tensors(config: Any, head: str, names: Collection[str]) -> Any:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
+from_tensors = config_alone
 
 
 def stack_rules(

@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone, token_inputs
 from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Decoder, Inputs, config_problems
 from fmjax.nn.dropout import Dropout
@@ -193,19 +193,13 @@ class Model(Decoder):
         self.final_norm = LayerNorm(self.config.layer_norm_epsilon)
         super().setup()
 
-    def embed_inputs(self, inputs: Inputs) -> Array:
-        return self.embed(inputs)
-
     def shared(self, inputs: Inputs, hidden: Array) -> Shared:
         slopes = jnp.asarray(alibi_slopes(self.config.n_head))[:, None, None]  # [H, 1, 1]
         return Shared(inputs.mask(), inputs.start, slopes * key_positions(inputs)[:, None])
 
 
-def inputs(config: Config, head: str) -> dict[str, Array]:
-    """The smallest inputs that touch every parameter: what initialisation traces the model on."""
-    return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
-
-
+inputs = token_inputs
+from_tensors = config_alone
 PREFIX = "transformer."
 EITHER = frozenset((False, True))
 FIXED = {
@@ -221,11 +215,6 @@ FIXED = {
     "slow_but_exact": EITHER,
 }
 IGNORED = ()
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
 
 
 def rules(config: Config, head: str) -> list[Rule]:

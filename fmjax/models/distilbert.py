@@ -5,13 +5,12 @@ deep. HF "distilbert".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
 
-from fmjax.models import bert
+from fmjax.models import bert, config_alone
 from fmjax.models.bert import inputs
 from fmjax.nn.encoder import Inputs, TextEmbeddings
 from fmjax.nn.mlp import ACTIVATIONS, activation
@@ -138,11 +137,7 @@ NAMES = {
     "output.dense": "ffn.lin2",
     "output.LayerNorm": "output_layer_norm",
 }
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
+from_tensors = config_alone
 
 
 def rules(config: Config, head: str) -> list[Rule]:

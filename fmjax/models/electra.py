@@ -6,14 +6,13 @@ HF "electra".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.models import bert, roberta
+from fmjax.models import bert, config_alone, roberta
 from fmjax.models.bert import FIXED, IGNORED, inputs
 from fmjax.nn.encoder import Inputs, TextEmbeddings
 from fmjax.nn.linear import Dense
@@ -186,11 +185,7 @@ class Model(bert.Model):
 
 
 PREFIX = "electra."
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
+from_tensors = config_alone
 
 
 def body_rules(config: Any, head: str, *, tied: str, positions: bool = True) -> list[Rule]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone, token_inputs
 from fmjax.models.bloom import key_positions
 from fmjax.models.gpt_neox import rotary_problems
 from fmjax.nn.attention import Attention, Cache
@@ -240,9 +240,6 @@ class Model(Decoder):
         self.final_norm = LayerNorm(config.layer_norm_epsilon)
         super().setup()
 
-    def embed_inputs(self, inputs: Inputs) -> Array:
-        return self.embed(inputs)
-
     def shared(self, inputs: Inputs, hidden: Array) -> Shared:
         config = self.config
         if not config.alibi:
@@ -261,20 +258,12 @@ class Model(Decoder):
         return Shared(inputs.mask(), inputs.start, None, bias)
 
 
-def inputs(config: Config, head: str) -> dict[str, Array]:
-    """The smallest inputs that touch every parameter: what initialisation traces the model on."""
-    return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
-
-
+inputs = token_inputs
+from_tensors = config_alone
 PREFIX = "transformer."
 # In files, read by no version.
 FIXED = {"apply_residual_connection_post_layernorm": False, "ff_factor": 4}
 IGNORED = (r"(^|\.)(rotary_emb|maybe_rotary|rotary)\.inv_freq$",)
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
 
 
 def rules(config: Config, head: str) -> list[Rule]:

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone
 from fmjax.nn.attention import Attention
 from fmjax.nn.decoder import Decoder, Inputs
 from fmjax.nn.dropout import Dropout
@@ -24,7 +24,7 @@ from fmjax.nn.norm import LayerNorm
 from fmjax.nn.sides import cross_attention, own_cache
 from fmjax.nn.stack import LayerOutput
 from fmjax.types import Output, PyTree
-from fmjax.weights import IDENTITY, TRANSPOSE, Rule, fused
+from fmjax.weights import Rule, decoder_head_rules, dense_rules, fused, norm_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,31 +364,22 @@ PREFIX = "transformer."
 # take the choices for positions.
 FIXED = {"n_ctx": 1024, "reorder_and_upcast_attn": False, "summary_type": "cls_index"}
 IGNORED = (r"\.attn\.(bias|masked_bias)$", r"\.crossattention\.(bias|masked_bias)$")
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
+from_tensors = config_alone
 
 
 def rules(config: Config, head: str) -> list[Rule]:
     """Parameters and the PyTorch tensors they are, for one head."""
     body = "" if head == "model" else PREFIX
 
-    def dense(param: str, tensor: str, transform: Any = IDENTITY) -> list[Rule]:
+    def conv1d(param: str, tensor: str) -> list[Rule]:
+        """PyTorch's Conv1D keeps kernels as we do, [I, O]."""
         return [
-            Rule(f"params/{param}/kernel", f"{tensor}.weight", transform),
-            Rule(f"params/{param}/bias", f"{tensor}.bias"),
-        ]
-
-    def norm(param: str, tensor: str) -> list[Rule]:
-        return [
-            Rule(f"params/{param}/scale", f"{tensor}.weight"),
+            Rule(f"params/{param}/kernel", f"{tensor}.weight"),
             Rule(f"params/{param}/bias", f"{tensor}.bias"),
         ]
 
     def joined(param: str, names: tuple[str, ...], tensor: str) -> list[Rule]:
-        """PyTorch's Conv1D keeps kernels as we do, [I, O], one after the other."""
+        """Several of them, one after the other."""
         kernels = tuple(f"params/{param}/{name}/kernel" for name in names)
         biases = tuple(f"params/{param}/{name}/bias" for name in names)
         return [
@@ -401,27 +392,20 @@ def rules(config: Config, head: str) -> list[Rule]:
     table = [
         Rule("params/embed/word/embedding", f"{body}wte.weight", aliases=tied),
         Rule("params/embed/position/embedding", f"{body}wpe.weight"),
-        *norm("final_norm", f"{body}ln_f"),
-        *norm(f"{here}/norm_1", f"{layer}.ln_1"),
-        *norm(f"{here}/norm_2", f"{layer}.ln_2"),
+        *norm_rules("final_norm", f"{body}ln_f"),
+        *norm_rules(f"{here}/norm_1", f"{layer}.ln_1"),
+        *norm_rules(f"{here}/norm_2", f"{layer}.ln_2"),
         *joined(f"{here}/attn", ("query", "key", "value"), f"{layer}.attn.c_attn"),
-        *dense(f"{here}/attn/out", f"{layer}.attn.c_proj"),
-        *dense(f"{here}/mlp/up", f"{layer}.mlp.c_fc"),
-        *dense(f"{here}/mlp/down", f"{layer}.mlp.c_proj"),
+        *conv1d(f"{here}/attn/out", f"{layer}.attn.c_proj"),
+        *conv1d(f"{here}/mlp/up", f"{layer}.mlp.c_fc"),
+        *conv1d(f"{here}/mlp/down", f"{layer}.mlp.c_proj"),
     ]
     if config.add_cross_attention:
-        table += norm(f"{here}/norm_cross", f"{layer}.ln_cross_attn")
+        table += norm_rules(f"{here}/norm_cross", f"{layer}.ln_cross_attn")
         table += joined(f"{here}/cross_attn", ("key", "value"), f"{layer}.crossattention.c_attn")
-        table += dense(f"{here}/cross_attn/query", f"{layer}.crossattention.q_attn")
-        table += dense(f"{here}/cross_attn/out", f"{layer}.crossattention.c_proj")
-    if head in ("causal_lm", "double_heads") and not config.tie_word_embeddings:
-        table.append(Rule("params/head/kernel", "lm_head.weight", TRANSPOSE))
+        table += conv1d(f"{here}/cross_attn/query", f"{layer}.crossattention.q_attn")
+        table += conv1d(f"{here}/cross_attn/out", f"{layer}.crossattention.c_proj")
     if head == "double_heads" and config.summary_use_proj:
-        table += dense("summary/summary", "multiple_choice_head.summary", TRANSPOSE)
-    if head == "sequence_classification":
-        table.append(Rule("params/head/kernel", "score.weight", TRANSPOSE))
-    if head == "token_classification":
-        table += dense("head", "classifier", TRANSPOSE)
-    if head == "question_answering":
-        table += dense("head", "qa_outputs", TRANSPOSE)
-    return table
+        table += dense_rules("summary/summary", "multiple_choice_head.summary")
+    name = "causal_lm" if head == "double_heads" else head
+    return table + decoder_head_rules(name, tied=config.tie_word_embeddings)

@@ -6,13 +6,13 @@ scores that are not scaled. HF "gpt_neo".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone, token_inputs
 from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Decoder, Inputs, config_problems
 from fmjax.nn.dropout import Dropout
@@ -219,9 +219,6 @@ class Embeddings(nn.Module):
 class TypedDecoder(Decoder):
     """A decoder that takes token types too; its ``embed`` looks them up as words and adds them."""
 
-    def embed_inputs(self, inputs: Inputs) -> Array:
-        return self.embed(inputs)
-
     @nn.compact
     def __call__(
         self,
@@ -285,11 +282,8 @@ class Model(TypedDecoder):
         )
 
 
-def inputs(config: Config, head: str) -> dict[str, Array]:
-    """The smallest inputs that touch every parameter: what initialisation traces the model on."""
-    return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
-
-
+inputs = token_inputs
+from_tensors = config_alone
 PREFIX = "transformer."
 # What transformers once wrote into every GPT's config.json; this family has no such head.
 SUMMARY = {
@@ -301,11 +295,6 @@ SUMMARY = {
 }
 FIXED = SUMMARY | {"is_encoder_decoder": False}
 IGNORED = (r"\.attn\.attention\.(bias|masked_bias)$",)
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
 
 
 def rules(config: Config, head: str) -> list[Rule]:

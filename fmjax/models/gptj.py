@@ -6,13 +6,12 @@ first features of a head. HF "gptj".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone, token_inputs
 from fmjax.models.gpt_neo import SUMMARY, TypedDecoder
 from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Inputs, config_problems
@@ -181,19 +180,11 @@ class Model(TypedDecoder):
         return Shared(inputs.mask(), inputs.start, rotary)
 
 
-def inputs(config: Config, head: str) -> dict[str, Array]:
-    """The smallest inputs that touch every parameter: what initialisation traces the model on."""
-    return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
-
-
+inputs = token_inputs
+from_tensors = config_alone
 PREFIX = "transformer."
 FIXED = SUMMARY | {"is_encoder_decoder": False, "rotary": True, "scale_attn_weights": True}
 IGNORED = (r"\.attn\.(bias|masked_bias)$",)
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
 
 
 def rules(config: Config, head: str) -> list[Rule]:

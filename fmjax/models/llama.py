@@ -7,7 +7,7 @@ they vary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone, token_inputs
 from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Decoder, Inputs
 from fmjax.nn.embed import Embed
@@ -424,20 +425,12 @@ class Model(Decoder):
         )
 
 
-def inputs(config: Any, head: str) -> dict[str, Array]:
-    """The smallest inputs that touch every parameter: what initialisation traces the model on."""
-    return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
-
-
+inputs = token_inputs
+from_tensors = config_alone
 PREFIX = "model."
 FIXED: dict[str, Any] = {}
 # Frequencies that files of before 2023 keep; they follow from the config.
 IGNORED = (r"rotary_emb\.inv_freq$",)
-
-
-def from_tensors(config: Any, head: str, names: Collection[str]) -> Any:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
 
 
 def attention_rules(config: Any) -> list[Rule]:

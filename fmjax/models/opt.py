@@ -6,7 +6,6 @@ function.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone, token_inputs
 from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Decoder, Inputs, config_problems
 from fmjax.nn.dropout import Dropout
@@ -230,9 +230,6 @@ class Model(Decoder):
             self.project_out = Dense(config.word_width, False, init)
         super().setup()
 
-    def embed_inputs(self, inputs: Inputs) -> Array:
-        return self.embed(inputs)
-
     def default_positions(
         self, attention_mask: Array | None, start: Array | int, length: int
     ) -> Array:
@@ -255,11 +252,8 @@ class Model(Decoder):
         return hidden
 
 
-def inputs(config: Config, head: str) -> dict[str, Array]:
-    """The smallest inputs that touch every parameter: what initialisation traces the model on."""
-    return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
-
-
+inputs = token_inputs
+from_tensors = config_alone
 PREFIX = "model."
 FIXED = {
     "is_encoder_decoder": False,
@@ -268,11 +262,6 @@ FIXED = {
     "scale_embeddings": False,
 }
 IGNORED = (r"(^|\.)decoder\.version$",)
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
 
 
 def rules(config: Config, head: str) -> list[Rule]:

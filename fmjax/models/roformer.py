@@ -5,14 +5,13 @@ HF "roformer".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fmjax.models import bert, electra
+from fmjax.models import bert, config_alone, electra
 from fmjax.models.bert import FIXED, inputs
 from fmjax.nn.attention import Attention
 from fmjax.nn.encoder import Inputs, Shared, TextEmbeddings
@@ -139,11 +138,7 @@ class Model(electra.Model):
 
 PREFIX = "roformer."
 IGNORED = ()
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
+from_tensors = config_alone
 
 
 def rules(config: Config, head: str) -> list[Rule]:

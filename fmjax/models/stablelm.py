@@ -6,13 +6,13 @@ attention or beside it; perhaps a norm for every head of queries and keys. HF "s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone, token_inputs
 from fmjax.models.gptj import Shared
 from fmjax.models.phi import partly_rotary_problems
 from fmjax.nn.attention import Attention, Cache
@@ -185,9 +185,6 @@ class Model(Decoder):
         self.final_norm = LayerNorm(config.layer_norm_eps)
         super().setup()
 
-    def embed_inputs(self, inputs: Inputs) -> Array:
-        return self.embed(inputs)
-
     def shared(self, inputs: Inputs, hidden: Array) -> Shared:
         config = self.config
         rotary = scaled_rotary(
@@ -200,19 +197,11 @@ class Model(Decoder):
         return Shared(inputs.mask(), inputs.start, rotary)
 
 
-def inputs(config: Config, head: str) -> dict[str, Array]:
-    """The smallest inputs that touch every parameter: what initialisation traces the model on."""
-    return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
-
-
+inputs = token_inputs
+from_tensors = config_alone
 PREFIX = "model."
 FIXED = {}
 IGNORED = (r"(^|\.)rotary_emb\.inv_freq$",)
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
 
 
 def rules(config: Config, head: str) -> list[Rule]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from fmjax.models import config_alone
 from fmjax.models.gpt2 import Shared
 from fmjax.nn.attention import Attention
 from fmjax.nn.decoder import Decoder, Inputs, config_problems
@@ -213,9 +213,6 @@ class Model(Decoder):
         self.final_norm = LayerNorm(EPSILON)
         super().setup()
 
-    def embed_inputs(self, inputs: Inputs) -> Array:
-        return self.embed(inputs)
-
     def shared(self, inputs: Inputs, hidden: Array) -> Shared:
         encoder_mask = inputs.extra["encoder_attention_mask"]
         if encoder_mask is not None:
@@ -276,11 +273,7 @@ def inputs(config: Config, head: str) -> dict[str, Array]:
 PREFIX = "model."
 FIXED = {"problem_type": None}
 IGNORED = (r"(^|\.)embed_positions\.weights$",)
-
-
-def from_tensors(config: Config, head: str, names: Collection[str]) -> Config:
-    """The config with what only the tensors' names tell: nothing."""
-    return config
+from_tensors = config_alone
 
 
 def rules(config: Config, head: str) -> list[Rule]:

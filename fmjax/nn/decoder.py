@@ -13,7 +13,7 @@ from jax import Array
 
 from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask
 from fmjax.nn.dropout import Dropout
-from fmjax.nn.embed import Embed
+from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import ACTIVATIONS
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
 
     def embed_inputs(self, inputs: Inputs) -> Array:
         """[B, T, D] from ids (or embeddings) and positions."""
-        raise NotImplementedError
+        return self.embed(inputs)
 
     def shared(self, inputs: Inputs, hidden: Array) -> PyTree:
         """What every block reads: masks, rotary tables, biases."""
@@ -282,12 +282,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: they contradict each other or the config.
         """
-        if input_ids is not None and inputs_embeds is None:
-            shape = input_ids.shape
-        elif inputs_embeds is not None and input_ids is None:
-            shape = inputs_embeds.shape[:-1]
-        else:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        shape = token_shape(input_ids, inputs_embeds)
         if len(shape) != 2:
             raise ValueError(f"{self.head} takes [B, T]; got token ids of shape {shape}")
         length, start, capacity = shape[-1], 0, shape[-1]

@@ -12,6 +12,23 @@ from jax import Array
 from fmjax.nn.linear import matmul
 
 
+def token_shape(ids: Array | None, embeds: Array | None, prefix: str = "") -> tuple[int, ...]:
+    """The shape of the tokens a model was given, as ids [B, T] or as their vectors [B, T, D].
+
+    Args:
+        ids, embeds: exactly one of them.
+        prefix: what the arguments' names start with, such as "decoder_".
+
+    Raises:
+        ValueError: both are given, or neither.
+    """
+    if ids is not None and embeds is None:
+        return ids.shape
+    if embeds is not None and ids is None:
+        return embeds.shape[:-1]
+    raise ValueError(f"give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
+
+
 class Embed(nn.Module):
     """A table of vectors [V, D], looked up by integer or, tied, multiplied for logits.
 

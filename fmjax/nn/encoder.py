@@ -12,7 +12,7 @@ from jax import Array
 
 from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask
 from fmjax.nn.dropout import Dropout
-from fmjax.nn.embed import Embed
+from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import StackOutput, run_stack
@@ -311,12 +311,7 @@ class Encoder(nn.Module):
             ValueError: they contradict each other or the config.
         """
         config = self.config
-        if input_ids is not None and inputs_embeds is None:
-            batch_shape = input_ids.shape
-        elif inputs_embeds is not None and input_ids is None:
-            batch_shape = inputs_embeds.shape[:-1]
-        else:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        batch_shape = token_shape(input_ids, inputs_embeds)
         if cache is not None and not config.is_decoder:
             raise ValueError(
                 f"a cache needs a causal model, which this {self.family} is not (is_decoder=False)"

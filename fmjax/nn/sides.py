@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.attention import Attention, Cache, cache_capacity, make_attention_mask
-from fmjax.nn.embed import Embed
+from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.stack import StackOutput
 from fmjax.types import Output, PyTree
 
@@ -103,9 +103,7 @@ def tokens(
     Raises:
         ValueError: the inputs contradict each other or the model.
     """
-    if (ids is None) == (embeds is None):
-        raise ValueError(f"give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
-    shape = ids.shape if ids is not None else embeds.shape[:-1]  # pyright: ignore
+    shape = token_shape(ids, embeds, prefix)
     if len(shape) != 2:
         raise ValueError(f"{prefix}input_ids must be [B, T]; got token ids of shape {shape}")
     length, capacity, start = shape[-1], shape[-1], 0
