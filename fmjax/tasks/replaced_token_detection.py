@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn, means
+from fmjax.tasks.apply import apply_fn, means, once
 from fmjax.tasks.masked_lm import gather
 from fmjax.tasks.masking import Masked, Masking, mask_tokens, row_keys
 from fmjax.tasks.vocabulary_loss import (
@@ -224,11 +224,12 @@ def evaluate(
         "generator_nll" (nats), "generator_accuracy", "discriminator_loss" (nats),
         "discriminator_accuracy", and "replaced", the share of tokens that are.
     """
-    loss_fn = loss(
+    loss_fn = once(
+        loss,
         generator,
-        discriminator,
+        discriminator=discriminator,
         masking=masking,
-        shared=shared,
+        shared=tuple(shared),
         train=False,
         chunk_size=chunk_size,
     )
