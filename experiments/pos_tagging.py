@@ -21,14 +21,13 @@ import numpy as np
 import tyro
 
 import fmjax
-from fmjax.config import write_json
 from fmjax.data import AlignedWords, align_labels
-from fmjax.data.batches import batches
+from fmjax.data.batches import batches, shared_buckets
 from fmjax.data.conll import read_conll
 from fmjax.data.records import TaggedSentences
-from fmjax.recipes.texts import model_source, one_epoch, shared_shapes
-from fmjax.recipes.training import STOPPED, Training, train, weights_of
-from fmjax.report import save_samples, write_report
+from fmjax.recipes.texts import evaluation_batches, model_source
+from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
+from fmjax.report import save_samples
 from fmjax.tasks import token_classification as task
 from fmjax.types import TrainState
 
@@ -105,13 +104,13 @@ def run(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
     for split, part in aligned.items():
         print(f"{split}: {len(part):,} sentences, {int(part.lost.sum())} words cut off")
-    shapes = shared_shapes({split: part.columns for split, part in aligned.items()})
+    shapes = shared_buckets(*(part.columns for part in aligned.values()))
     stream = batches(
         aligned["train"].columns, batch_size=settings.batch_size, seed=settings.seed, buckets=shapes
     )
 
     def evaluation(state: TrainState, split: str) -> task.Evaluation:
-        once = one_epoch(aligned[split].columns, shapes)
+        once = evaluation_batches(aligned[split].columns, buckets=shapes)
         return task.evaluate(model, weights_of(state), once, size=len(aligned[split]))
 
     state = train(
@@ -120,11 +119,7 @@ def run(settings: Settings) -> dict[str, Any]:
         variables,
         task.loss(model),
         stream,
-        evaluate=lambda state: {
-            name: value
-            for name, value in evaluation(state, "val").metrics.items()
-            if isinstance(value, float)
-        },
+        evaluate=lambda state: plain_numbers(evaluation(state, "val").metrics),
         metric="accuracy",
         mode="max",
         about={
@@ -132,8 +127,6 @@ def run(settings: Settings) -> dict[str, Any]:
             "data": {
                 "source": settings.data,
                 "splits": {split: len(part) for split, part in sentences.items()},
-                "label_names": None,
-                "problem_type": None,
             },
         },
     )
@@ -154,9 +147,7 @@ def run(settings: Settings) -> dict[str, Any]:
             for triples in [list(zip(words, predicted, true, strict=False))]
         ]
         save_samples(settings.output, ("sentence", "tags (≠ the right one)"), rows)
-    fmjax.save(settings.output / "export", model, weights_of(state), tokenizer)
-    write_json(settings.output / "results.json", results)
-    write_report(settings.output)
+    finish(settings.output, results, model, weights_of(state), tokenizer)
     return results
 
 
@@ -168,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"stopped; run the same command again to continue {settings.output}")
         return
     for split in ("val", "test"):
-        scores = {k: v for k, v in results.get(split, {}).items() if isinstance(v, float)}
+        scores = plain_numbers(results.get(split, {}))
         print(split, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 

@@ -25,12 +25,12 @@ from corpora import Corpus, load_corpus
 
 import fmjax
 from fmjax.config import write_json
-from fmjax.data.batches import batches
+from fmjax.data.batches import batches, shared_buckets
 from fmjax.data.pairs import encode_sentences, next_sentence_pairs
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.models import bert
-from fmjax.recipes.texts import one_epoch, shared_shapes
-from fmjax.recipes.training import STOPPED, Training, train, weights_of
+from fmjax.recipes.texts import evaluation_batches
+from fmjax.recipes.training import STOPPED, Training, plain_numbers, train, weights_of
 from fmjax.report import write_report
 from fmjax.tasks import masked_lm as task
 from fmjax.tasks.masking import Masking
@@ -125,7 +125,7 @@ def pretrain(settings: Settings, folder: Path, untrained: Path) -> dict[str, Any
         )
         for split, part in documents.items()
     }
-    shapes = shared_shapes(pairs)
+    shapes = shared_buckets(*pairs.values())
     masking = Masking(
         mask_token_id=tokenizer.mask_token_id,
         vocab_size=len(tokenizer),
@@ -137,7 +137,7 @@ def pretrain(settings: Settings, folder: Path, untrained: Path) -> dict[str, Any
     )
 
     def evaluate(state: TrainState, split: str = "val") -> dict[str, float]:
-        once = one_epoch(pairs[split], shapes, batch_size=settings.batch_size)
+        once = evaluation_batches(pairs[split], buckets=shapes, batch_size=settings.batch_size)
         return task.evaluate(model, weights_of(state), once, masking=masking)
 
     state = train(
@@ -154,8 +154,6 @@ def pretrain(settings: Settings, folder: Path, untrained: Path) -> dict[str, Any
             "data": {
                 "source": settings.data,
                 "splits": {split: len(part) for split, part in pairs.items()},
-                "label_names": None,
-                "problem_type": None,
             },
         },
     )
@@ -192,8 +190,7 @@ def run(settings: Settings) -> dict[str, Any]:
         if tagged is pos_tagging.STOPPED:
             return STOPPED
         results["tagging"][name] = {
-            split: {k: v for k, v in tagged[split].items() if isinstance(v, float)}
-            for split in ("val", "test")
+            split: plain_numbers(tagged[split]) for split in ("val", "test")
         }
     write_json(settings.output / "results.json", results)
     write_report(settings.output)

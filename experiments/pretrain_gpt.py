@@ -24,18 +24,16 @@ import tyro
 from corpora import Corpus, load_corpus
 
 import fmjax
-from fmjax.config import write_json
 from fmjax.data.language import TokenDocuments, encode_documents, language_batches
 from fmjax.data.records import Documents
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.metrics.byte_ngram import fit_ngram
+from fmjax.metrics.language_modelling import bits_per_byte
 from fmjax.models import gpt2
-from fmjax.recipes.training import STOPPED, Training, train, weights_of
-from fmjax.report import save_samples, write_report
+from fmjax.recipes.training import STOPPED, Training, finish, train, weights_of
+from fmjax.report import save_samples
 from fmjax.tasks import causal_lm as task
 from fmjax.types import TrainState
-
-LN2 = math.log(2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,10 +79,10 @@ def encode(tokenizer: Any, documents: Documents, vocab_size: int) -> TokenDocume
     )
 
 
-def bits_per_byte(nll: float, predicted: float, documents: TokenDocuments, vocab: int) -> float:
-    """Bits of all tokens over bytes; those that nothing predicts cost log2 of the vocabulary."""
+def all_nats(nll: float, predicted: float, documents: TokenDocuments, vocab: int) -> float:
+    """Nats of all tokens; each that nothing predicts costs the logarithm of the vocabulary."""
     others = len(documents.tokens) - len(documents) - predicted  # each document's first is given
-    return (nll * predicted + others * math.log(vocab)) / LN2 / documents.num_bytes
+    return nll * predicted + others * math.log(vocab)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -118,8 +116,8 @@ def run(settings: Settings) -> dict[str, Any]:
     def evaluate(state: TrainState, split: str = "val") -> dict[str, float]:
         once = language_batches(encoded[split], **rows, pad_id=pad_id, shuffle=False, epochs=1)
         scores = task.evaluate(model, weights_of(state), once)
-        bits = bits_per_byte(scores["nll"], scores["tokens"], encoded[split], len(tokenizer))
-        return {"bits_per_byte": bits, **scores}
+        nats = all_nats(scores["nll"], scores["tokens"], encoded[split], len(tokenizer))
+        return {"bits_per_byte": bits_per_byte(nats, encoded[split].num_bytes), **scores}
 
     state = train(
         settings,
@@ -135,8 +133,6 @@ def run(settings: Settings) -> dict[str, Any]:
             "data": {
                 "source": settings.data,
                 "splits": {split: len(part) for split, part in corpus.items()},
-                "label_names": None,
-                "problem_type": None,
             },
         },
     )
@@ -148,13 +144,12 @@ def run(settings: Settings) -> dict[str, Any]:
     rivals: dict[str, Any] = {}
     for split in ("val", "test"):
         results[split] = evaluate(state, split)
-        rivals[split] = {"bits_per_byte": float(baseline.nats(texts[split]).mean() / LN2)}
+        nats = float(baseline.nats(texts[split]).sum())
+        rivals[split] = {"bits_per_byte": bits_per_byte(nats, len(texts[split]))}
     results["baselines"] = {f"byte {settings.ngram}-gram": rivals}
     variables = weights_of(state)
     results["samples"] = samples(settings, model, variables, tokenizer, corpus["test"])
-    fmjax.save(settings.output / "export", model, variables, tokenizer)
-    write_json(settings.output / "results.json", results)
-    write_report(settings.output)
+    finish(settings.output, results, model, variables, tokenizer)
     return results
 
 

@@ -22,14 +22,13 @@ import numpy as np
 import tyro
 
 import fmjax
-from fmjax.config import write_json
-from fmjax.data.batches import batches
+from fmjax.data.batches import batches, shared_buckets
 from fmjax.data.records import Answer, Questions, TextPairs
 from fmjax.data.squad import read_squad
 from fmjax.data.windows import encode_questions
-from fmjax.recipes.texts import model_source, one_epoch, shared_shapes
-from fmjax.recipes.training import STOPPED, Training, train, weights_of
-from fmjax.report import save_samples, write_report
+from fmjax.recipes.texts import evaluation_batches, model_source
+from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
+from fmjax.report import save_samples
 from fmjax.tasks import question_answering as task
 from fmjax.types import TrainState
 
@@ -137,13 +136,13 @@ def run(settings: Settings) -> dict[str, Any]:
         )
         for split, part in questions.items()
     }
-    shapes = shared_shapes({split: part.columns for split, part in windows.items()})
+    shapes = shared_buckets(*(part.columns for part in windows.values()))
 
     def evaluation(state: TrainState, split: str) -> task.Evaluation:
         return task.evaluate(
             model,
             weights_of(state),
-            one_epoch(windows[split].columns, shapes, batch_size=32),
+            evaluation_batches(windows[split].columns, buckets=shapes, batch_size=32),
             windows[split],
             questions[split],
             max_answer_length=settings.max_answer_length,
@@ -160,7 +159,7 @@ def run(settings: Settings) -> dict[str, Any]:
             seed=settings.seed,
             buckets=shapes,
         ),
-        evaluate=lambda state: numbers(evaluation(state, "val").metrics),
+        evaluate=lambda state: plain_numbers(evaluation(state, "val").metrics),
         metric="f1",
         mode="max",
         about={
@@ -168,8 +167,6 @@ def run(settings: Settings) -> dict[str, Any]:
             "data": {
                 "source": settings.data or "questions made from WordNet",
                 "splits": {split: len(part) for split, part in questions.items()},
-                "label_names": None,
-                "problem_type": None,
             },
         },
     )
@@ -188,15 +185,8 @@ def run(settings: Settings) -> dict[str, Any]:
             )
         ]
         save_samples(settings.output, ("question", "answers", "found"), rows)
-    fmjax.save(settings.output / "export", model, weights_of(state), tokenizer)
-    write_json(settings.output / "results.json", results)
-    write_report(settings.output)
+    finish(settings.output, results, model, weights_of(state), tokenizer)
     return results
-
-
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The plain numbers of a task's metrics."""
-    return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -207,7 +197,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"stopped; run the same command again to continue {settings.output}")
         return
     for split in [split for split in ("val", "test") if split in results]:
-        shown = "  ".join(f"{key} {value:.2f}" for key, value in numbers(results[split]).items())
+        shown = "  ".join(
+            f"{key} {value:.2f}" for key, value in plain_numbers(results[split]).items()
+        )
         print(f"{split}: {shown}")
 
 

@@ -18,34 +18,29 @@ from typing import Any
 
 import numpy as np
 import tyro
+from corpora import SPLITS, Files, read_pair_files
 
 import fmjax
-from fmjax.config import write_json
 from fmjax.data import TextExamples, encode, encode_retrieval
 from fmjax.data.batches import batches
-from fmjax.data.parallel import read_pairs
 from fmjax.data.records import TextPairs
 from fmjax.metrics.retrieval import retrieval_metrics
 from fmjax.recipes.linear_probe import features
-from fmjax.recipes.texts import model_source, shared_shapes
-from fmjax.recipes.training import STOPPED, Training, train, weights_of
-from fmjax.report import save_samples, write_report
+from fmjax.recipes.texts import model_source
+from fmjax.recipes.training import STOPPED, Training, finish, train, weights_of
+from fmjax.report import save_samples
 from fmjax.tasks import sentence_embedding as task
 from fmjax.types import TrainState, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Training):
+class Settings(Files, Training):
     """Train a sentence encoder on pairs of texts."""
 
     model: str = "minilm"
     """A folder, a hub id, or "minilm" (all-MiniLM-L6-v2 from its package)."""
     data: str = "wordnet"
     """Words and their glosses, or a .tsv, .csv or .jsonl file."""
-    val: str | None = None
-    """Validation pairs, when data is a file."""
-    test: str | None = None
-    """Test pairs, when data is a file."""
     query: str = "query"
     """Column of the query, when data is a file."""
     passage: str = "passage"
@@ -73,14 +68,8 @@ def load(settings: Settings) -> dict[str, TextPairs]:
     if settings.data == "wordnet":
         from fmjax.data.wordnet import load_glosses
 
-        return {split: load_glosses(split, lemmas="first") for split in ("train", "val", "test")}
-    if settings.val is None or settings.test is None:
-        raise ValueError(f"data={settings.data!r} is a file: give val=FILE and test=FILE too")
-    files = {"train": settings.data, "val": settings.val, "test": settings.test}
-    return {
-        split: read_pairs(path, source=settings.query, target=settings.passage)
-        for split, path in files.items()
-    }
+        return {split: load_glosses(split, lemmas="first") for split in SPLITS}
+    return read_pair_files(settings, settings.query, settings.passage)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -126,7 +115,6 @@ def run(settings: Settings) -> dict[str, Any]:
         train_columns,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        buckets=shared_shapes({"train": train_columns}),
     )
 
     def held_out(state: TrainState) -> dict[str, float]:
@@ -148,8 +136,6 @@ def run(settings: Settings) -> dict[str, Any]:
             "data": {
                 "source": settings.data,
                 "splits": {split: len(part) for split, part in pairs.items()},
-                "label_names": None,
-                "problem_type": None,
             },
         },
     )
@@ -168,9 +154,7 @@ def run(settings: Settings) -> dict[str, Any]:
             for i, found in enumerate(best)
         ]
         save_samples(settings.output, ("query", "its passage", "found"), rows)
-    fmjax.save(settings.output / "export", model, variables, tokenizer)
-    write_json(settings.output / "results.json", results)
-    write_report(settings.output)
+    finish(settings.output, results, model, variables, tokenizer)
     return results
 
 

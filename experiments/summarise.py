@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import tyro
+from corpora import SPLITS, Files, read_pair_files
 
 import fmjax
-from fmjax.data.parallel import read_pairs
 from fmjax.data.records import TextPairs
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.metrics.summarisation import summarisation_metrics
@@ -30,15 +30,11 @@ from fmjax.recipes.training import STOPPED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(PairTraining):
+class Settings(Files, PairTraining):
     """Train a small summariser."""
 
     data: str = "mail"
     """Bodies and subjects of mails, or a .tsv, .csv or .jsonl file."""
-    val: str | None = None
-    """Validation pairs, when data is a file."""
-    test: str | None = None
-    """Test pairs, when data is a file."""
     source: str = "source"
     """Column of the text, when data is a file."""
     target: str = "target"
@@ -59,8 +55,6 @@ class Settings(PairTraining):
     """Tokens a summary is cut to, and that are written."""
     first_words: int = 8
     """Of the text, that the baseline takes for its summary."""
-    evaluations: int = 1
-    """Evaluations an epoch; each may set the best checkpoint."""
 
 
 def load(settings: Settings) -> dict[str, TextPairs]:
@@ -68,14 +62,8 @@ def load(settings: Settings) -> dict[str, TextPairs]:
     if settings.data == "mail":
         from fmjax.data.mail import load_subjects
 
-        return {split: load_subjects(split) for split in ("train", "val", "test")}
-    if settings.val is None or settings.test is None:
-        raise ValueError(f"data={settings.data!r} is a file: give val=FILE and test=FILE too")
-    files = {"train": settings.data, "val": settings.val, "test": settings.test}
-    return {
-        split: read_pairs(path, source=settings.source, target=settings.target)
-        for split, path in files.items()
-    }
+        return {split: load_subjects(split) for split in SPLITS}
+    return read_pair_files(settings, settings.source, settings.target)
 
 
 def run(settings: Settings) -> dict[str, Any]:

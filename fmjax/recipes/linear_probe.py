@@ -11,8 +11,9 @@ import numpy as np
 
 import fmjax.hub as hub
 from fmjax.data import EncodedText, TextExamples
+from fmjax.data.batches import shared_buckets
 from fmjax.metrics.classification import classification_metrics
-from fmjax.recipes.texts import evaluation_batches, labels_of, shared_buckets
+from fmjax.recipes.texts import evaluation_batches, labels_of
 from fmjax.tasks.apply import collect, once
 from fmjax.tasks.feature_extraction import embed
 
@@ -28,7 +29,8 @@ def features(
     pooling: str = "mean",
 ) -> dict[str, np.ndarray]:
     """Pooled features [N, D] float32 of every split, by one compiled function."""
-    embed_fn, buckets = jax.jit(once(embed, model, pooling=pooling)), shared_buckets(encoded)
+    embed_fn = jax.jit(once(embed, model, pooling=pooling))
+    buckets = shared_buckets(*encoded.values())
     return {
         split: collect(
             embed_fn,

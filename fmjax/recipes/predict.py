@@ -20,8 +20,6 @@ from fmjax.recipes.texts import (
     evaluation_batches,
     labels_of,
     model_source,
-    one_epoch,
-    shared_shapes,
 )
 from fmjax.tasks import question_answering as answering
 from fmjax.tasks import sequence_classification as task
@@ -161,12 +159,10 @@ def tag_texts(
         vocab_size=module.config.vocab_size,
     )
     predict = jax.jit(tagging.predict(module))
-    columns = aligned.columns
-    shapes = shared_shapes({"texts": columns})
     rows = collect_ragged(
         lambda variables, batch: np.argmax(predict(variables, batch), axis=-1),
         variables,
-        one_epoch(columns, shapes, batch_size=min(64, len(texts))),
+        evaluation_batches(aligned.columns, batch_size=min(64, len(texts))),
         size=len(texts),
     )
     names = module.config.id2label
@@ -217,11 +213,10 @@ def answer_texts(
         max_question_length=max_length // 6,
         vocab_size=module.config.vocab_size,
     )
-    shapes = shared_shapes({"questions": windows.columns})
     return answering.answer(
         module,
         variables,
-        one_epoch(windows.columns, shapes, batch_size=min(16, len(windows))),
+        evaluation_batches(windows.columns, batch_size=min(16, len(windows))),
         windows,
         asked.contexts,
         no_answer_threshold=None if must_answer else 0.0,

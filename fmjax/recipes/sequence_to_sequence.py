@@ -6,16 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import fmjax.hub as hub
-from fmjax.config import write_json
 from fmjax.data import encode_seq2seq
-from fmjax.data.batches import batches
+from fmjax.data.batches import batches, shared_buckets
 from fmjax.data.records import TextPairs
 from fmjax.generation_config import GenerationConfig
 from fmjax.recipes.generation import Generator, write_texts
-from fmjax.recipes.texts import one_epoch, shared_shapes
-from fmjax.recipes.training import STOPPED, Training, train, weights_of
-from fmjax.report import save_samples, write_report
+from fmjax.recipes.texts import evaluation_batches
+from fmjax.recipes.training import STOPPED, Training, finish, train, weights_of
+from fmjax.report import save_samples
 from fmjax.tasks import seq2seq as task
 from fmjax.types import TrainState, Variables
 
@@ -82,10 +80,10 @@ def train_on_pairs(
         )
         for split, part in pairs.items()
     }
-    shapes = shared_shapes(columns)
+    shapes = shared_buckets(*columns.values())
 
     def evaluate(state: TrainState, split: str = "val") -> dict[str, float]:
-        once = one_epoch(columns[split], shapes, batch_size=settings.batch_size)
+        once = evaluation_batches(columns[split], buckets=shapes, batch_size=settings.batch_size)
         return task.evaluate(model, weights_of(state), once)
 
     state = train(
@@ -104,8 +102,6 @@ def train_on_pairs(
             "data": {
                 "source": about["data"],
                 "splits": {split: len(part) for split, part in pairs.items()},
-                "label_names": None,
-                "problem_type": None,
             },
         },
     )
@@ -136,8 +132,5 @@ def train_on_pairs(
         rows = list(zip(sources[:30], references[:30], first[:30], strict=True))
         save_samples(settings.output, ("source", "reference", "written"), rows)
     results["baselines"] = rivals
-    folder = hub.save(settings.output / "export", model, weights_of(state), tokenizer)
-    config.write(folder)
-    write_json(settings.output / "results.json", results)
-    write_report(settings.output)
+    config.write(finish(settings.output, results, model, weights_of(state), tokenizer))
     return results

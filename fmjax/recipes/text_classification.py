@@ -12,7 +12,7 @@ import numpy as np
 
 import fmjax.hub as hub
 from fmjax.config import write_json
-from fmjax.data.batches import batches
+from fmjax.data.batches import batches, shared_buckets
 from fmjax.recipes.linear_probe import probe
 from fmjax.recipes.texts import (
     TextData,
@@ -21,9 +21,14 @@ from fmjax.recipes.texts import (
     labels_of,
     load_splits,
     model_source,
-    shared_buckets,
 )
-from fmjax.recipes.training import STOPPED, Training, train, weights_of
+from fmjax.recipes.training import (
+    STOPPED,
+    Training,
+    plain_numbers,
+    train,
+    weights_of,
+)
 from fmjax.report import save_predictions, write_report
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.apply import collect
@@ -92,7 +97,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
     )
     loaded = time.time()
 
-    buckets = shared_buckets(encoded)
+    buckets = shared_buckets(*encoded.values())
     stream = batches(
         encoded["train"],
         buckets=buckets,
@@ -114,7 +119,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
 
     def evaluate(state: TrainState) -> dict[str, float]:
         metrics = task.metrics_of(model, predictions(state, "val"), labels_of(examples["val"]))
-        return {name: value for name, value in metrics.items() if isinstance(value, float)}
+        return plain_numbers(metrics)
 
     metric = SELECTED_BY[settings.problem_type]
     state = train(

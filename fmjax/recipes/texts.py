@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,7 @@ from fmjax.data import (
     fetch,
     load_text,
 )
-from fmjax.data.batches import batches
-from fmjax.data.buckets import choose_buckets, choose_shapes
+from fmjax.data.batches import Buckets, batches
 
 HELD_OUT = 10  # one text in ten, when a file of training texts comes without validation texts
 
@@ -123,22 +122,14 @@ def encode_splits(
     }
 
 
-def shared_buckets(encoded: Mapping[str, EncodedText]) -> list[int]:
-    """Lengths of batches that serve all splits, so that none compiles shapes of its own."""
-    return choose_buckets(
-        np.concatenate([texts.lengths for texts in encoded.values()]),
-        max_length=max(texts.max_length for texts in encoded.values()),
-    )
-
-
 def evaluation_batches(
-    encoded: EncodedText,
-    pad_id: int,
+    encoded: EncodedText | Columns,
+    pad_id: int | None = None,
     *,
-    buckets: Sequence[int] | None = None,
+    buckets: Buckets | None = None,
     batch_size: int = 64,
 ) -> BatchStream:
-    """Each example once, in an order that pads little."""
+    """Each example once, in an order that pads little; `pad_id` is for an `EncodedText`."""
     return batches(
         encoded,
         batch_size=batch_size,
@@ -147,21 +138,6 @@ def evaluation_batches(
         shuffle=False,
         epochs=1,
     )
-
-
-def shared_shapes(columns: Mapping[str, Columns]) -> list[tuple[int, ...]]:
-    """As `shared_buckets`, of examples with any number of lengths each."""
-    return choose_shapes(
-        np.concatenate([part.lengths for part in columns.values()]),
-        max_lengths=np.max([part.max_lengths for part in columns.values()], axis=0).tolist(),
-    )
-
-
-def one_epoch(
-    columns: Columns, shapes: Sequence[tuple[int, ...]], *, batch_size: int = 64
-) -> BatchStream:
-    """Each example once, in an order that pads little."""
-    return batches(columns, batch_size=batch_size, buckets=shapes, shuffle=False, epochs=1)
 
 
 def labels_of(examples: TextExamples) -> np.ndarray:

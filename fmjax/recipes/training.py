@@ -18,6 +18,7 @@ import fmjax.hub as hub
 from fmjax.config import write_json
 from fmjax.data import BatchStream
 from fmjax.perf.device import describe_machine
+from fmjax.report import write_report
 from fmjax.train import (
     accumulate,
     adamw,
@@ -130,7 +131,8 @@ def train(
         stream: of training batches.
         evaluate: state -> metrics on held-out data.
         metric, mode: which of them is best where.
-        about: for run.json: ``source`` (where the model is from) and ``data``, see
+        about: for run.json: ``source`` (where the model is from) and ``data`` (its ``source`` and
+            ``splits``; of a classifier also ``label_names`` and ``problem_type``), see
             `fmjax.report.run_folder`.
         is_trainable: by leaf path; see `init_state`.
         elsewhere: settings that a continued run may have otherwise, beside its folder.
@@ -158,7 +160,8 @@ def train(
     step = jit_step(make_train_step(grad_fn, tx), mesh)
     state = init_state(variables, tx, jax.random.key(settings.seed), is_trainable)
     del variables  # the state owns them now
-    about = {**about, "data": {**about["data"], "metric": metric, "mode": mode}}
+    unlabelled = {"label_names": None, "problem_type": None}
+    about = {**about, "data": {**unlabelled, **about["data"], "metric": metric, "mode": mode}}
     write_json(run / "run.json", describe_run(settings, model, state, about))
     identity = {
         k: v for k, v in plain_settings(settings).items() if k not in ("output", *elsewhere)
@@ -203,6 +206,21 @@ def train(
             return None
         best = checkpoints.restore_best(jax.eval_shape(lambda: state))
         return state if best is None else best.state
+
+
+def finish(
+    run: Path, results: Mapping[str, Any], model: Any, variables: Variables, tokenizer: Any
+) -> Path:
+    """What a run leaves at its end: results.json, report.html and export/, which is returned."""
+    folder = hub.save(run / "export", model, variables, tokenizer)
+    write_json(run / "results.json", results)
+    write_report(run)
+    return folder
+
+
+def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The plain numbers of a task's metrics, without nested reports and words."""
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
 def weights_of(state: TrainState) -> Variables:
