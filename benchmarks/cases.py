@@ -101,6 +101,8 @@ def make_batch(case: Case) -> dict[str, np.ndarray]:
     }
     if case.family == "bert":
         batch["token_type_ids"] = np.zeros(shape, np.int32)
+    if case.head == "causal_lm":  # not shifted: both sides do that
+        batch["labels"] = batch["input_ids"]
     if case.head == "masked_lm":  # every position is labelled
         batch["labels"] = random.integers(0, case.config.vocab_size, shape, dtype=np.int32)
     if case.head == "sequence_classification":

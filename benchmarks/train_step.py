@@ -1,14 +1,14 @@
 """How fast is a train step, next to PyTorch sdpa in the same run?
 
-    python benchmarks/train_step.py                       about 5 minutes on 2 cores
+    python benchmarks/train_step.py                       about 8 minutes on 2 cores
     python benchmarks/train_step.py --cases base-mlm-float32 --repeats 9
     python benchmarks/train_step.py --smoke               a tiny model, seconds
 
-BERT-base masked language modelling (8 x 128 tokens, every position labelled on both sides) and
-fine-tuning a MiniLM-sized classifier (6 layers, width 384, 32 x 64 tokens). AdamW, dropout 0.1,
-float32 master weights; bfloat16 is `cast(loss, bfloat16)` here and autocast there. PyTorch's AdamW
-is `torch.optim.AdamW` with its defaults. Run it on an idle machine: other load slows the two sides
-unequally.
+BERT-base masked language modelling (8 x 128 tokens, every position labelled on both sides), GPT-2
+small causal language modelling (4 x 256 tokens) and fine-tuning a MiniLM-sized classifier (6
+layers, width 384, 32 x 64 tokens). AdamW, dropout 0.1, float32 master weights; bfloat16 is
+`cast(loss, bfloat16)` here and autocast there. PyTorch's AdamW is `torch.optim.AdamW` with its
+defaults. Run it on an idle machine: other load slows the two sides unequally.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from cases import (
 from record import Row
 from run import Settings, rows_of, run
 
+from fmjax.models import gpt2
 from fmjax.perf.flops import count_flops
 from fmjax.perf.timing import compile_time, time_alternately
-from fmjax.tasks import sequence_classification
+from fmjax.tasks import causal_lm, sequence_classification
 from fmjax.tasks.apply import apply_fn
 from fmjax.train import cast, gradient, init_state, jit_step, make_train_step
 from fmjax.types import Aux, Batch, LossFn, TrainState, Variables
@@ -48,6 +49,7 @@ CASES = tuple(
     Case(f"{name}-{dtype}", config, head, batch_size, length, dtype)
     for name, config, head, batch_size, length in (
         ("base-mlm", BASE, "masked_lm", 8, 128),
+        ("gpt2-clm", gpt2.VARIANTS["base"], "causal_lm", 4, 256),
         ("minilm-classification", MINILM, "sequence_classification", 32, 64),
     )
     for dtype in ("float32", "bfloat16")
@@ -69,10 +71,12 @@ def masked_lm_loss(model: Any) -> LossFn:
 
 def loss_of(case: Case, model: Any) -> LossFn:
     """The case's loss, in its precision."""
-    if case.head == "masked_lm":
-        loss_fn = masked_lm_loss(model)
-    else:
-        loss_fn = sequence_classification.loss(model)
+    losses = {
+        "masked_lm": masked_lm_loss,
+        "causal_lm": causal_lm.loss,
+        "sequence_classification": sequence_classification.loss,
+    }
+    loss_fn = losses[case.head](model)
     return loss_fn if case.dtype == "float32" else cast(loss_fn, jnp.dtype(case.dtype))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,12 +98,18 @@ def abstract_variables(model: Any) -> Variables:
 
     Only the scanned form is traced, which takes the time of one layer whatever the depth.
     """
+    flat = dict(_abstract_scanned(model.clone(scan=True)))
+    return unflatten(flat) if model.scan else unstack_layers(unflatten(flat))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_scanned(model: Any) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
+    """Paths and leaves; loading, saving and planning a model all ask for them."""
     family = family_module(model)
-    scanned = model.clone(scan=True)
     abstract = jax.eval_shape(
-        lambda: scanned.init(jax.random.key(0), **family.inputs(model.config, model.head))
+        lambda: model.init(jax.random.key(0), **family.inputs(model.config, model.head))
     )
-    return abstract if model.scan else unstack_layers(abstract)
+    return tuple(flatten(abstract).items())
 
 
 def family_module(model: Any) -> ModuleType:

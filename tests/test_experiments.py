@@ -23,6 +23,22 @@ def experiment(name):
     return module
 
 
+def test_text_classification(tiny_bert, sentence_files, tmp_path, capsys):
+    files = [*("--data", str(sentence_files / "train.csv")), *("--max-length", "32")]
+    files += ["--model", str(tiny_bert), "--test", str(sentence_files / "test.csv")]
+    experiment("linear_probe").main([*files, "--predict", "a great plot"])
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed
+    assert "a great plot" in printed
+    experiment("finetune_text").main(
+        [
+            *("--output", str(tmp_path / "run"), *files, "--val", str(sentence_files / "val.csv")),
+            *("--batch-size", "8", "--epochs", "1", "--no-baseline"),
+        ]
+    )
+    assert "accuracy" in capsys.readouterr().out
+
+
 def write_tagged(folder):
     """Words of two kinds, whose tag is their kind, in three files in columns."""
     rng = np.random.default_rng(0)
@@ -30,7 +46,7 @@ def write_tagged(folder):
     for split, count in (("train", 60), ("val", 10), ("test", 10)):
         lines = []
         for _ in range(count):
-            for _ in range(rng.integers(1, 8)):
+            for _ in range(rng.integers(2, 7)):  # with [CLS] and [SEP], one bucket
                 tag = str(rng.choice(["A", "N"]))
                 lines.append(f"{rng.choice(kinds[tag])} {tag}")
             lines.append("")
@@ -140,14 +156,14 @@ def test_retrieval(tiny_bert, tmp_path, capsys):
         return [(query, f"{passage} {other}") for query, passage in pairs for other in others]
 
     files = write_pairs(
-        tmp_path, ("query", "passage"), data=rows("wonderful", "dull", "great"), val=rows("lovely"),
-        test=rows("awful"),
+        tmp_path, ("query", "passage"), data=rows(*["wonderful", "dull", "great"] * 4),
+        val=rows("lovely"), test=rows("awful"),
     )  # fmt: skip
     run = tmp_path / "run"
     experiment("retrieval").main(
         [
             *("--output", str(run), "--model", str(tiny_bert), *files, "--batch-size", "12"),
-            *("--epochs", "40", "--learning-rate", "3e-3", "--max-length", "16"),
+            *("--epochs", "10", "--learning-rate", "3e-3", "--max-length", "16"),
             *("--temperature", "0.1"),
         ]
     )
@@ -201,7 +217,7 @@ def test_question_answering(tiny_bert, tmp_path, capsys):
     assert (run / "samples.json").exists()
 
 
-@pytest.mark.parametrize(("name", "score"), [("translate", "bleu")])
+@pytest.mark.parametrize(("name", "score"), [("translate", "bleu"), ("summarise", "rouge1")])
 def test_sequence_to_sequence(name, score, tmp_path, capsys):
     pairs = [
         (f"the {adjective} {noun}", f"das {noun} {adjective}")

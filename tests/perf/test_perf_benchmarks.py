@@ -1,6 +1,7 @@
 """The benchmark scripts on a tiny model: they run, compare first, and write their schema."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -25,16 +26,16 @@ def benchmarks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("script", "case", "dtype"),
-    [("forward", "base-bfloat16", "bfloat16"), ("train_step", "base-mlm-float32", "float32")],
+    [("forward", "base-bfloat16", "bfloat16"), ("train_step", "gpt2-clm-float32", "float32")],
 )
-def test_script_writes_the_schema(benchmarks, tmp_path, script, case, dtype) -> None:
+def test_script_writes_the_schema(benchmarks, tmp_path, capsys, script, case, dtype) -> None:
     _, record = benchmarks
+    import run
+
     path = tmp_path / "out.json"
-    command = [sys.executable, str(FOLDER / f"{script}.py"), "--smoke", "--repeats", "2"]
-    done = subprocess.run(
-        [*command, "--cases", case, "--json", str(path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    settings = run.Settings(cases=(case,), repeats=2, smoke=True, json=path)
+    module = importlib.import_module(script)
+    run.run(script, module.CASES, settings, module.run_case)
     doc = json.loads(path.read_text())
     record.check(doc)
     assert [(row["case"], row["side"]) for row in doc["rows"]] == [(case, "fmjax"), (case, "torch")]
@@ -45,7 +46,7 @@ def test_script_writes_the_schema(benchmarks, tmp_path, script, case, dtype) -> 
     assert 0 < ours["max_difference"] <= 5e-2
     ratio = theirs["seconds"]["median"] / ours["seconds"]["median"]
     assert doc["ratios"] == {case: pytest.approx(ratio)}
-    assert case in done.stdout
+    assert case in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -24,7 +24,7 @@ def arguments(tiny_bert, files, run, *more):
         "finetune",
         *("--output", str(run), "--model", str(tiny_bert), "--max-length", "32"),
         *("--data", str(files / "train.csv"), "--val", str(files / "val.csv")),
-        *("--test", str(files / "test.csv"), "--batch-size", "8", "--epochs", "10"),
+        *("--test", str(files / "test.csv"), "--batch-size", "8", "--epochs", "6"),
         *("--learning-rate", "5e-3", "--evaluations", "1", *more),
     ]
 
@@ -91,7 +91,7 @@ def start(tiny_bert, files, folder):
 def test_killed_and_restarted_is_bitwise_the_same(run, tiny_bert, sentence_files, tmp_path):
     """The real stream of batches, killed at two moments of training, against the run above."""
     folder = tmp_path / "killed"
-    for lines in (3, 9):  # records written before the kill
+    for lines in (3, 7):  # records written before the kill
         process = start(tiny_bert, sentence_files, folder)
         file, deadline = folder / "metrics.jsonl", time.time() + 120
         while time.time() < deadline and process.poll() is None:
@@ -146,21 +146,3 @@ def test_commands_on_the_export(run, sentence_files, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert main(["info", export]) == 0
     assert "BertForSequenceClassification" in capsys.readouterr().out
-
-
-def test_experiments_run(tiny_bert, sentence_files, tmp_path):
-    probe = [
-        *("--model", str(tiny_bert), "--data", str(sentence_files / "train.csv")),
-        *("--test", str(sentence_files / "test.csv"), "--max-length", "32"),
-        *("--predict", "a great plot"),
-    ]
-    finetune = arguments(tiny_bert, sentence_files, tmp_path / "run", "--no-baseline")[1:]
-    for script, args in (("linear_probe.py", probe), ("finetune_text.py", finetune)):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "experiments" / script), *args],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "accuracy" in done.stdout
