@@ -51,7 +51,7 @@ class Settings(Corpus, Training):
     """Tokens of a pair of segments, and positions of the model."""
     whole_words: bool = True
     """Mask words, not tokens."""
-    copies: int = 4
+    copies: int = 2
     """Times the corpus is cut into pairs, each time otherwise; an epoch is all of them."""
     epochs: float = 1.0
     """Passes over the pairs."""

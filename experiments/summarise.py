@@ -45,7 +45,7 @@ class Settings(Files, PairTraining):
     """Blocks of the encoder, and of the decoder."""
     width: int = 256
     """Of the hidden states; heads have 64."""
-    epochs: float = 30.0
+    epochs: float = 20.0
     """Passes over the training pairs."""
     batch_size: int = 32
     """Pairs a step, over all devices."""

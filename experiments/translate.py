@@ -45,7 +45,7 @@ class Settings(Files, PairTraining):
     """Blocks of the encoder, and of the decoder."""
     width: int = 256
     """Of the hidden states; heads have 64."""
-    epochs: float = 6.0
+    epochs: float = 4.0
     """Passes over the training pairs."""
     batch_size: int = 64
     """Pairs a step, over all devices."""

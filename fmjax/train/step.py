@@ -101,6 +101,8 @@ def accumulate(grad_fn: GradFn, num_microbatches: int) -> GradFn:
     """
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches is {num_microbatches}; it must be at least 1")
+    if num_microbatches == 1:
+        return grad_fn
 
     def accumulated(
         trainable: Variables, non_trainable: Variables, batch: Batch, rng: Array | None
