@@ -189,14 +189,15 @@ def _shape_problems(hidden: Array, per_token: dict[str, Array], chunk_size: int)
 
 
 def _matches(logits: Array, labels: Array) -> Array:
-    """bool [..., V]: where the label is. Compared, not gathered: it fuses, both ways."""
+    """bool [..., V]: where the label is."""
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == labels[..., None]
 
 
 def _label_logit(logits: Array, labels: Array) -> Array:
     """[..., V], [...] -> [...]: the labels' logits, nan for a label outside the vocabulary."""
-    at_label = jnp.sum(jnp.where(_matches(logits, labels), logits, 0.0), axis=-1)
-    return jnp.where((labels >= 0) & (labels < logits.shape[-1]), at_label, jnp.nan)
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    at = jnp.where(known, labels, 0)[..., None]
+    return jnp.where(known, jnp.take_along_axis(logits, at, axis=-1)[..., 0], jnp.nan)
 
 
 class _Tokens(NamedTuple):
@@ -223,12 +224,12 @@ def _weighted_sums(
         smooth = (1 - label_smoothing) * at_label
         if label_smoothing:
             smooth += label_smoothing * jnp.mean(logits, axis=-1)
-        # The first of the largest, as argmax has it; a plain minimum is many times faster on CPU.
+        # The label is the first of the largest, as argmax has it; maxima are many times faster on
+        # CPU.
         words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        first = jnp.min(jnp.where(logits >= top[..., None], words, logits.shape[-1]), axis=-1)
-        return _Tokens(
-            log_z - smooth + z_loss * jnp.square(log_z), log_z - at_label, first == labels, log_z
-        )
+        earlier = jnp.max(jnp.where(words < labels[..., None], logits, -jnp.inf), axis=-1)
+        right = (at_label >= top) & (earlier < top)
+        return _Tokens(log_z - smooth + z_loss * jnp.square(log_z), log_z - at_label, right, log_z)
 
     def logits_gradient(logits: Array, labels: Array, weights: Array, log_z: Array) -> Array:
         share = jnp.exp(logits - log_z[..., None]) * (1 + 2 * z_loss * log_z[..., None])
