@@ -60,6 +60,19 @@ def test_model_types_with_hyphens_are_files_with_underscores():
         hub.family_of("xlm-roberta-nope")
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_abstract_variables_are_traced_once_and_belong_to_the_caller(scan, monkeypatch):
+    from fmjax.models.bert import VARIANTS, Model
+
+    model = Model(VARIANTS["tiny"], head="masked_lm", scan=scan)
+    first = hub.abstract_variables(model)
+    monkeypatch.setattr(jax, "eval_shape", None)
+    second = hub.abstract_variables(model)
+    assert first == second
+    first["params"].clear()
+    assert second == hub.abstract_variables(model)
+
+
 MEMORY = """
 import sys
 import jax
