@@ -1,6 +1,6 @@
 """How fast is a train step, next to PyTorch sdpa in the same run?
 
-    python benchmarks/train_step.py                       about 8 minutes on 2 cores
+    python benchmarks/train_step.py                       about 11 minutes on 2 cores
     python benchmarks/train_step.py --cases base-mlm-float32 --repeats 9
     python benchmarks/train_step.py --smoke               a tiny model, seconds
 

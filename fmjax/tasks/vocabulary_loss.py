@@ -188,9 +188,9 @@ def _shape_problems(hidden: Array, per_token: dict[str, Array], chunk_size: int)
     return problems
 
 
-def _matches(logits: Array, labels: Array) -> Array:
-    """bool [..., V]: where the label is."""
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == labels[..., None]
+def _words(logits: Array) -> Array:
+    """int [..., V]: the number of each word."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
 def _label_logit(logits: Array, labels: Array) -> Array:
@@ -226,14 +226,14 @@ def _weighted_sums(
             smooth += label_smoothing * jnp.mean(logits, axis=-1)
         # The label is the first of the largest, as argmax has it; maxima are many times faster on
         # CPU.
-        words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        earlier = jnp.max(jnp.where(words < labels[..., None], logits, -jnp.inf), axis=-1)
+        before = _words(logits) < labels[..., None]
+        earlier = jnp.max(jnp.where(before, logits, -jnp.inf), axis=-1)
         right = (at_label >= top) & (earlier < top)
         return _Tokens(log_z - smooth + z_loss * jnp.square(log_z), log_z - at_label, right, log_z)
 
     def logits_gradient(logits: Array, labels: Array, weights: Array, log_z: Array) -> Array:
         share = jnp.exp(logits - log_z[..., None]) * (1 + 2 * z_loss * log_z[..., None])
-        target = (1 - label_smoothing) * _matches(logits, labels) + (
+        target = (1 - label_smoothing) * (_words(logits) == labels[..., None]) + (
             label_smoothing / logits.shape[-1]
         )
         return weights[..., None] * (share - target)

@@ -94,7 +94,8 @@ def accumulate(grad_fn: GradFn, num_microbatches: int) -> GradFn:
     """The same gradient from `num_microbatches` smaller passes, averaged by ``Aux.weight``.
 
     Piece j takes examples j, j + n, j + 2n, ..., so that each piece stays spread over the devices
-    that hold the batch. Mutable collections are threaded from piece to piece.
+    that hold the batch. Mutable collections are threaded from piece to piece. One piece is
+    `grad_fn` itself.
 
     Raises:
         ValueError: the batch size is not a multiple of `num_microbatches`.
