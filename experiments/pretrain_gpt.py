@@ -49,13 +49,13 @@ class Settings(Corpus, Training):
     """Of the hidden states; heads have 64."""
     length: int = 256
     """Tokens of a row, and positions of the model."""
-    dropout: float = 0.1
+    dropout: float = 0.0
     """Everywhere."""
-    epochs: float = 3.0
+    epochs: float = 4.0
     """Passes over the training text."""
-    batch_size: int = 16
+    batch_size: int = 4
     """Rows a step, over all devices."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Peak of a schedule that warms up and then falls linearly to 0."""
     weight_decay: float = 0.1
     """Of kernels and embeddings."""

@@ -45,7 +45,7 @@ class Settings(Training):
     """A validation file; by default the questions on every tenth training text, by hash."""
     test: str | None = None
     """A test file."""
-    made: int = 4000
+    made: int = 1500
     """Questions made from WordNet to train on; a tenth of it to validate and to test."""
     entries: int = 6
     """Entries of each text made from WordNet."""

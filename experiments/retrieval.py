@@ -53,7 +53,7 @@ class Settings(Files, Training):
     """Tokens a query is cut to."""
     max_length: int = 48
     """Tokens a passage is cut to."""
-    epochs: float = 0.35
+    epochs: float = 0.15
     """Passes over the training pairs."""
     batch_size: int = 128
     """Pairs a step, over all devices; each one's negatives are the others."""

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from fmjax.config import config_to_json, default_labels, parse_config, read_config, write_json
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import families, family_of
-from fmjax.tree import flatten, unflatten, unstack_layers
+from fmjax.tree import flatten, layer_paths, unflatten, unstack_layers
 from fmjax.types import PyTree, Variables
 from fmjax.weights import (
     export_params,
@@ -58,7 +59,7 @@ def create(
         model_type: a family, e.g. "bert".
         variant_or_config: a key of the family's VARIANTS, or its Config.
         head: Hugging Face's class suffix in snake case; "model" is the bare model.
-        rng: a typed key.
+        rng: a typed key; the same one gives the same weights, scanned or not.
         num_labels: how many labels, or their names.
         dtype: of the floating-point weights; None is float32.
         scan: layers stacked and scanned: compiles in time independent of depth.
@@ -84,13 +85,17 @@ def create(
     config = _with_labels(config, num_labels)
     _check_head(model_type, family, head)
     model = family.Model(config, head=head, scan=scan, remat=remat)
+    draw = _drawing(model.clone(scan=False), family, rng)
 
-    @jax.jit
-    def init(rng: Array) -> Variables:
-        variables = model.init(rng, **family.inputs(config, head))
-        return jax.tree.map(lambda leaf: leaf.astype(_dtype_for(leaf.dtype, dtype)), variables)
+    def draw_as(path: str) -> Array:
+        leaf = draw(path)
+        return leaf.astype(_dtype_for(leaf.dtype, dtype))
 
-    return model, init(rng)
+    flat = {}
+    for path, leaf in flatten(abstract_variables(model)).items():
+        layers = layer_paths(path, leaf.shape) if scan else None
+        flat[path] = draw_as(path) if layers is None else jnp.stack([*map(draw_as, layers)])
+    return model, unflatten(flat)
 
 
 def abstract_variables(model: Any) -> Variables:
@@ -188,8 +193,11 @@ def load(
             known=_known_names(family, config, head, tensors),
         )
     fresh = [path for path in abstract if path not in read]
-    for path, leaf in _initialise(loop, family, fresh, rng).items():
-        placer.place(path, np.asarray(leaf))
+    if fresh:
+        logger.info("initialised %d new leaves: %s", len(fresh), ", ".join(fresh))
+        draw = _drawing(loop, family, jax.random.key(0) if rng is None else rng)
+        for path in fresh:
+            placer.place(path, np.asarray(draw(path)))
     return model, unflatten({path: placer.placed[path] for path in placer.order})
 
 
@@ -245,20 +253,35 @@ def _put(leaf: np.ndarray, sharding: Any) -> Array:
     ).block_until_ready()
 
 
-def _initialise(
-    model: Any, family: ModuleType, paths: Sequence[str], rng: Array | None
-) -> dict[str, Array]:
-    """Random values for some of a model's leaves; the compiler drops the rest."""
-    if not paths:
-        return {}
+def _drawing(model: Any, family: ModuleType, rng: Array) -> Callable[[str], Array]:
+    """A function that computes one leaf, by path, of what a model's ``init`` gives.
 
-    @jax.jit
-    def init(rng: Array) -> dict[str, Array]:
-        flat = flatten(model.init(rng, **family.inputs(model.config, model.head)))
-        return {path: flat[path] for path in paths}
+    Compiled as a whole, hundreds of draws take XLA longer than any step of the model does: ``init``
+    is traced, and what a leaf needs of it is run operation by operation, so that leaves of one
+    shape share a compilation.
+    """
+    closed, shapes = jax.make_jaxpr(
+        lambda rng: flatten(model.init(rng, **family.inputs(model.config, model.head))),
+        return_shape=True,
+    )(rng)
+    jaxpr = closed.jaxpr
+    results = dict(zip(shapes, jaxpr.outvars, strict=True))
+    makers = {var: number for number, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
 
-    logger.info("initialised %d new leaves: %s", len(paths), ", ".join(paths))
-    return init(jax.random.key(0) if rng is None else rng)
+    def draw(path: str) -> Array:
+        needed, pending = set(), [results[path]]
+        while pending:
+            number = None if isinstance(var := pending.pop(), Literal) else makers.get(var)
+            if number is not None and number not in needed:
+                needed.add(number)
+                pending += jaxpr.eqns[number].invars
+        eqns = [jaxpr.eqns[number] for number in sorted(needed)]
+        (leaf,) = jaxpr_as_fun(
+            ClosedJaxpr(jaxpr.replace(eqns=eqns, outvars=[results[path]]), closed.consts)
+        )(rng)
+        return leaf
+
+    return draw
 
 
 def _known_names(family: ModuleType, config: Any, head: str, names: Iterable[str]) -> set[str]:

@@ -101,13 +101,20 @@ def unstack_layers(tree: Variables) -> Variables:
     """The inverse of `stack_layers`: one leaf a layer."""
     flat = {}
     for path, leaf in flatten(tree).items():
-        match = re.match(r"^(.*/)?layers/(.*)$", path)
-        if match is None:
+        layers = layer_paths(path, leaf.shape)
+        if layers is None:
             flat[path] = leaf
-            continue
-        for i in range(leaf.shape[0]):
-            flat[f"{match[1] or ''}layers_{i}/{match[2]}"] = _take(leaf, i)
+        else:
+            flat |= {layer: _take(leaf, i) for i, layer in enumerate(layers)}
     return unflatten(flat)
+
+
+def layer_paths(path: str, shape: tuple[int, ...]) -> list[str] | None:
+    """The layers' own paths of a stacked leaf ``layers/x`` [L, ...]; None of any other."""
+    match = re.match(r"^(.*/)?layers/(.*)$", path)
+    if match is None:
+        return None
+    return [f"{match[1] or ''}layers_{i}/{match[2]}" for i in range(shape[0])]
 
 
 def _stack(leaves: list[Any]) -> Any:

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from chex import assert_trees_all_close, assert_trees_all_equal
 
 import fmjax
 from fmjax import hub
+from fmjax.models import family_of
+from fmjax.tree import stack_layers
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
@@ -134,3 +138,20 @@ def test_saving_leaves_a_folder_that_says_what_it_is(tmp_path, rng):
         "config.json",
         "model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "mixtral"])
+def test_a_key_gives_the_same_weights_however_layers_run(name):
+    """And they are what the model's own initialisation gives, not zeros or each other's."""
+    family = family_of(name)
+    rng = jax.random.key(3)
+    model, loop = fmjax.create(name, "tiny", rng=rng)
+    _, scanned = fmjax.create(name, "tiny", rng=rng, scan=True)
+    assert_trees_all_equal(stack_layers(loop), scanned)
+    own = model.init(rng, **family.inputs(model.config, "model"))
+    assert_trees_all_close(loop, own, rtol=1e-6)
+    _, other = fmjax.create(name, "tiny", rng=jax.random.key(4))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), loop, other)
+    assert any(jax.tree.leaves(moved))
+    _, low = fmjax.create(name, "tiny", rng=rng, dtype=jnp.bfloat16)
+    assert_trees_all_equal(low, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loop))
