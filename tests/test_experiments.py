@@ -213,6 +213,7 @@ def test_question_answering(tiny_bert, tmp_path, capsys):
     )
     results = json.loads((run / "results.json").read_text())
     assert 0 <= results["test"]["f1"] <= 100
+    assert 0 <= results["baselines"]["before"]["test"]["f1"] <= 100
     assert "f1" in capsys.readouterr().out
     assert (run / "samples.json").exists()
 

@@ -140,7 +140,7 @@ def test_saving_leaves_a_folder_that_says_what_it_is(tmp_path, rng):
     ]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "mixtral"])
+@pytest.mark.parametrize("name", ["marian", "mixtral"])
 def test_a_key_gives_the_same_weights_however_layers_run(name):
     """And they are what the model's own initialisation gives, not zeros or each other's."""
     family = family_of(name)
@@ -151,6 +151,8 @@ def test_a_key_gives_the_same_weights_however_layers_run(name):
     own = model.init(rng, **family.inputs(model.config, "model"))
     assert_trees_all_close(loop, own, rtol=1e-6)
     _, other = fmjax.create(name, "tiny", rng=jax.random.key(4))
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((loop, other))]
+    assert len(set(pointers)) == len(pointers)  # or donating them would fail
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), loop, other)
     assert any(jax.tree.leaves(moved))
     _, low = fmjax.create(name, "tiny", rng=rng, dtype=jnp.bfloat16)
