@@ -2,7 +2,9 @@
 
     python experiments/translate.py --output runs/translate
 
-Its default run has not been timed or measured yet; the tests run it on a few lines of text.
+The default run is too short to learn this: with `--precision bfloat16` it takes 39 minutes on 2
+cores that have other work, and what it writes hardly depends on the source (test BLEU 0.1, chrF
+10.9; copying the source has 15.8 and 26.0).
 The pairs are the English and German messages of the installed programs (gettext catalogs), split by
 the words of the English one; the baseline copies the source. Any other pairs, in two columns:
 

@@ -133,3 +133,13 @@ def _take(leaf: Any, index: int) -> Any:
 def count(tree: PyTree) -> int:
     """How many numbers the tree holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def is_running(path: str) -> bool:
+    """Whether a leaf of a model's variables is a running statistic, not a parameter."""
+    return path.startswith("batch_stats/")
+
+
+def count_parameters(variables: Variables) -> int:
+    """How many parameters a model has, as published counts have it: running statistics are none."""
+    return sum(leaf.size for path, leaf in flatten(variables).items() if not is_running(path))

@@ -18,7 +18,7 @@ import transformers
 
 import fmjax
 from fmjax.config import config_to_json, parse_config
-from fmjax.tree import flatten, unflatten
+from fmjax.tree import count_parameters, flatten, is_running, split, unflatten
 from fmjax.weights import export_params
 
 # On tiny models PyTorch's threads do nothing but wait for each other.
@@ -69,12 +69,19 @@ def torch_twin(family, config, head, seed=0, spread=0.2, implementation="eager")
             parameter.data += spread * torch.randn_like(parameter)
     for bias in logits_biases(twin):
         bias += spread * torch.randn_like(bias)
+    for running in running_statistics(twin):
+        running += spread * torch.randn_like(running).abs()  # a variance is positive
     return twin
 
 
 def logits_biases(twin):
     """Constants that files have and PyTorch does not train, of BART and its siblings."""
     return [buffer for name, buffer in twin.named_buffers() if name == "final_logits_bias"]
+
+
+def running_statistics(twin):
+    """Means and variances of batch normalisation, which move without gradients."""
+    return [buffer for name, buffer in twin.named_buffers() if ".running_" in name]
 
 
 def text_inputs(config, head, *, seed=0, length=9, pad_id=None):
@@ -144,13 +151,30 @@ def torch_outputs(twin, inputs, *, attentions=True):
         name: torch.tensor(value).double() if value.dtype.kind == "f" else torch.tensor(value)
         for name, value in inputs.items()
     }
+    images = "pixel_values" in tensors
+    if images:
+        tensors["pixel_values"] = tensors["pixel_values"].movedim(-1, 1)
     extra = {"output_attentions": True} if attentions else {}
     out = twin(**tensors, output_hidden_states=True, return_dict=True, **extra)
     named: dict[str, Any] = dict(out)
+    if images:
+        for name, value in named.items():
+            named[name] = (
+                tuple(map(channels_last, value))
+                if isinstance(value, tuple)
+                else channels_last(value)
+            )
+        if "pooler_output" in named:
+            named["pooler_output"] = named["pooler_output"].flatten(1)  # [B, 1, 1, C] of convnets
     for name in ("hidden_states", "attentions"):
         if f"decoder_{name}" in named:
             named[name] = named.pop(f"decoder_{name}")
     return named
+
+
+def channels_last(value):
+    """Images [B, C, X, Y] as [B, X, Y, C]; anything else as it is."""
+    return value.movedim(1, -1) if value.ndim == 4 else value
 
 
 def check_numbers(
@@ -165,14 +189,20 @@ def check_numbers(
     # A cotangent for each output, and one for a hidden state inside.
     weights = {name: rng.normal(size=tuple(reference[name].shape)) for name in names}
 
-    def run(variables):
+    statistics, trained = split(variables, is_running)
+
+    def run(trained):
         out = model.apply(
-            variables, **inputs, output_hidden_states=True, output_attentions=attentions
+            trained | statistics,
+            **inputs,
+            output_hidden_states=True,
+            output_attentions=attentions,
         )
         total = sum(jnp.vdot(getattr(out, name), weights[name]) for name in names)
         return total, out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(variables)
+    (_, out), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(trained)
+    grads |= jax.tree.map(jnp.zeros_like, statistics)  # constants to PyTorch
     for name in OUTPUTS:
         ours = getattr(out, name)
         assert (ours is None) == (name not in names), f"{name}: ours {ours}, theirs {names}"
@@ -186,15 +216,15 @@ def check_numbers(
             continue
         assert ours is not None, f"{name} is missing"
         for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-            if "hidden" in name:  # with choices, PyTorch's last one alone is [B, N, T, D]
+            if mine.ndim == 3:  # with choices, PyTorch's last hidden state alone is [B, N, T, D]
                 other = other.reshape(-1, *other.shape[-2:])
             assert_near(mine, other.detach(), f"{name} {i}", tolerance)
     sum((reference[name] * torch.tensor(weights[name])).sum() for name in names).backward()
     for parameter in twin.parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.data = grad
-    for bias in logits_biases(twin):
-        bias.zero_()
+    for constant in (*logits_biases(twin), *running_statistics(twin)):
+        constant.zero_()
     # Saved, so that gradients come under the names of files.
     twin.save_pretrained(tmp_path / "gradients")
     theirs = safetensors.numpy.load_file(tmp_path / "gradients" / "model.safetensors")
@@ -244,6 +274,9 @@ def check_fixture(folder: Path, *, tolerance: float = 2e-4) -> None:
         for key in io.files
         if key.startswith("in.") and key != "in.labels" and "leftpad" not in key
     }
+    images = "pixel_values" in inputs
+    if images:
+        inputs["pixel_values"] = np.moveaxis(inputs["pixel_values"], 1, -1)
     out = jax.jit(
         lambda v: model.apply(v, **inputs, output_hidden_states=True, output_attentions=True)
     )(variables)
@@ -257,7 +290,8 @@ def check_fixture(folder: Path, *, tolerance: float = 2e-4) -> None:
         if field.startswith("generate"):
             continue
         ours = getattr(out, field) if not index else getattr(out, field)[int(index)]
-        assert_near(ours, io[key], key, tolerance)
+        reference = np.moveaxis(io[key], 1, -1) if images and io[key].ndim == 4 else io[key]
+        assert_near(ours, reference, key, tolerance)
         checked += 1
     assert checked >= 3
 
@@ -403,7 +437,7 @@ def check_sizes(family, classes: dict[str, str]) -> None:
     for name, torch_class in classes.items():
         config = family.VARIANTS[name]
         abstract = hub.abstract_variables(family.Model(config))
-        ours = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+        ours = count_parameters(abstract)
         data = config_to_json(config, {})
         data.pop("label2id", None)
         with torch.device("meta"):

@@ -54,3 +54,54 @@ class RMSNorm(nn.Module):
         square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(square + self.epsilon)
         return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+    In training the batch's own mean and variance are used, and the running ones, in the collection
+    ``batch_stats``, move towards them where that collection is mutable: as in PyTorch towards the
+    variance with n - 1 in the denominator. ``count`` is how often they moved. Everything is float32
+    inside and the result in x's dtype. Under jit over several devices the statistics are those of
+    the whole batch.
+
+    Args:
+        train: whether the batch's own statistics are used.
+        epsilon: added to the variance.
+        momentum: share of the batch in the new running statistics.
+    """
+
+    train: bool
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., C] -> [..., C]
+        size = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, size).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, size).astype(jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, size)
+        running_variance = self.variable("batch_stats", "variance", jnp.ones, size)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        x32 = x.astype(jnp.float32)
+        if self.train:
+            values = x.size // x.shape[-1]
+            if values < 2:
+                raise ValueError(
+                    f"batch normalisation of {x.shape} in training has {values} value a channel, "
+                    "which has no variance; use more examples or larger images"
+                )
+            axes = tuple(range(x.ndim - 1))
+            mean, variance = jnp.mean(x32, axes), jnp.var(x32, axes)
+            if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+                count.value = count.value + 1
+                unbiased = variance * (values / (values - 1))
+                for running, value in ((running_mean, mean), (running_variance, unbiased)):
+                    old = running.value.astype(jnp.float32)
+                    new = (1 - self.momentum) * old + self.momentum * value
+                    running.value = new.astype(running.value.dtype)
+        else:
+            mean = running_mean.value.astype(jnp.float32)
+            variance = running_variance.value.astype(jnp.float32)
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale
+        return ((x32 - mean) * factor + bias).astype(x.dtype)

@@ -10,7 +10,7 @@ from fmjax.config import read_config
 from fmjax.generation_config import FILE as GENERATION_FILE
 from fmjax.generation_config import GenerationConfig
 from fmjax.recipes.texts import model_source
-from fmjax.tree import count
+from fmjax.tree import count_parameters
 from fmjax.weights import open_checkpoint
 
 TOKENIZER_FILES = (
@@ -64,7 +64,7 @@ def convert_checkpoint(
     return [
         f"read {folder}: {read}",
         f"{type(model).__module__.rsplit('.', 1)[-1]} with head {model.head}: "
-        f"{count(variables):,} parameters",
+        f"{count_parameters(variables):,} parameters",
         f"wrote {target}: {', '.join(sorted(path.name for path in target.iterdir()))}",
     ]
 
@@ -102,7 +102,7 @@ def families_table() -> str:
         family = hub.family_of(name)
         sizes = []
         for variant, config in family.VARIANTS.items():
-            size = count(hub.abstract_variables(family.Model(config, head="model")))
+            size = count_parameters(hub.abstract_variables(family.Model(config, head="model")))
             if size >= SMALLEST:
                 shown = f"{size / 1e6:.1f} M" if size < 1e9 else f"{size / 1e9:.1f} B"
                 sizes.append(f"{variant} {shown}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fmjax.tree import flatten, merge, override, split, unflatten
+from fmjax.tree import flatten, is_running, merge, override, split, unflatten
 from fmjax.types import Aux, Batch, GradFn, LossFn, Mean, StepFn, TrainState, Variables
 
 
@@ -157,7 +157,8 @@ def all_reduce(grad_fn: GradFn, axis_name: str) -> GradFn:
     """The gradient over all devices of a mapped axis, averaged by ``Aux.weight``.
 
     For pmap and shard_map, where each device sees its own examples; under plain jit the compiler
-    does this. Random keys are folded with the device's index. Mutable collections are averaged.
+    does this. Random keys are folded with the device's index. Mutable collections are averaged,
+    their whole numbers (counts, which are the same everywhere) kept.
     """
 
     def reduced(
@@ -169,11 +170,16 @@ def all_reduce(grad_fn: GradFn, axis_name: str) -> GradFn:
         grads, loss, weight, metrics = jax.lax.psum(
             (weighted, loss * aux.weight, aux.weight, aux.metrics), axis_name
         )
-        updates = jax.lax.pmean(aux.updates, axis_name)
+        updates = jax.tree.map(lambda x: _shared(x, axis_name), aux.updates)
         grads = jax.tree.map(lambda g: _divided(g, weight), grads)
         return grads, _divided(loss, weight), Aux(weight, metrics, updates)
 
     return reduced
+
+
+def _shared(x: Array, axis_name: str) -> Array:
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.lax.pmean(x, axis_name) if floating else jax.lax.pmax(x, axis_name)
 
 
 def _scaled(x: Array, weight: Array) -> Array:
@@ -226,7 +232,7 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[TrainState, Batch], dict[str, M
     return step
 
 
-def cast(loss_fn: LossFn, dtype: Any, keep: Callable[[str], bool] = lambda path: False) -> LossFn:
+def cast(loss_fn: LossFn, dtype: Any, keep: Callable[[str], bool] = is_running) -> LossFn:
     """The same loss computed in another precision, e.g. bfloat16 over float32 master weights.
 
     Floating-point leaves are cast on the way in, so gradients come back in their own dtype, and
@@ -235,7 +241,8 @@ def cast(loss_fn: LossFn, dtype: Any, keep: Callable[[str], bool] = lambda path:
 
     Args:
         dtype: e.g. ``jnp.bfloat16``.
-        keep: leaf paths that stay as they are.
+        keep: leaf paths that stay as they are; by default running statistics,
+            whose small moves would be lost.
     """
 
     def cast_leaf(path: str, leaf: Array) -> Array:

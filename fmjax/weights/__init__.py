@@ -5,6 +5,8 @@ from fmjax.weights.flax_file import to_torch_names
 from fmjax.weights.names import fit_prefix, modern_names
 from fmjax.weights.rules import Rule, export_params, import_params, rule_tensor_names
 from fmjax.weights.tables import (
+    batch_norm_rules,
+    conv_rules,
     decoder_head_rules,
     dense_rules,
     joined_rules,
@@ -39,7 +41,9 @@ __all__ = [
     "Rule",
     "Tensor",
     "Transform",
+    "batch_norm_rules",
     "compose",
+    "conv_rules",
     "decoder_head_rules",
     "dense_rules",
     "export_params",

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from fmjax.weights.rules import Rule
-from fmjax.weights.transforms import TRANSPOSE, Transform, compose
+from fmjax.weights.transforms import CONV2D, TRANSPOSE, Transform, compose
 
 
 def dense_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
@@ -20,6 +22,26 @@ def norm_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
     """Scale and bias of a PyTorch LayerNorm; `param` is a path inside "params/"."""
     scale = Rule(f"params/{param}/scale", f"{tensor}.weight")
     return [scale, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [scale]
+
+
+def conv_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
+    """Kernel and bias of a PyTorch Conv2d; `param` is a path inside "params/"."""
+    kernel = Rule(f"params/{param}/kernel", f"{tensor}.weight", CONV2D)
+    return [kernel, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [kernel]
+
+
+def batch_norm_rules(param: str, tensor: str) -> list[Rule]:
+    """A PyTorch BatchNorm; `param` is a path inside "params/" and "batch_stats/"."""
+    return [
+        *norm_rules(param, tensor),
+        Rule(f"batch_stats/{param}/mean", f"{tensor}.running_mean"),
+        Rule(f"batch_stats/{param}/variance", f"{tensor}.running_var"),
+        Rule(
+            f"batch_stats/{param}/count",
+            f"{tensor}.num_batches_tracked",
+            default=lambda: np.zeros((), np.int32),  # Flax's files have none
+        ),
+    ]
 
 
 def joined_rules(

@@ -1,0 +1,273 @@
+"""ResNet (He et al. 2015, arXiv:1512.03385): residual stages of convolutions. HF "resnet".
+
+The stride of a bottleneck is in its 3 x 3 convolution ("v1.5", as torchvision and Hugging Face have
+it), or in the first one as published, with ``downsample_in_bottleneck``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from fmjax.models import config_alone
+from fmjax.nn.conv import ConvNorm, max_pool
+from fmjax.nn.linear import Dense
+from fmjax.nn.mlp import ACTIVATIONS, activation
+from fmjax.types import Output
+from fmjax.weights import Rule, batch_norm_rules, conv_rules, dense_rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The fields of config.json, under its names and with its defaults (transformers 5)."""
+
+    num_channels: int = 3
+    embedding_size: int = 64
+    hidden_sizes: tuple[int, ...] = (256, 512, 1024, 2048)
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    layer_type: str = "bottleneck"
+    hidden_act: str = "relu"
+    downsample_in_first_stage: bool = False
+    downsample_in_bottleneck: bool = False
+    problem_type: str | None = None  # read by the task, not by the model
+    id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.layer_type not in ("basic", "bottleneck"):
+            problems.append(f"layer_type={self.layer_type!r} must be 'basic' or 'bottleneck'")
+        if self.hidden_act not in ACTIVATIONS:
+            problems.append(
+                f"hidden_act={self.hidden_act!r} is not known; use one of {list(ACTIVATIONS)}"
+            )
+        if not self.depths or len(self.depths) != len(self.hidden_sizes):
+            problems.append(
+                f"depths={self.depths} and hidden_sizes={self.hidden_sizes} must have one number "
+                "a stage each"
+            )
+        for name in ("depths", "hidden_sizes"):
+            if any(size < 1 for size in getattr(self, name)):
+                problems.append(f"{name}={getattr(self, name)} must be positive")
+        if self.layer_type == "bottleneck" and any(size % 4 for size in self.hidden_sizes):
+            problems.append(f"hidden_sizes={self.hidden_sizes} of bottlenecks must divide by 4")
+        if problems:
+            raise ValueError("resnet config: " + "; ".join(problems))
+
+
+MODEL_TYPE = "resnet"
+HEADS = {"model": "ResNetModel", "image_classification": "ResNetForImageClassification"}
+
+
+def _published(layer_type: str, *depths: int) -> Config:
+    widths = (64, 128, 256, 512) if layer_type == "basic" else (256, 512, 1024, 2048)
+    return Config(hidden_sizes=widths, depths=depths, layer_type=layer_type)
+
+
+VARIANTS = {
+    "tiny": Config(embedding_size=8, hidden_sizes=(8, 16), depths=(2, 2)),
+    # He et al. 2015, table 1; "26" is timm's, which Hugging Face has too.
+    "18": _published("basic", 2, 2, 2, 2),
+    "26": _published("bottleneck", 2, 2, 2, 2),
+    "34": _published("basic", 3, 4, 6, 3),
+    "50": _published("bottleneck", 3, 4, 6, 3),
+    "101": _published("bottleneck", 3, 4, 23, 3),
+    "152": _published("bottleneck", 3, 8, 36, 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a block stands.
+
+    Args:
+        path: of its parameters.
+        features: O, at its end.
+        stride: by which it makes the image smaller.
+        shortcut: whether the residual is a convolution too.
+    """
+
+    path: str
+    features: int
+    stride: int
+    shortcut: bool
+
+
+def places(config: Config) -> Iterator[list[Place]]:
+    """The blocks of each stage."""
+    width = config.embedding_size
+    for stage, (features, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
+        stride = 2 if stage or config.downsample_in_first_stage else 1
+        yield [
+            Place(
+                f"stages_{stage}/blocks_{block}",
+                features,
+                1 if block else stride,
+                not block and (stride != 1 or width != features),
+            )
+            for block in range(depth)
+        ]
+        width = features
+
+
+class Block(nn.Module):
+    """Two or three convolutions and the residual around them."""
+
+    config: Config
+    place: Place
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
+        config, features, stride = self.config, self.place.features, self.place.stride
+        if config.layer_type == "basic":
+            layers = ((features, 3, stride), (features, 3, 1))
+        else:
+            inner = features // 4
+            first, second = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
+            layers = ((inner, 1, first), (inner, 3, second), (features, 1, 1))
+        y = x
+        for number, layer in enumerate(layers):
+            act = "relu" if number < len(layers) - 1 else None  # whatever hidden_act, as in PyTorch
+            y = ConvNorm(*layer, act, self.train, name=f"conv_{number}")(y)
+        if self.place.shortcut:
+            x = ConvNorm(features, 1, stride, train=self.train, name="shortcut")(x)
+        return activation(config.hidden_act)(x + y)
+
+
+class Stage(nn.Module):
+    """Blocks one after another, of which the first may make the image smaller."""
+
+    config: Config
+    places: tuple[Place, ...]
+    train: bool
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
+        block = nn.remat(Block) if self.remat else Block
+        for number, place in enumerate(self.places):
+            x = block(self.config, place, self.train, name=f"blocks_{number}")(x)
+        return x
+
+
+class Model(nn.Module):
+    """ResNet with one head.
+
+    Args:
+        config: the sizes.
+        head: a key of `HEADS`.
+        scan: has no effect: blocks differ in shape.
+        remat: blocks are recomputed in the backward pass.
+    """
+
+    config: Config
+    head: str = "model"
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        pixel_values: Array,
+        *,
+        train: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+            pixel_values: [B, X, Y, C], normalised.
+            train: whether batch normalisation uses the batch's own statistics and moves the running
+                ones, which needs ``mutable=["batch_stats"]``.
+            output_hidden_states: whether ``hidden_states`` is returned: the stem's output and each
+                stage's, [B, X, Y, C].
+            output_attentions: has no effect: there are none.
+
+        Raises:
+            ValueError: an unknown head, or images of the wrong shape.
+        """
+        config = self.config
+        if self.head not in HEADS:
+            raise ValueError(f"resnet has no head {self.head!r}; it has {sorted(HEADS)}")
+        if pixel_values.ndim != 4 or pixel_values.shape[-1] != config.num_channels:
+            raise ValueError(
+                f"pixel_values have the shape {pixel_values.shape}; they must be [B, X, Y, "
+                f"{config.num_channels}], channels last"
+            )
+        x = ConvNorm(config.embedding_size, 7, 2, config.hidden_act, train, name="embed")(
+            pixel_values
+        )
+        x = max_pool(x, 3, 2, 1)
+        states = [x]
+        for stage, blocks in enumerate(places(config)):
+            x = Stage(config, tuple(blocks), train, self.remat, name=f"stages_{stage}")(x)
+            states.append(x)
+        hidden_states = tuple(states) if output_hidden_states else None
+        pooled = jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(x.dtype)  # [B, C]
+        if self.head == "model":
+            return Output(last_hidden_state=x, pooler_output=pooled, hidden_states=hidden_states)
+        # PyTorch's default of a Linear: uniform within 1 / sqrt(I).
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        logits = Dense(len(config.id2label), kernel_init=init, name="head")(pooled)
+        return Output(logits=logits.astype(jnp.float32), hidden_states=hidden_states)
+
+
+def inputs(config: Config, head: str) -> dict[str, Array]:
+    """The smallest inputs that touch every parameter: what initialisation traces the model on."""
+    return {"pixel_values": jnp.zeros((1, 32, 32, config.num_channels))}
+
+
+PREFIX = "resnet."
+# What a backbone would give to another model.
+FIXED = {"out_features": ..., "out_indices": ..., "stage_names": ...}
+IGNORED = ()
+from_tensors = config_alone
+
+
+def rules(config: Config, head: str) -> list[Rule]:
+    """Parameters and the PyTorch tensors they are, for one head.
+
+    Torchvision's and timm's names of the same tensors are read too.
+    """
+    body = "" if head == "model" else PREFIX
+    layers: list[tuple[str, str, str, str]] = [
+        ("embed", f"{body}embedder.embedder", "conv1", "bn1")
+    ]
+    convs = 2 if config.layer_type == "basic" else 3
+    for stage, blocks in enumerate(places(config)):
+        for block, place in enumerate(blocks):
+            here = f"{body}encoder.stages.{stage}.layers.{block}"
+            there = f"layer{stage + 1}.{block}"
+            layers += [
+                (
+                    f"{place.path}/conv_{number}",
+                    f"{here}.layer.{number}",
+                    f"{there}.conv{number + 1}",
+                    f"{there}.bn{number + 1}",
+                )
+                for number in range(convs)
+            ]
+            if place.shortcut:
+                names = (f"{there}.downsample.0", f"{there}.downsample.1")
+                layers.append((f"{place.path}/shortcut", f"{here}.shortcut", *names))
+    table: list[Rule] = []
+    for param, tensor, conv, norm in layers:
+        table += _also(conv_rules(f"{param}/conv", f"{tensor}.convolution", bias=False), conv)
+        table += _also(batch_norm_rules(f"{param}/norm", f"{tensor}.normalization"), norm)
+    if head == "image_classification":
+        table += _also(dense_rules("head", "classifier.1"), "fc")
+    return table
+
+
+def _also(table: list[Rule], module: str) -> list[Rule]:
+    """The rules of one module, which files of another library call `module`."""
+
+    def alias(rule: Rule) -> str:
+        return f"{module}.{rule.tensors[0].rpartition('.')[2]}"
+
+    return [dataclasses.replace(rule, aliases=(alias(rule),)) for rule in table]

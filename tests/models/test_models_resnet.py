@@ -1,0 +1,189 @@
+"""ResNet against transformers' PyTorch ResNet, in evaluation and in training."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+from parity import assert_near, check_fixture, check_head, check_old_file, check_sizes, torch_twin
+
+import fmjax
+from fmjax.models import resnet
+from fmjax.tasks import sequence_classification
+from fmjax.tasks.apply import apply_fn
+from fmjax.train import (
+    accumulate,
+    cast,
+    gradient,
+    init_state,
+    jit_step,
+    make_train_step,
+    pmap_step,
+)
+from fmjax.tree import count_parameters, flatten
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+BOTTLENECK = resnet.Config(
+    num_channels=4, embedding_size=6, hidden_sizes=(8, 12), depths=(2, 1), hidden_act="gelu",
+    id2label=("a", "b", "c"),
+)  # fmt: skip
+PUBLISHED = dataclasses.replace(
+    BOTTLENECK, downsample_in_bottleneck=True, downsample_in_first_stage=True, hidden_act="relu"
+)
+BASIC = dataclasses.replace(BOTTLENECK, layer_type="basic", hidden_sizes=(6, 10))
+CONFIGS = {"bottleneck": BOTTLENECK, "published": PUBLISHED, "basic": BASIC}
+
+
+def images(config, size=23):
+    """Of odd size, so that padding on the wrong side shows."""
+    shape = (2, size, size + 4, config.num_channels)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("head", resnet.HEADS)
+def test_equals_pytorch(head, name, tmp_path):
+    config = CONFIGS[name]
+    if head == "model":  # it has no labels to be saved
+        config = dataclasses.replace(config, id2label=("LABEL_0", "LABEL_1"))
+    check_head(resnet, config, head, tmp_path, {"pixel_values": images(config)}, attentions=False)
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "basic"])
+def test_training_equals_pytorch(name, tmp_path):
+    """The batch's own statistics, what they do to gradients, and the running ones they leave."""
+    config = CONFIGS[name]
+    twin = torch_twin(resnet, config, "image_classification")
+    twin.save_pretrained(tmp_path / "before")
+    model, variables = fmjax.load(tmp_path / "before")
+    pixels = images(config)
+    weights = np.random.default_rng(1).normal(size=(2, 3))
+    twin = twin.double().train()
+    logits = twin(torch.tensor(pixels).double().movedim(-1, 1)).logits
+    (logits * torch.tensor(weights)).sum().backward()
+    apply = apply_fn(model)
+
+    @jax.jit
+    def run(variables):
+        def total(params):
+            out, updates = apply(
+                variables | {"params": params}, {"pixel_values": pixels}, None, train=True
+            )
+            return jnp.vdot(out.logits, weights), (out.logits, updates)
+
+        return jax.value_and_grad(total, has_aux=True)(variables["params"])
+
+    (_, (ours, updates)), grads = run(variables)
+    assert_near(ours, logits.detach(), "logits")
+    twin.save_pretrained(tmp_path / "after")
+    _, after = fmjax.load(tmp_path / "after")
+    moved = flatten(updates)
+    assert moved.keys() == {key for key in flatten(after) if key.startswith("batch_stats/")}
+    for path, value in moved.items():
+        assert_near(value, flatten(after)[path], path)
+        assert np.abs(value - flatten(variables)[path]).max() > 1e-4, path
+    for parameter in twin.parameters():
+        assert parameter.grad is not None
+        parameter.data = parameter.grad
+    twin.save_pretrained(tmp_path / "gradients")
+    _, read = fmjax.load(tmp_path / "gradients")
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(read["params"]))
+    for path, theirs in flatten(read["params"]).items():
+        # A kernel before a norm over few pixels has gradients that nearly cancel.
+        scale = max(float(jnp.abs(theirs).max()), 1e-2 * largest)
+        error = float(jnp.abs(flatten(grads)[path] - theirs).max()) / scale
+        assert error < 2e-5, f"{path}: {error}"
+
+
+def test_the_flax_fixture_equals_pytorch():
+    check_fixture(FIXTURES / "resnet_bottleneck-cls")
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "basic"])
+def test_torchvision_names_load(name, tmp_path):
+    """ "resnet.encoder.stages.0.layers.1.layer.2.convolution" is "layer1.1.conv3"."""
+    parts = {"convolution": "conv", "normalization": "bn"}
+
+    def rename(tensor):
+        *path, kind, leaf = tensor.removeprefix("resnet.").split(".")
+        if path == ["classifier"]:
+            return f"fc.{leaf}"
+        if path == ["embedder", "embedder"]:
+            return f"{parts[kind]}1.{leaf}"
+        _, _, stage, _, block, *rest = path
+        where = f"layer{int(stage) + 1}.{block}"
+        if rest == ["shortcut"]:
+            return f"{where}.downsample.{int(kind == 'normalization')}.{leaf}"
+        return f"{where}.{parts[kind]}{int(rest[1]) + 1}.{leaf}"
+
+    assert rename("classifier.1.weight") == "fc.weight"
+    check_old_file(resnet, CONFIGS[name], "image_classification", tmp_path, rename=rename)
+
+
+def test_published_sizes():
+    check_sizes(resnet, dict.fromkeys(resnet.VARIANTS, "ResNetModel"))
+
+
+def test_classifiers_have_the_published_number_of_parameters():
+    """Of torchvision's resnet18, 50 and 152 with 1,000 classes."""
+    names = tuple(map(str, range(1000)))
+    for variant, size in (("18", 11_689_512), ("50", 25_557_032), ("152", 60_192_808)):
+        config = dataclasses.replace(resnet.VARIANTS[variant], id2label=names)
+        model = resnet.Model(config, head="image_classification")
+        abstract = fmjax.hub.abstract_variables(model)
+        assert count_parameters(abstract) == size
+
+
+def test_config_defaults_are_transformers_defaults():
+    theirs = transformers.AutoConfig.for_model("resnet").to_dict()
+    theirs = {key: list(v) if isinstance(v, tuple) else v for key, v in theirs.items()}
+    assert fmjax.config.parse_config(resnet.Config, theirs, resnet.FIXED) == resnet.Config()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="one number a stage") as error:
+        resnet.Config(layer_type="deep", depths=(1,), hidden_act="bump", hidden_sizes=(4, 6))
+    for words in ("layer_type='deep'", "hidden_act='bump'"):
+        assert words in str(error.value)
+    model, variables = fmjax.create("resnet", "tiny", rng=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"must be \[B, X, Y, 3\], channels last"):
+        model.apply(variables, np.zeros((2, 3, 32, 32)))
+    with pytest.raises(ValueError, match="1 value a channel"):
+        model.apply(variables, np.zeros((1, 8, 8, 3)), train=True, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("way", ["jit", "accumulated", "pmap"])
+def test_a_step_in_bfloat16_moves_the_running_statistics_in_float32(way):
+    model, variables = fmjax.create(
+        "resnet", "tiny", head="image_classification", num_labels=3, rng=jax.random.key(0)
+    )
+    batch = {
+        "pixel_values": np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype(np.float32),
+        "labels": np.arange(8) % 3,
+        "weight": np.ones(8, np.float32),
+    }
+    before = flatten(jax.tree.map(np.asarray, variables))
+    tx = optax.sgd(1e-2)
+    grad = gradient(cast(sequence_classification.loss(model), jnp.bfloat16))
+    if way == "pmap":
+        step = pmap_step(grad, tx)
+    else:
+        grad = accumulate(grad, 2 if way == "accumulated" else 1)
+        step = jit_step(make_train_step(grad, tx))
+    state, metrics = step(init_state(variables, tx, jax.random.key(0)), batch)
+    assert np.isfinite(float(metrics["loss"].value))
+    for path, leaf in flatten(state.non_trainable).items():
+        assert leaf.dtype == before[path].dtype
+        if path.endswith("count"):
+            assert int(leaf) == (2 if way == "accumulated" else 1)
+        else:
+            assert leaf.dtype == jnp.float32
+            moved = np.asarray(leaf) - before[path]
+            assert np.abs(moved).max() > 0
+            # A tenth of the way, to more digits than bfloat16 has.
+            assert not np.array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
