@@ -20,7 +20,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from fmjax.config import config_to_json, default_labels, parse_config, read_config, write_json
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import families, family_of
-from fmjax.tree import flatten, layer_paths, unflatten, unstack_layers
+from fmjax.tree import flatten, layer_paths, stacked_place, unflatten, unstack_layers
 from fmjax.types import PyTree, Variables
 from fmjax.weights import (
     export_params,
@@ -85,7 +85,7 @@ def create(
     config = _with_labels(config, num_labels)
     _check_head(model_type, family, head)
     model = family.Model(config, head=head, scan=scan, remat=remat)
-    draw = _drawing(model.clone(scan=False), family, rng)
+    draw = _drawing(model.clone(scan=False), rng)
 
     def draw_as(path: str) -> Array:
         leaf = draw(path)
@@ -93,7 +93,7 @@ def create(
 
     flat = {}
     for path, leaf in flatten(abstract_variables(model)).items():
-        layers = layer_paths(path, leaf.shape) if scan else None
+        layers = layer_paths(path, leaf.shape)
         flat[path] = draw_as(path) if layers is None else jnp.stack([*map(draw_as, layers)])
     return model, unflatten(flat)
 
@@ -110,11 +110,12 @@ def abstract_variables(model: Any) -> Variables:
 @functools.lru_cache(maxsize=64)
 def _abstract_scanned(model: Any) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
     """Paths and leaves; loading, saving and planning a model all ask for them."""
-    family = family_module(model)
-    abstract = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), **family.inputs(model.config, model.head))
-    )
-    return tuple(flatten(abstract).items())
+    return tuple(jax.eval_shape(lambda: _initial(model, jax.random.key(0))).items())
+
+
+def _initial(model: Any, rng: Array) -> dict[str, Array]:
+    """What a model's ``init`` gives, by path."""
+    return flatten(model.init(rng, **family_module(model).inputs(model.config, model.head)))
 
 
 def family_module(model: Any) -> ModuleType:
@@ -195,7 +196,7 @@ def load(
     fresh = [path for path in abstract if path not in read]
     if fresh:
         logger.info("initialised %d new leaves: %s", len(fresh), ", ".join(fresh))
-        draw = _drawing(loop, family, jax.random.key(0) if rng is None else rng)
+        draw = _drawing(loop, jax.random.key(0) if rng is None else rng)
         for path in fresh:
             placer.place(path, np.asarray(draw(path)))
     return model, unflatten({path: placer.placed[path] for path in placer.order})
@@ -225,10 +226,7 @@ class _Placer:
 
     def _stacked(self, path: str) -> tuple[str, int | None]:
         """The path a leaf ends up under, and its place in the stack of layers if it has one."""
-        match = re.match(r"^(.*/)layers_(\d+)/(.*)$", path)
-        if not self.scan or match is None:
-            return path, None
-        return f"{match[1]}layers/{match[3]}", int(match[2])
+        return (stacked_place(path) if self.scan else None) or (path, None)
 
     def place(self, path: str, leaf: np.ndarray) -> None:
         leaf = leaf.astype(_dtype_for(leaf.dtype, self.dtype), copy=False)
@@ -253,17 +251,14 @@ def _put(leaf: np.ndarray, sharding: Any) -> Array:
     ).block_until_ready()
 
 
-def _drawing(model: Any, family: ModuleType, rng: Array) -> Callable[[str], Array]:
+def _drawing(model: Any, rng: Array) -> Callable[[str], Array]:
     """A function that computes one leaf, by path, of what a model's ``init`` gives.
 
     Compiled as a whole, hundreds of draws take XLA longer than any step of the model does: ``init``
     is traced, and what a leaf needs of it is run operation by operation, so that leaves of one
     shape share a compilation.
     """
-    closed, shapes = jax.make_jaxpr(
-        lambda rng: flatten(model.init(rng, **family.inputs(model.config, model.head))),
-        return_shape=True,
-    )(rng)
+    closed, shapes = jax.make_jaxpr(lambda rng: _initial(model, rng), return_shape=True)(rng)
     jaxpr = closed.jaxpr
     results = dict(zip(shapes, jaxpr.outvars, strict=True))
     makers = {var: number for number, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}

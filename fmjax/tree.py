@@ -84,9 +84,9 @@ def stack_layers(tree: Variables) -> Variables:
     groups: dict[str, dict[int, Any]] = {}
     stacked = {}
     for path, leaf in flat.items():
-        if match := _LAYER.match(path):
-            name = f"{match[1] or ''}layers/{match[3]}"
-            groups.setdefault(name, {})[int(match[2])] = leaf
+        if place := stacked_place(path):
+            name, layer = place
+            groups.setdefault(name, {})[layer] = leaf
             stacked[name] = None  # keeps the order of first appearance
         else:
             stacked[path] = leaf
@@ -95,6 +95,12 @@ def stack_layers(tree: Variables) -> Variables:
             raise ValueError(f"{name}: layers {sorted(layers)} are not 0..{len(layers) - 1}")
         stacked[name] = _stack([layers[i] for i in range(len(layers))])
     return unflatten(stacked)
+
+
+def stacked_place(path: str) -> tuple[str, int] | None:
+    """(``layers/x``, i) of a layer's own leaf ``layers_{i}/x``; None of any other."""
+    match = _LAYER.match(path)
+    return None if match is None else (f"{match[1] or ''}layers/{match[3]}", int(match[2]))
 
 
 def unstack_layers(tree: Variables) -> Variables:

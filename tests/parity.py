@@ -5,6 +5,7 @@ Used by the tests of tests/models: ``from parity import check_head``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,7 @@ def torch_outputs(twin, inputs, *, attentions=True):
     out = twin(**tensors, output_hidden_states=True, return_dict=True, **extra)
     named: dict[str, Any] = dict(out)
     if images:
-        for name, value in named.items():
-            named[name] = (
-                tuple(map(channels_last, value))
-                if isinstance(value, tuple)
-                else channels_last(value)
-            )
+        named = jax.tree.map(channels_last, named)
         if "pooler_output" in named:
             named["pooler_output"] = named["pooler_output"].flatten(1)  # [B, 1, 1, C] of convnets
     for name in ("hidden_states", "attentions"):
@@ -290,7 +286,7 @@ def check_fixture(folder: Path, *, tolerance: float = 2e-4) -> None:
         if field.startswith("generate"):
             continue
         ours = getattr(out, field) if not index else getattr(out, field)[int(index)]
-        reference = np.moveaxis(io[key], 1, -1) if images and io[key].ndim == 4 else io[key]
+        reference = channels_last(torch.tensor(io[key])) if images else io[key]
         assert_near(ours, reference, key, tolerance)
         checked += 1
     assert checked >= 3
@@ -455,6 +451,7 @@ def check_defaults(family, **filled) -> None:
         filled: fields that PyTorch's class computes where they are not given.
     """
     theirs = transformers.AutoConfig.for_model(family.MODEL_TYPE).to_dict()
+    theirs = json.loads(json.dumps(theirs))  # as in a file: lists, not tuples
     assert parse_config(family.Config, theirs, family.FIXED) == family.Config(**filled)
 
 

@@ -84,33 +84,39 @@ class Place:
     """Where a block stands.
 
     Args:
-        path: of its parameters.
         features: O, at its end.
         stride: by which it makes the image smaller.
         shortcut: whether the residual is a convolution too.
     """
 
-    path: str
     features: int
     stride: int
     shortcut: bool
 
 
-def places(config: Config) -> Iterator[list[Place]]:
+def places(config: Config) -> Iterator[tuple[Place, ...]]:
     """The blocks of each stage."""
     width = config.embedding_size
     for stage, (features, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
         stride = 2 if stage or config.downsample_in_first_stage else 1
-        yield [
+        yield tuple(
             Place(
-                f"stages_{stage}/blocks_{block}",
                 features,
                 1 if block else stride,
                 not block and (stride != 1 or width != features),
             )
             for block in range(depth)
-        ]
+        )
         width = features
+
+
+def convolutions(config: Config, place: Place) -> tuple[tuple[int, int, int], ...]:
+    """(features, size, stride) of a block's convolutions."""
+    if config.layer_type == "basic":
+        return (place.features, 3, place.stride), (place.features, 3, 1)
+    inner = place.features // 4
+    first, second = (place.stride, 1) if config.downsample_in_bottleneck else (1, place.stride)
+    return (inner, 1, first), (inner, 3, second), (place.features, 1, 1)
 
 
 class Block(nn.Module):
@@ -122,19 +128,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
-        config, features, stride = self.config, self.place.features, self.place.stride
-        if config.layer_type == "basic":
-            layers = ((features, 3, stride), (features, 3, 1))
-        else:
-            inner = features // 4
-            first, second = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
-            layers = ((inner, 1, first), (inner, 3, second), (features, 1, 1))
+        config, place = self.config, self.place
+        layers = convolutions(config, place)
         y = x
         for number, layer in enumerate(layers):
             act = "relu" if number < len(layers) - 1 else None  # whatever hidden_act, as in PyTorch
             y = ConvNorm(*layer, act, self.train, name=f"conv_{number}")(y)
-        if self.place.shortcut:
-            x = ConvNorm(features, 1, stride, train=self.train, name="shortcut")(x)
+        if place.shortcut:
+            x = ConvNorm(place.features, 1, place.stride, train=self.train, name="shortcut")(x)
         return activation(config.hidden_act)(x + y)
 
 
@@ -205,7 +206,7 @@ class Model(nn.Module):
         x = max_pool(x, 3, 2, 1)
         states = [x]
         for stage, blocks in enumerate(places(config)):
-            x = Stage(config, tuple(blocks), train, self.remat, name=f"stages_{stage}")(x)
+            x = Stage(config, blocks, train, self.remat, name=f"stages_{stage}")(x)
             states.append(x)
         hidden_states = tuple(states) if output_hidden_states else None
         pooled = jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(x.dtype)  # [B, C]
@@ -235,30 +236,25 @@ def rules(config: Config, head: str) -> list[Rule]:
     Torchvision's and timm's names of the same tensors are read too.
     """
     body = "" if head == "model" else PREFIX
-    layers: list[tuple[str, str, str, str]] = [
-        ("embed", f"{body}embedder.embedder", "conv1", "bn1")
-    ]
-    convs = 2 if config.layer_type == "basic" else 3
+
+    def layer(param: str, tensor: str, conv: str, norm: str) -> list[Rule]:
+        return [
+            *_also(conv_rules(f"{param}/conv", f"{tensor}.convolution"), conv),
+            *_also(batch_norm_rules(f"{param}/norm", f"{tensor}.normalization"), norm),
+        ]
+
+    table = layer("embed", f"{body}embedder.embedder", "conv1", "bn1")
     for stage, blocks in enumerate(places(config)):
         for block, place in enumerate(blocks):
+            param = f"stages_{stage}/blocks_{block}"
             here = f"{body}encoder.stages.{stage}.layers.{block}"
             there = f"layer{stage + 1}.{block}"
-            layers += [
-                (
-                    f"{place.path}/conv_{number}",
-                    f"{here}.layer.{number}",
-                    f"{there}.conv{number + 1}",
-                    f"{there}.bn{number + 1}",
-                )
-                for number in range(convs)
-            ]
+            for i in range(len(convolutions(config, place))):
+                names = f"{there}.conv{i + 1}", f"{there}.bn{i + 1}"
+                table += layer(f"{param}/conv_{i}", f"{here}.layer.{i}", *names)
             if place.shortcut:
-                names = (f"{there}.downsample.0", f"{there}.downsample.1")
-                layers.append((f"{place.path}/shortcut", f"{here}.shortcut", *names))
-    table: list[Rule] = []
-    for param, tensor, conv, norm in layers:
-        table += _also(conv_rules(f"{param}/conv", f"{tensor}.convolution", bias=False), conv)
-        table += _also(batch_norm_rules(f"{param}/norm", f"{tensor}.normalization"), norm)
+                names = f"{there}.downsample.0", f"{there}.downsample.1"
+                table += layer(f"{param}/shortcut", f"{here}.shortcut", *names)
     if head == "image_classification":
         table += _also(dense_rules("head", "classifier.1"), "fc")
     return table

@@ -18,47 +18,39 @@ KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Conv(nn.Module):
-    """A convolution in x's dtype with square windows, zeros around the image as PyTorch puts them.
+    """A convolution without bias in x's dtype; zeros around the image keep its size at stride 1.
 
     Args:
         features: O.
-        size: of the window.
+        size: of the square window.
         stride: pixels between windows.
-        padding: zeros on each side; None is ``size // 2``, which keeps the size at stride 1.
-        use_bias: whether there is a bias.
         kernel_init: initializer of the kernel [X, Y, I, O].
     """
 
     features: int
     size: int
     stride: int = 1
-    padding: int | None = None
-    use_bias: bool = True
     kernel_init: Callable[..., Array] = KAIMING
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        padding = self.size // 2 if self.padding is None else self.padding
-        if self.size == 1 and padding == 0:
+        if self.size == 1:
             # XLA's CPU convolutions are slow, and this one is a product.
-            y = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0]).astype(x.dtype)
-        else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel.astype(x.dtype),
-                window_strides=(self.stride, self.stride),
-                padding=((padding, padding), (padding, padding)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        if not self.use_bias:
-            return y
-        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+            return matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0]).astype(x.dtype)
+        around = (self.size // 2, self.size // 2)  # on each side alike, as PyTorch has it
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=(around, around),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, batch normalisation, and an activation.
+    """A convolution, batch normalisation, and an activation.
 
     Args:
         features, size, stride: see `Conv`.
@@ -74,7 +66,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
-        x = Conv(self.features, self.size, self.stride, use_bias=False, name="conv")(x)
+        x = Conv(self.features, self.size, self.stride, name="conv")(x)
         x = BatchNorm(self.train, name="norm")(x)
         return x if self.act is None else activation(self.act)(x)
 

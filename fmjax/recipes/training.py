@@ -35,7 +35,7 @@ from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.loop import Memory, evaluation, fit
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.signals import stop_signals
-from fmjax.tree import count, merge
+from fmjax.tree import count, count_parameters, merge
 from fmjax.types import LossFn, TrainState, Variables
 
 STOPPED = {"stopped": True}
@@ -96,7 +96,7 @@ def describe_run(
             "source": about["source"],
             "model_type": hub.family_module(model).MODEL_TYPE,
             "head": model.head,
-            "num_params": count(state.trainable) + count(state.non_trainable),
+            "num_params": count_parameters(weights_of(state)),
             "num_trainable": count(state.trainable),
         },
         "data": dict(about["data"]),

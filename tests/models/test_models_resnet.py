@@ -9,8 +9,15 @@ import numpy as np
 import optax
 import pytest
 import torch
-import transformers
-from parity import assert_near, check_fixture, check_head, check_old_file, check_sizes, torch_twin
+from parity import (
+    assert_near,
+    check_defaults,
+    check_fixture,
+    check_head,
+    check_old_file,
+    check_sizes,
+    torch_twin,
+)
 
 import fmjax
 from fmjax.models import resnet
@@ -140,9 +147,7 @@ def test_classifiers_have_the_published_number_of_parameters():
 
 
 def test_config_defaults_are_transformers_defaults():
-    theirs = transformers.AutoConfig.for_model("resnet").to_dict()
-    theirs = {key: list(v) if isinstance(v, tuple) else v for key, v in theirs.items()}
-    assert fmjax.config.parse_config(resnet.Config, theirs, resnet.FIXED) == resnet.Config()
+    check_defaults(resnet)
 
 
 def test_what_does_not_fit_is_refused():
