@@ -115,6 +115,11 @@ class Output:
         sop_logits: [B, 2], sentence order.
         mc_logits: [B, N], which of N choices, beside the vocabulary's logits.
         start_logits, end_logits: [B, T], question answering.
+        cls_logits, distillation_logits: [B, C], of the class and the distillation token.
+        reconstruction: [B, X, Y, C], pixels of images that were partly masked.
+        mask: [B, N], 1 for patches that the encoder did not see.
+        ids_restore: int [B, N], where each patch stands in the order in which the seen ones come
+            first.
         hidden_states: L + 1 arrays [B, T, D], embeddings first, when asked for.
         attentions: L arrays [B, H, T, S] of probabilities, when asked for.
         cross_attentions: the same over the encoder's states.
@@ -134,6 +139,11 @@ class Output:
     mc_logits: Array | None = None
     start_logits: Array | None = None
     end_logits: Array | None = None
+    cls_logits: Array | None = None
+    distillation_logits: Array | None = None
+    reconstruction: Array | None = None
+    mask: Array | None = None
+    ids_restore: Array | None = None
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
     cross_attentions: tuple[Array, ...] | None = None

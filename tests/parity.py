@@ -36,6 +36,7 @@ OUTPUTS = (
     "start_logits",
     "end_logits",
     "encoder_last_hidden_state",
+    "reconstruction",
 )
 LAYERS = (
     "hidden_states",
@@ -159,7 +160,10 @@ def torch_outputs(twin, inputs, *, attentions=True):
     out = twin(**tensors, output_hidden_states=True, return_dict=True, **extra)
     named: dict[str, Any] = dict(out)
     if images:
-        named = jax.tree.map(channels_last, named)
+        named = {
+            name: value if name == "attentions" else jax.tree.map(channels_last, value)
+            for name, value in named.items()
+        }
         if "pooler_output" in named:
             named["pooler_output"] = named["pooler_output"].flatten(1)  # [B, 1, 1, C] of convnets
     for name in ("hidden_states", "attentions"):
@@ -286,7 +290,9 @@ def check_fixture(folder: Path, *, tolerance: float = 2e-4) -> None:
         if field.startswith("generate"):
             continue
         ours = getattr(out, field) if not index else getattr(out, field)[int(index)]
-        reference = channels_last(torch.tensor(io[key])) if images else io[key]
+        reference = io[key]
+        if images and field != "attentions":
+            reference = channels_last(torch.tensor(reference))
         assert_near(ours, reference, key, tolerance)
         checked += 1
     assert checked >= 3

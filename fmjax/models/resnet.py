@@ -17,6 +17,7 @@ from fmjax.models import config_alone
 from fmjax.nn.conv import ConvNorm, max_pool
 from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import ACTIVATIONS, activation
+from fmjax.nn.vision import check_pixels
 from fmjax.types import Output
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, dense_rules
 
@@ -195,11 +196,7 @@ class Model(nn.Module):
         config = self.config
         if self.head not in HEADS:
             raise ValueError(f"resnet has no head {self.head!r}; it has {sorted(HEADS)}")
-        if pixel_values.ndim != 4 or pixel_values.shape[-1] != config.num_channels:
-            raise ValueError(
-                f"pixel_values have the shape {pixel_values.shape}; they must be [B, X, Y, "
-                f"{config.num_channels}], channels last"
-            )
+        check_pixels(pixel_values, config.num_channels)
         x = ConvNorm(config.embedding_size, 7, 2, config.hidden_act, train, name="embed")(
             pixel_values
         )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.linear import matmul
+from fmjax.nn.linear import add_bias, matmul
 from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
 
@@ -18,19 +18,21 @@ KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Conv(nn.Module):
-    """A convolution without bias in x's dtype; zeros around the image keep its size at stride 1.
+    """A convolution in x's dtype; zeros around the image keep its size at stride 1.
 
     Args:
         features: O.
         size: of the square window.
         stride: pixels between windows.
         kernel_init: initializer of the kernel [X, Y, I, O].
+        use_bias: whether a bias is added.
     """
 
     features: int
     size: int
     stride: int = 1
     kernel_init: Callable[..., Array] = KAIMING
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
@@ -38,15 +40,19 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         if self.size == 1:
             # XLA's CPU convolutions are slow, and this one is a product.
-            return matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0]).astype(x.dtype)
-        around = (self.size // 2, self.size // 2)  # on each side alike, as PyTorch has it
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=(around, around),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+            y = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
+        else:
+            around = (self.size // 2, self.size // 2)  # on each side alike, as PyTorch has it
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel.astype(x.dtype),
+                window_strides=(self.stride, self.stride),
+                padding=(around, around),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        if self.use_bias:
+            y = add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
+        return y.astype(x.dtype)
 
 
 class ConvNorm(nn.Module):

@@ -56,3 +56,20 @@ class Dropout(nn.Module):
         if not train or self.rate == 0.0:
             return x
         return dropout(self.make_rng("dropout"), x, self.rate)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): a residual branch is left out for
+    whole examples, and scaled by 1 / (1 - rate) for the others.
+
+    Args:
+        rate: share of examples, in [0, 1); a rate of 0 draws nothing.
+    """
+
+    rate: float
+
+    def __call__(self, x: Array, train: bool) -> Array:  # [B, ...] -> [B, ...]
+        if not train or self.rate == 0.0:
+            return x
+        ones = jnp.ones((x.shape[0], *(1 for _ in x.shape[1:])), x.dtype)
+        return x * dropout(self.make_rng("dropout"), ones, self.rate)

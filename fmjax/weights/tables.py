@@ -24,9 +24,10 @@ def norm_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
     return [scale, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [scale]
 
 
-def conv_rules(param: str, tensor: str) -> list[Rule]:
-    """Kernel of a PyTorch Conv2d without bias; `param` is a path inside "params/"."""
-    return [Rule(f"params/{param}/kernel", f"{tensor}.weight", CONV2D)]
+def conv_rules(param: str, tensor: str, *, bias: bool = False) -> list[Rule]:
+    """Kernel and bias of a PyTorch Conv2d; `param` is a path inside "params/"."""
+    kernel = Rule(f"params/{param}/kernel", f"{tensor}.weight", CONV2D)
+    return [kernel, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [kernel]
 
 
 def batch_norm_rules(param: str, tensor: str) -> list[Rule]:
