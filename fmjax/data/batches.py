@@ -127,7 +127,7 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
     Attributes:
       batches_per_epoch: the same in every epoch.
       shapes: the distinct (B, T) of this process, by increasing T; (B, S, T) where examples have
-        two lengths.
+        two lengths, and (B,) where they have none.
     """
 
     def __init__(
@@ -372,6 +372,10 @@ def _checked_buckets(
     data: Columns, buckets: Buckets | None, problems: list[str]
 ) -> list[tuple[int, ...]]:
     """The buckets to be used, as tuples; what is wrong with those given joins the problems."""
+    if not data.ragged:
+        if buckets is not None:
+            problems.append(f"buckets={buckets} are for examples whose lengths vary")
+        return [()]
     shapes = (
         choose_shapes(data.lengths, max_lengths=data.max_lengths)
         if buckets is None

@@ -159,11 +159,11 @@ class Columns:
     """N examples, ready to be batched.
 
     Attributes:
-      ragged: the parts whose length varies, each with buckets of its own.
+      ragged: the parts whose length varies, each with buckets of its own; none for images.
       fixed: by the name in a batch, [N, ...] each; zeros in padding rows.
 
     Raises:
-      ValueError: parts that do not have the same N, or a name that comes twice.
+      ValueError: no parts, parts that do not have the same N, or a name that comes twice.
     """
 
     ragged: tuple[Ragged, ...]
@@ -174,8 +174,8 @@ class Columns:
         for part in self.ragged:
             names += [*part.values, *([] if part.mask is None else [part.mask])]
         problems = [f"the name {n!r} comes twice" for n in sorted(set(names)) if names.count(n) > 1]
-        if not self.ragged:
-            problems.append("there is no ragged part")
+        if not self.ragged and not self.fixed:
+            problems.append("there are no columns")
         sizes = [len(part) for part in self.ragged] + [len(v) for v in self.fixed.values()]
         if len(set(sizes)) > 1:
             problems.append(f"the parts have {sizes} examples")
@@ -183,12 +183,13 @@ class Columns:
             raise ValueError("; ".join(problems))
 
     def __len__(self) -> int:
-        return len(self.ragged[0])
+        return len(self.ragged[0] if self.ragged else next(iter(self.fixed.values())))
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """int64 [N, R], in tokens, of each ragged part."""
-        return np.stack([part.lengths for part in self.ragged], axis=1)
+        lengths = [part.lengths for part in self.ragged]
+        return np.stack(lengths, axis=1) if lengths else np.zeros((len(self), 0), np.int64)
 
     @property
     def max_lengths(self) -> tuple[int, ...]:

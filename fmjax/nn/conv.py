@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -51,7 +52,9 @@ class Conv(nn.Module):
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         if self.use_bias:
-            y = add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
+            y = add_bias(
+                y.astype(jnp.float32), self.param("bias", nn.initializers.zeros, (self.features,))
+            )
         return y.astype(x.dtype)
 
 
@@ -88,3 +91,27 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
         (1, stride, stride, 1),
         ((0, 0), around, around, (0, 0)),
     )
+
+
+def average_grid(x: Array, size: tuple[int, int]) -> Array:
+    """Averages over the windows of a grid of any size: [B, X, Y, C] -> [B, *size, C].
+
+    As PyTorch's adaptive average pooling: window i of n is of rows ``floor(i X / n)`` to
+    ``ceil((i + 1) X / n)``.
+    """
+    if x.shape[1:3] == size:
+        return x
+    rows, columns = (
+        jnp.asarray(_windows(*sizes), jnp.float32) for sizes in zip(x.shape[1:3], size, strict=True)
+    )
+    pooled = jnp.einsum("xX,yY,BXYC->BxyC", rows, columns, x.astype(jnp.float32))
+    return pooled.astype(x.dtype)
+
+
+def _windows(old: int, new: int) -> np.ndarray:
+    """The weights [new, old] of averages along one axis."""
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        start, end = i * old // new, -(-(i + 1) * old // new)
+        matrix[i, start:end] = 1 / (end - start)
+    return matrix

@@ -20,6 +20,7 @@ from fmjax.data import (
     load_text,
 )
 from fmjax.data.batches import Buckets, batches
+from fmjax.data.images import ImageExamples
 
 HELD_OUT = 10  # one text in ten, when a file of training texts comes without validation texts
 
@@ -140,10 +141,10 @@ def evaluation_batches(
     )
 
 
-def labels_of(examples: TextExamples) -> np.ndarray:
+def labels_of(examples: TextExamples | ImageExamples) -> np.ndarray:
     """The labels, which must be there."""
     if examples.labels is None:
-        raise ValueError("the texts have no labels; name their column with label=")
+        raise ValueError("the examples have no labels; of a file, name their column with label=")
     return examples.labels
 
 

@@ -29,6 +29,7 @@ from fmjax.train import (
     jit_step,
     make_mesh,
     make_train_step,
+    muon,
     warmup_linear,
 )
 from fmjax.train.checkpoint import Checkpoints, saving
@@ -38,6 +39,7 @@ from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
 from fmjax.types import LossFn, TrainState, Variables
 
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 STOPPED = {"stopped": True}
 """The results of a run that a signal ended early; running again continues it."""
 
@@ -60,6 +62,8 @@ class Training:
     """Peak of a schedule that warms up and then falls linearly to 0."""
     warmup: float = 0.1
     """Share of the steps that warm up."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon learns from fewer tokens, at more computation a step."""
     weight_decay: float = 0.01
     """Of kernels and embeddings."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -152,7 +156,7 @@ def train(
     schedule = warmup_linear(
         settings.learning_rate, steps=steps, warmup=int(settings.warmup * steps)
     )
-    tx = adamw(schedule, weight_decay=settings.weight_decay)
+    tx = OPTIMIZERS[settings.optimizer](schedule, weight_decay=settings.weight_decay)
     if settings.precision == "bfloat16":
         loss = cast(loss, jnp.bfloat16)
     grad_fn = accumulate(gradient(loss), settings.microbatches)

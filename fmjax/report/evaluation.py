@@ -1,5 +1,6 @@
 """The report's sections on predictions: confusion, classes, calibration, the worst mistakes."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fmjax.report.run_folder import Predictions, Run
 _MAX_MATRIX = 20  # classes up to which a confusion matrix fits a page
 _MAX_MISTAKES = 20
 _MAX_TEXT = 280  # characters of a text that are shown at once
+_PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 
 
 def evaluated_split(run: Run) -> str | None:
@@ -296,7 +298,12 @@ def _regression(part: Predictions, predictions: np.ndarray, split: str) -> list[
 
 
 def _text(text: str) -> Markup:
-    """A text of the data set; `dir` keeps right-to-left texts from turning the row around."""
+    """A text of the data set; `dir` keeps right-to-left texts from turning the row around.
+
+    A picture, as `data:` URL of a PNG, is shown.
+    """
+    if _PICTURE.fullmatch(text):
+        return Markup(f'<img class="picture" src="{text}" alt="picture">')
     if len(text) <= _MAX_TEXT:
         return Markup(f'<span dir="auto">{escape(text)}</span>')
     return folded(

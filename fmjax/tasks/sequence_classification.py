@@ -1,4 +1,4 @@
-"""Sequence classification: one label, several labels or a number for each text."""
+"""Classification of whole texts or pictures: one label, several labels or a number for each."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ def problem_type_of(model: Any) -> str:
 def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> LossFn:
     """Cross-entropy, binary cross-entropy averaged over labels (both in nats), or squared error.
 
-    As Hugging Face's ``problem_type`` has it. Batches have ``labels``: int [B], float [B, C] of 0
-    and 1, or float [B] (or [B, C]); and ``weight`` float [B], 0 for padding rows.
+    As Hugging Face's ``problem_type`` has it. Batches have ``labels``: int [B] (or the classes'
+    shares, float [B, C], where examples are blended), float [B, C] of 0 and 1, or float [B] (or
+    [B, C]); and ``weight`` float [B], 0 for padding rows.
 
     Args:
-        model: with the head ``sequence_classification``.
+        model: with the head ``sequence_classification`` or ``image_classification``.
         train: whether dropout is on.
         label_smoothing: share of probability spread over all classes (Szegedy et al. 2016,
             arXiv:1512.00567, section 7); for single labels only.
@@ -66,10 +67,11 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         assert logits is not None
         metrics = {}
         if kind == SINGLE:
-            classes = logits.shape[-1]
-            targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), label_smoothing)
+            shares = jax.nn.one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels
+            targets = optax.smooth_labels(shares, label_smoothing)
             losses = optax.softmax_cross_entropy(logits, targets)  # [B]
-            metrics["accuracy"] = Mean.of(jnp.argmax(logits, -1) == labels, batch["weight"])
+            right = jnp.argmax(logits, -1) == jnp.argmax(shares, -1)
+            metrics["accuracy"] = Mean.of(right, batch["weight"])
         elif kind == MULTI:
             losses = optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=-1)
             right = ((logits > 0) == (labels > 0.5)).all(axis=-1)
@@ -118,7 +120,7 @@ def evaluate(
     """Predicts a whole set and measures it: accuracy, F1, calibration; or errors of a regression.
 
     Args:
-        model: with the head ``sequence_classification``.
+        model: with the head ``sequence_classification`` or ``image_classification``.
         variables: its variables.
         batches: one epoch, unshuffled.
         labels: the set's labels, in its order.

@@ -3,7 +3,7 @@
 from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.compile import jit_step, pmap_step
 from fmjax.train.loop import Event, Memory, evaluation, fit
-from fmjax.train.optim import adamw, decays, ema_of, track_ema, warmup_linear
+from fmjax.train.optim import adamw, decays, ema_of, muon, track_ema, warmup_linear
 from fmjax.train.recording import Recorder, progress, recording
 from fmjax.train.sharding import make_mesh, shardings
 from fmjax.train.signals import stop_signals
@@ -40,6 +40,7 @@ __all__ = [
     "make_eval_step",
     "make_mesh",
     "make_train_step",
+    "muon",
     "pmap_step",
     "progress",
     "recording",

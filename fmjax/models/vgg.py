@@ -1,0 +1,224 @@
+"""VGG (Simonyan & Zisserman 2014, arXiv:1409.1556): stacks of 3 x 3 convolutions with pooling
+between them, and dense layers. Torchvision's names of tensors, with batch normalisation or without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from fmjax.models import config_alone
+from fmjax.nn.conv import Conv, average_grid, max_pool
+from fmjax.nn.dropout import Dropout
+from fmjax.nn.linear import Dense
+from fmjax.nn.mlp import ACTIVATIONS, activation
+from fmjax.nn.norm import BatchNorm
+from fmjax.nn.vision import check_pixels, pair
+from fmjax.types import Output
+from fmjax.weights import (
+    Rule,
+    batch_norm_rules,
+    conv_rules,
+    dense_rules,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The fields of config.json; Hugging Face has no VGG, so they are our own.
+
+    Attributes:
+      image_size: what the model is traced on; images of other sizes are averaged to the same grid.
+      hidden_sizes, depths: of each stage, the features and how many convolutions it has.
+      batch_norm: whether each convolution is followed by batch normalisation.
+      pooled_size: rows and columns of the grid that the dense layers read.
+      dense_sizes: of the layers before the classifier; with none it reads the grid itself.
+      dropout: after each of them.
+    """
+
+    num_channels: int = 3
+    image_size: int | tuple[int, ...] = 224
+    hidden_sizes: tuple[int, ...] = (64, 128, 256, 512, 512)
+    depths: tuple[int, ...] = (2, 2, 3, 3, 3)
+    batch_norm: bool = False
+    hidden_act: str = "relu"
+    pooled_size: int | tuple[int, ...] = 7
+    dense_sizes: tuple[int, ...] = (4096, 4096)
+    dropout: float = 0.5
+    problem_type: str | None = None  # read by the task, not by the model
+    id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.hidden_act not in ACTIVATIONS:
+            problems.append(
+                f"hidden_act={self.hidden_act!r} is not known; use one of {list(ACTIVATIONS)}"
+            )
+        if not self.depths or len(self.depths) != len(self.hidden_sizes):
+            problems.append(
+                f"depths={self.depths} and hidden_sizes={self.hidden_sizes} must have one number "
+                "a stage each"
+            )
+        for name in ("depths", "hidden_sizes", "dense_sizes"):
+            if any(size < 1 for size in getattr(self, name)):
+                problems.append(f"{name}={getattr(self, name)} must be positive")
+        for name in ("image_size", "pooled_size"):
+            value = getattr(self, name)
+            if (len(value) if isinstance(value, tuple) else 2) != 2 or min(pair(value)) < 1:
+                problems.append(f"{name}={value} must be one number, or rows and columns")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout} must be at least 0 and below 1")
+        if problems:
+            family = type(self).__module__.rsplit(".", 1)[-1]
+            raise ValueError(f"{family} config: " + "; ".join(problems))
+
+
+MODEL_TYPE = "vgg"
+HEADS = {"model": "VGGModel", "image_classification": "VGGForImageClassification"}
+# Simonyan & Zisserman 2014, table 1, columns A, B, D, E; "-bn" is torchvision's.
+DEPTHS = {
+    "11": (1, 1, 2, 2, 2),
+    "13": (2, 2, 2, 2, 2),
+    "16": (2, 2, 3, 3, 3),
+    "19": (2, 2, 4, 4, 4),
+}
+VARIANTS = {
+    "tiny": Config(
+        image_size=8, hidden_sizes=(4, 6), depths=(1, 2), batch_norm=True, pooled_size=2,
+        dense_sizes=(10,),
+    ),
+    **{name: Config(depths=depths) for name, depths in DEPTHS.items()},
+    **{f"{name}-bn": Config(depths=depths, batch_norm=True) for name, depths in DEPTHS.items()},
+}  # fmt: skip
+
+
+class Model(nn.Module):
+    """VGG with one head.
+
+    Args:
+        config: the sizes.
+        head: a key of `HEADS`.
+        scan: has no effect: layers differ in shape.
+        remat: stages are recomputed in the backward pass.
+    """
+
+    config: Config
+    head: str = "model"
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        pixel_values: Array,
+        *,
+        train: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+            pixel_values: [B, X, Y, C], normalised.
+            train: whether dropout is on, which needs ``rngs={"dropout": key}``, and batch
+                normalisation uses the batch's own statistics and moves the running ones, which
+                needs ``mutable=["batch_stats"]``.
+            output_hidden_states: whether ``hidden_states`` is returned: each stage's output,
+                [B, X, Y, C].
+            output_attentions: has no effect: there are none.
+
+        Returns:
+            ``last_hidden_state`` [B, X, Y, C], the last stage's output, and ``pooler_output``
+            [B, D], the last dense layer's; or ``logits``.
+
+        Raises:
+            ValueError: an unknown head, or images of the wrong shape.
+        """
+        config = self.config
+        family = type(self).__module__.rsplit(".", 1)[-1]
+        if self.head not in HEADS:
+            raise ValueError(f"{family} has no head {self.head!r}; it has {sorted(HEADS)}")
+        check_pixels(pixel_values, config.num_channels)
+        if min(pixel_values.shape[1:3]) < (least := 2 ** len(config.depths)):
+            raise ValueError(
+                f"images of {pixel_values.shape[1:3]} are too small for {len(config.depths)} "
+                f"poolings by 2; they need {least} rows and columns"
+            )
+        act = activation(config.hidden_act)
+        x, states = pixel_values, []
+        stage = nn.remat(Stage) if self.remat else Stage
+        for number in range(len(config.depths)):
+            x = stage(config, number, train, name=f"stages_{number}")(x)
+            states.append(x)
+        y = average_grid(x, pair(config.pooled_size))
+        y = jnp.moveaxis(y, -1, 1).reshape(y.shape[0], -1)  # [B, C * X * Y], as PyTorch flattens
+        init = nn.initializers.normal(0.01)  # section 3.1
+        for number, width in enumerate(config.dense_sizes):
+            y = act(Dense(width, kernel_init=init, name=f"dense_{number}")(y))
+            y = Dropout(config.dropout)(y, train)
+        hidden_states = tuple(states) if output_hidden_states else None
+        if self.head == "model":
+            return Output(last_hidden_state=x, pooler_output=y, hidden_states=hidden_states)
+        logits = Dense(len(config.id2label), kernel_init=init, name="head")(y)
+        return Output(logits=logits.astype(jnp.float32), hidden_states=hidden_states)
+
+
+class Stage(nn.Module):
+    """Convolutions, each with its activation, and a pooling by 2."""
+
+    config: Config
+    number: int
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X / 2, Y / 2, O]
+        config = self.config
+        for i in range(config.depths[self.number]):
+            features = config.hidden_sizes[self.number]
+            x = Conv(features, 3, use_bias=True, name=f"conv_{i}")(x)
+            if config.batch_norm:
+                x = BatchNorm(self.train, name=f"norm_{i}")(x)
+            x = activation(config.hidden_act)(x)
+        return max_pool(x, 2, 2)
+
+
+def inputs(config: Config, head: str) -> dict[str, Array]:
+    """The smallest inputs that touch every parameter: what initialisation traces the model on."""
+    return {"pixel_values": jnp.zeros((1, *pair(config.image_size), config.num_channels))}
+
+
+PREFIX = ""
+FIXED = {}
+IGNORED = ()
+from_tensors = config_alone
+
+
+def rules(config: Config, head: str) -> list[Rule]:
+    """Parameters and the PyTorch tensors they are, for one head."""
+    table: list[Rule] = []
+    for param, place, kind in _features(config):
+        make = batch_norm_rules(param, f"features.{place}")
+        table += conv_rules(param, f"features.{place}", bias=True) if kind == "conv" else make
+    names = [f"dense_{i}" for i in range(len(config.dense_sizes))]
+    if head == "image_classification":
+        names.append("head")
+    for number, name in enumerate(names):
+        # Each dense layer is followed by its activation and dropout.
+        table += dense_rules(name, f"classifier.{3 * number}")
+    return table
+
+
+def _features(config: Config) -> Iterator[tuple[str, int, str]]:
+    """(parameter, number in torchvision's Sequential, kind) of each layer with parameters."""
+    place = 0
+    for stage, depth in enumerate(config.depths):
+        for i in range(depth):
+            yield f"stages_{stage}/conv_{i}", place, "conv"
+            if config.batch_norm:
+                yield f"stages_{stage}/norm_{i}", place + 1, "norm"
+            place += 2 + config.batch_norm  # the activation has a number too
+        place += 1  # and the pooling

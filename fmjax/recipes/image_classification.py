@@ -1,0 +1,208 @@
+"""Training an image classifier on a set of pictures, with everything a run leaves behind."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import fmjax.hub as hub
+from fmjax.data.augment import BatchFn, cutmix, each_image, erase, flip, mixup, shift_crop
+from fmjax.data.batches import batches
+from fmjax.data.images import ImageExamples
+from fmjax.data.splits import SPLITS
+from fmjax.recipes.texts import evaluation_batches, labels_of
+from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
+from fmjax.report import save_predictions
+from fmjax.tasks import sequence_classification as task
+from fmjax.tasks.apply import collect
+from fmjax.tasks.pixels import augmented, normalised
+from fmjax.types import TrainState
+
+SETS = ("fashion-mnist", "mnist-5k")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Training):
+    """Train an image classifier."""
+
+    data: str = "fashion-mnist"
+    """"fashion-mnist" (70,000 pictures of clothes) or "mnist-5k" (5,000 digits)."""
+    model: str = "cnn/mnist"
+    """FAMILY/VARIANT for new weights, or a folder or hub id."""
+    new: tuple[str, ...] = ("head/",)
+    """Of a folder or hub id, parameters to initialise afresh, by the start of their path."""
+    label_smoothing: float = 0.0
+    """Share of probability spread over all classes."""
+    flip: bool = False
+    """Left becomes right for half of the pictures."""
+    shift: int = 0
+    """Pixels that pictures are moved by at most, in each direction."""
+    erase: float = 0.0
+    """Share of the pictures of which a rectangle is painted over."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 for none."""
+
+
+def load_images(name: str) -> dict[str, ImageExamples]:
+    """The pictures of "train", "val" and "test".
+
+    Raises:
+        ValueError: there is no such set.
+        OSError: it cannot be fetched.
+    """
+    if name not in SETS:
+        raise ValueError(f"data={name!r} is no set of pictures; there are {list(SETS)}")
+    from fmjax.data.mnist import load_digits, load_fashion
+
+    load = load_fashion if name == "fashion-mnist" else load_digits
+    return {split: load(split) for split in SPLITS}
+
+
+def augmentation(settings: Settings, num_labels: int) -> list[BatchFn]:
+    """What the settings do to training batches."""
+    if settings.mixup and settings.cutmix:
+        raise ValueError(
+            f"mixup={settings.mixup} and cutmix={settings.cutmix} both blend labels: choose one"
+        )
+    of_image = [
+        *([flip()] if settings.flip else []),
+        *([shift_crop(settings.shift)] if settings.shift else []),
+        *([erase(settings.erase)] if settings.erase else []),
+    ]
+    return [
+        *([each_image(*of_image)] if of_image else []),
+        *([mixup(settings.mixup, num_labels)] if settings.mixup else []),
+        *([cutmix(settings.cutmix, num_labels)] if settings.cutmix else []),
+    ]
+
+
+def create_model(settings: Settings, label_names: Sequence[str]) -> tuple[Any, Any]:
+    """The model and its variables, as the settings name them."""
+    options: dict[str, Any] = {
+        "head": "image_classification",
+        "num_labels": label_names,
+        "scan": settings.scan,
+        "remat": settings.remat,
+        "rng": jax.random.key(settings.seed),
+    }
+    family, _, variant = settings.model.partition("/")
+    if family in hub.families() and variant:
+        return hub.create(family, variant, **options)
+    return hub.load(settings.model, new=settings.new, **options)
+
+
+def pixel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of pixels from 0 to 1."""
+    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+    values = np.arange(256) / 255
+    means = [float(np.average(values, weights=count)) for count in counts]
+    spreads = [
+        float(np.average((values - mean) ** 2, weights=count)) ** 0.5
+        for mean, count in zip(means, counts, strict=True)
+    ]
+    return means, [max(spread, 1e-6) for spread in spreads]
+
+
+def fit(settings: Settings) -> dict[str, Any]:
+    """Trains (or goes on training) and returns what results.json holds.
+
+    The run's folder gets run.json, metrics.jsonl, tb/, checkpoints/, predictions, results.json,
+    report.html and export/, whose preprocessor_config.json says how pixels are normalised.
+
+    Raises:
+        ValueError: settings that do not fit.
+        OSError: files that cannot be read or written.
+        FloatingPointError: the loss is not finite.
+    """
+    examples = load_images(settings.data)
+    names = examples["train"].label_names
+    model, variables = create_model(settings, names)
+    columns = {split: part.columns() for split, part in examples.items()}
+    mean, std = pixel_statistics(examples["train"].images)
+    functions = augmentation(settings, len(names))
+    loss = normalised(task.loss(model, label_smoothing=settings.label_smoothing), mean, std)
+    predict = jax.jit(normalised(task.predict(model), mean, std))
+    stream = batches(
+        columns["train"],
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+    def predictions(state: TrainState, split: str) -> np.ndarray:
+        once = evaluation_batches(columns[split], batch_size=256)
+        return collect(predict, weights_of(state), once, size=len(examples[split]))
+
+    def measure(state: TrainState, split: str) -> tuple[np.ndarray, dict[str, Any]]:
+        rows = predictions(state, split)
+        return rows, task.metrics_of(model, rows, labels_of(examples[split]))
+
+    state = train(
+        settings,
+        model,
+        variables,
+        augmented(loss, *functions) if functions else loss,
+        stream,
+        evaluate=lambda state: plain_numbers(measure(state, "val")[1]),
+        metric="accuracy",
+        mode="max",
+        about={
+            "source": settings.model,
+            "data": {
+                "source": settings.data,
+                "splits": {split: len(part) for split, part in examples.items()},
+                "label_names": list(names),
+                "problem_type": "single_label_classification",
+            },
+        },
+    )
+    if state is None:
+        return STOPPED
+    results: dict[str, Any] = {"best_step": int(state.step)}
+    for split in ("val", "test"):
+        rows, results[split] = measure(state, split)
+        save_predictions(
+            settings.output,
+            split,
+            labels=labels_of(examples[split]),
+            texts=[data_url(image) for image in examples[split].images],
+            probabilities=rows,
+        )
+    processor = image_processor(examples["train"].images.shape[1:], mean, std)
+    finish(settings.output, results, model, weights_of(state), processor)
+    return results
+
+
+def image_processor(shape: tuple[int, ...], mean: list[float], std: list[float]) -> Any:
+    """Hugging Face's processor of such pictures, for the folder that a run leaves.
+
+    Args:
+        shape: [X, Y, C] of the pictures.
+        mean, std: a number a channel.
+    """
+    from transformers import ViTImageProcessor
+
+    size = {"height": shape[0], "width": shape[1]}
+    return ViTImageProcessor(size=size, image_mean=mean, image_std=std)
+
+
+def data_url(image: np.ndarray) -> str:
+    """A picture as text, a PNG that the report shows.
+
+    Args:
+        image: uint8 [X, Y, C], gray or of three or four colours.
+    """
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

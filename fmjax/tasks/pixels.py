@@ -1,0 +1,63 @@
+"""Pictures as bytes into losses and predictions: normalised, and augmented, on the device.
+
+Batches carry uint8 pixels, a quarter of the traffic of float32, and every function of a batch can
+be given them: ``normalised(task.loss(model), mean, std)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fmjax.data.augment import BatchFn
+from fmjax.types import Aux, Batch, LossFn, Variables
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def to_floats(pixel_values: Any) -> Array:
+    """Bytes as float32 from 0 to 1; floats as they are."""
+    pixels = jnp.asarray(pixel_values)
+    return pixels.astype(jnp.float32) / 255 if pixels.dtype == jnp.uint8 else pixels
+
+
+def normalised(function: Function, mean: Sequence[float], std: Sequence[float]) -> Function:
+    """A loss or a prediction, ``(variables, batch, ...)``, of batches with pixels as they are.
+
+    Args:
+        function: expects ``pixel_values`` less the mean, divided by the standard deviation.
+        mean, std: of pixels from 0 to 1, a number a channel, or one for all.
+
+    Raises:
+        ValueError: a standard deviation that is not positive.
+    """
+    if min(std) <= 0:
+        raise ValueError(f"std is {std}; it must be positive")
+
+    def of_pixels(variables: Variables, batch: Batch, *rest: Any) -> Any:
+        pixels = (to_floats(batch["pixel_values"]) - jnp.array(mean)) / jnp.array(std)
+        return function(variables, {**batch, "pixel_values": pixels}, *rest)
+
+    return of_pixels  # pyright: ignore[reportReturnType]
+
+
+def augmented(loss: LossFn, *functions: BatchFn) -> LossFn:
+    """The loss of batches that have passed `functions`, each with a key of its own.
+
+    Pixels are floats from 0 to 1 for the functions and the loss; see `fmjax.data.augment`.
+    """
+
+    def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
+        if rng is None:
+            raise ValueError("an augmented loss draws random numbers: give it a key")
+        batch = {**batch, "pixel_values": to_floats(batch["pixel_values"])}
+        *keys, rng = jax.random.split(rng, len(functions) + 1)
+        for key, function in zip(keys, functions, strict=True):
+            batch = function(key, batch)
+        return loss(variables, batch, rng)
+
+    return loss_fn
