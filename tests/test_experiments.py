@@ -240,3 +240,38 @@ def test_sequence_to_sequence(name, score, tmp_path, capsys):
     assert results["test"]["nll"] < 4  # about log(60) before training
     assert "test" in capsys.readouterr().out
     assert (run / "export" / "generation_config.json").exists()
+
+
+def test_mnist_cnn(tmp_path, capsys):
+    """Pictures of two kinds of stripes, in folders, augmented; read by PyTorch's processor."""
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 48), ("val", 8), ("test", 9)):
+        for kind in ("columns", "rows"):
+            folder = tmp_path / "data" / split / kind
+            folder.mkdir(parents=True)
+            for number in range(count):
+                stripes = np.tile(rng.permutation([0, 0, 0, 255, 255, 255, 60, 190]), (8, 1))
+                picture = (stripes if kind == "columns" else stripes.T).astype(np.uint8)
+                Image.fromarray(picture).save(folder / f"{number}.png")
+    run = tmp_path / "run"
+    arguments = [
+        *("--output", str(run), "--data", str(tmp_path / "data"), "--model", "cnn/tiny"),
+        *("--epochs", "12", "--batch-size", "16", "--learning-rate", "2e-2", "--flip"),
+        *("--shift", "1", "--erase", "0.1"),
+    ]
+    experiment("mnist_cnn").main(arguments)
+    assert "test accuracy" in capsys.readouterr().out
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"]["accuracy"] > 0.85
+    assert (run / "export" / "model.safetensors").exists()
+    processor = AutoImageProcessor.from_pretrained(run / "export", use_fast=False)
+    picture = Image.open(tmp_path / "data" / "test" / "rows" / "0.png")
+    pixels = processor(picture, return_tensors="np")["pixel_values"]
+    assert abs(float(pixels.mean())) < 0.5
+    with pytest.raises(ValueError, match="both blend labels"):
+        experiment("mnist_cnn").main([*arguments, "--mixup", "0.2", "--cutmix", "1"])
+    with pytest.raises(FileNotFoundError, match="nor a folder with"):
+        experiment("mnist_cnn").main(["--output", str(run), "--data", "nowhere"])

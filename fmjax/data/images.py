@@ -1,9 +1,11 @@
-"""Pictures with labels."""
+"""Pictures with labels: from folders of files, one folder a class, or from a set's arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +61,23 @@ class ImageExamples:
         labels = None if self.labels is None else self.labels[chosen]
         return dataclasses.replace(self, images=self.images[chosen], labels=labels)
 
+    def with_channels(self, channels: int) -> ImageExamples:
+        """Gray pictures of coloured ones (ITU-R 601 luma, as Pillow's), or gray ones three times.
+
+        Raises:
+          ValueError: another change.
+        """
+        have = self.images.shape[-1]
+        if have == channels:
+            return self
+        if (have, channels) == (1, 3):
+            return dataclasses.replace(self, images=np.repeat(self.images, 3, axis=-1))
+        if (have, channels) == (3, 1):
+            # Pillow's integers: the weights times 2 to the 16th, and a half to round.
+            luma = self.images.astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000
+            return dataclasses.replace(self, images=(luma >> 16).astype(np.uint8)[..., None])
+        raise ValueError(f"pictures of {have} channels do not become ones of {channels}")
+
     def columns(self) -> Columns:
         """As they are batched: ``pixel_values`` uint8 [B, X, Y, C] and, if any, ``labels`` [B].
 
@@ -66,3 +85,72 @@ class ImageExamples:
         """
         labels = {} if self.labels is None else {"labels": self.labels}
         return Columns((), {"pixel_values": self.images, **labels})
+
+
+FILES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+"""Endings of the files that are read."""
+
+
+def read_images(
+    folder: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    label_names: Sequence[str] | None = None,
+) -> ImageExamples:
+    """The pictures of ``FOLDER/CLASS/*.png`` (or .jpg, ...), as RGB, in the order of their names.
+
+    Args:
+      folder: holds a folder for each class.
+      size: rows and columns that each picture is resized to: the shorter side fitted (bicubic) and
+        the middle cut out. None takes them as they are, all of one size.
+      label_names: the classes, such as those of the training pictures; by default the folders'.
+
+    Raises:
+      OSError: there is no such folder.
+      ValueError: no pictures, unknown classes, files that are no pictures, or of different sizes;
+        all of it is listed.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
+    found = sorted(path.name for path in root.iterdir() if path.is_dir())
+    names = tuple(found if label_names is None else label_names)
+    files = [
+        (path, name)
+        for name in found
+        for path in sorted((root / name).iterdir())
+        if path.suffix.lower() in FILES
+    ]
+    problems = [
+        f"the folder {name} is none of the classes {names}" for name in set(found) - {*names}
+    ]
+    if not files:
+        problems.append(f"there are no pictures; they must be {root}/CLASS/*{{{','.join(FILES)}}}")
+    images = []
+    for path, _ in files:
+        try:
+            images.append(_decoded(path, size))
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
+            problems.append(f"{path.relative_to(root)}: {error}")
+    if len(sizes := {image.shape[:2] for image in images}) > 1:
+        problems.append(
+            f"the pictures have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}; give size="
+        )
+    raise_problems(str(root), problems)
+    labels = np.array([names.index(name) for _, name in files], np.int32)
+    return ImageExamples(np.stack(images), labels, names)
+
+
+def _decoded(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [X, Y, 3]; transparent pixels are white."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        picture: Any = ImageOps.exif_transpose(file)
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("RGB")
+        if size is not None:
+            picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BICUBIC)
+        return np.asarray(picture)

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import fmjax.hub as hub
 from fmjax.data.augment import BatchFn, cutmix, each_image, erase, flip, mixup, shift_crop
 from fmjax.data.batches import batches
-from fmjax.data.images import ImageExamples
+from fmjax.data.images import ImageExamples, read_images
 from fmjax.data.splits import SPLITS
 from fmjax.recipes.texts import evaluation_batches, labels_of
 from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
@@ -32,7 +33,10 @@ class Settings(Training):
     """Train an image classifier."""
 
     data: str = "fashion-mnist"
-    """"fashion-mnist" (70,000 pictures of clothes) or "mnist-5k" (5,000 digits)."""
+    """"fashion-mnist" (70,000 pictures of clothes), "mnist-5k" (5,000 digits), or a folder with
+    train/CLASS/*.png, and val/ and test/ like it."""
+    image_size: int | None = None
+    """Rows and columns that a folder's pictures are resized to; None takes them as they are."""
     model: str = "cnn/mnist"
     """FAMILY/VARIANT for new weights, or a folder or hub id."""
     new: tuple[str, ...] = ("head/",)
@@ -51,18 +55,31 @@ class Settings(Training):
     """Alpha of cutmix; 0 for none."""
 
 
-def load_images(name: str) -> dict[str, ImageExamples]:
+def load_images(settings: Settings) -> dict[str, ImageExamples]:
     """The pictures of "train", "val" and "test".
 
     Raises:
-        ValueError: there is no such set.
-        OSError: it cannot be fetched.
+        ValueError: pictures that do not fit.
+        OSError: they cannot be fetched or read.
     """
-    if name not in SETS:
-        raise ValueError(f"data={name!r} is no set of pictures; there are {list(SETS)}")
+    if settings.data not in SETS:
+        root = Path(settings.data).expanduser()
+        if missing := [split for split in SPLITS if not (root / split).is_dir()]:
+            raise FileNotFoundError(
+                f"data={settings.data!r} is neither of {list(SETS)} nor a folder with {missing}"
+            )
+        size = None if settings.image_size is None else (settings.image_size, settings.image_size)
+        train = read_images(root / "train", size=size)
+        names = train.label_names
+        return {"train": train} | {
+            split: read_images(root / split, size=size, label_names=names)
+            for split in ("val", "test")
+        }
+    if settings.image_size is not None:
+        raise ValueError(f"image_size={settings.image_size} is for pictures in a folder")
     from fmjax.data.mnist import load_digits, load_fashion
 
-    load = load_fashion if name == "fashion-mnist" else load_digits
+    load = load_fashion if settings.data == "fashion-mnist" else load_digits
     return {split: load(split) for split in SPLITS}
 
 
@@ -122,9 +139,11 @@ def fit(settings: Settings) -> dict[str, Any]:
         OSError: files that cannot be read or written.
         FloatingPointError: the loss is not finite.
     """
-    examples = load_images(settings.data)
+    examples = load_images(settings)
     names = examples["train"].label_names
     model, variables = create_model(settings, names)
+    channels = model.config.num_channels
+    examples = {split: part.with_channels(channels) for split, part in examples.items()}
     columns = {split: part.columns() for split, part in examples.items()}
     mean, std = pixel_statistics(examples["train"].images)
     functions = augmentation(settings, len(names))
@@ -189,10 +208,10 @@ def image_processor(shape: tuple[int, ...], mean: list[float], std: list[float])
         shape: [X, Y, C] of the pictures.
         mean, std: a number a channel.
     """
-    from transformers import ViTImageProcessor
+    from transformers import ViTImageProcessorPil
 
     size = {"height": shape[0], "width": shape[1]}
-    return ViTImageProcessor(size=size, image_mean=mean, image_std=std)
+    return ViTImageProcessorPil(size=size, image_mean=mean, image_std=std)
 
 
 def data_url(image: np.ndarray) -> str:

@@ -1,0 +1,85 @@
+"""Bytes into losses and predictions, normalised and augmented."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fmjax
+from fmjax.data.augment import each_image, flip, mixup
+from fmjax.tasks import sequence_classification as task
+from fmjax.tasks.pixels import augmented, normalised
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return fmjax.create(
+        "cnn", "tiny", head="image_classification", num_labels=3, rng=jax.random.key(0)
+    )
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "pixel_values": rng.integers(0, 256, (4, 8, 8, 1), dtype=np.uint8),
+        "labels": np.array([0, 1, 2, 0]),
+        "weight": np.array([1, 1, 1, 0], np.float32),
+    }
+
+
+def test_bytes_and_floats_are_normalised_alike(classifier, batch):
+    model, variables = classifier
+    mean, std = [0.3], [0.2]
+    loss = task.loss(model, train=False)
+    pixels = (batch["pixel_values"] / 255 - 0.3) / 0.2
+    expected, _ = loss(variables, {**batch, "pixel_values": pixels.astype(np.float32)}, None)
+    ours, _ = normalised(loss, mean, std)(variables, batch, None)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    floats = {**batch, "pixel_values": (batch["pixel_values"] / 255).astype(np.float32)}
+    np.testing.assert_allclose(
+        normalised(loss, mean, std)(variables, floats, None)[0], ours, rtol=1e-6
+    )
+    predict = normalised(task.predict(model), mean, std)
+    assert predict(variables, batch).shape == (4, 3)
+    with pytest.raises(ValueError, match="std is"):
+        normalised(loss, [0.5], [0.0])
+
+
+def test_nothing_done_is_the_loss_itself(classifier, batch):
+    model, variables = classifier
+    loss = normalised(task.loss(model, train=False), [0.5], [0.5])
+    expected, _ = loss(variables, batch, None)
+    never = each_image(flip(0.0))
+    for functions in ((), (never,)):
+        ours, _ = augmented(loss, *functions)(variables, batch, jax.random.key(0))
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    turned = {**batch, "pixel_values": batch["pixel_values"][:, :, ::-1]}
+    expected, _ = loss(variables, turned, None)
+    ours, _ = augmented(loss, each_image(flip(1.0)))(variables, batch, jax.random.key(0))
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="give it a key"):
+        augmented(loss)(variables, batch, None)
+
+
+def test_blended_labels_are_shares_of_cross_entropies(classifier, batch):
+    model, variables = classifier
+    loss = task.loss(model, train=False)
+    batch = {**batch, "pixel_values": jnp.asarray(batch["pixel_values"] / 255, jnp.float32)}
+    blended = mixup(0.5, 3)(jax.random.key(3), batch)
+    value, aux = loss(variables, blended, None)
+    logits = model.apply(variables, blended["pixel_values"]).logits
+    each = -np.sum(np.asarray(blended["labels"]) * np.asarray(jax.nn.log_softmax(logits)), axis=1)
+    np.testing.assert_allclose(value, each[:3].mean(), rtol=1e-5)
+    right = np.argmax(logits, 1)[:3] == np.argmax(blended["labels"], 1)[:3]
+    np.testing.assert_allclose(aux.metrics["accuracy"].value, right.mean(), rtol=1e-6)
+
+
+def test_indices_and_their_shares_have_one_loss(classifier, batch):
+    model, variables = classifier
+    loss = task.loss(model, train=False, label_smoothing=0.1)
+    batch["pixel_values"] = batch["pixel_values"] / np.float32(255)
+    shares = {**batch, "labels": np.eye(3, dtype=np.float32)[batch["labels"]]}
+    np.testing.assert_allclose(
+        loss(variables, batch, None)[0], loss(variables, shares, None)[0], rtol=1e-6
+    )
