@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from fmjax.nn.linear import add_bias, matmul
 from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
 
+Around = tuple[tuple[int, int], tuple[int, int]]
+"""Zeros before and after the rows, and before and after the columns."""
 # He et al. 2015, arXiv:1502.01852, eq. 10 with the number of outputs, as PyTorch's ResNets have it.
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -27,6 +30,8 @@ class Conv(nn.Module):
         stride: pixels between windows.
         kernel_init: initializer of the kernel [X, Y, I, O].
         use_bias: whether a bias is added.
+        around: zeros put before and after the rows, and the columns; None is half a window on each
+            side, as PyTorch has it.
     """
 
     features: int
@@ -34,6 +39,7 @@ class Conv(nn.Module):
     stride: int = 1
     kernel_init: Callable[..., Array] = KAIMING
     use_bias: bool = False
+    around: Around | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
@@ -43,13 +49,11 @@ class Conv(nn.Module):
             # XLA's CPU convolutions are slow, and this one is a product.
             y = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
         else:
-            around = (self.size // 2, self.size // 2)  # on each side alike, as PyTorch has it
-            y = jax.lax.conv_general_dilated(
+            y = _convolution(
                 x,
                 kernel.astype(x.dtype),
-                window_strides=(self.stride, self.stride),
-                padding=(around, around),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                stride=self.stride,
+                around=half_a_window(self.size) if self.around is None else self.around,
             )
         if self.use_bias:
             y = add_bias(
@@ -58,25 +62,107 @@ class Conv(nn.Module):
         return y.astype(x.dtype)
 
 
+class DepthwiseConv(nn.Module):
+    """A convolution of each feature by itself, without bias, in x's dtype.
+
+    Args:
+        size, stride, kernel_init, around: see `Conv`; the kernel is [X, Y, 1, C].
+    """
+
+    size: int
+    stride: int = 1
+    kernel_init: Callable[..., Array] = KAIMING
+    around: Around | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [B, X, Y, C] -> [B, X', Y', C]
+        kernel = self.param("kernel", self.kernel_init, (self.size, self.size, 1, x.shape[-1]))
+        around = half_a_window(self.size) if self.around is None else self.around
+        options = {"stride": self.stride, "around": around}
+        return jax.lax.platform_dependent(
+            x,
+            kernel.astype(x.dtype),
+            # XLA's CPU convolution of many groups takes them one by one.
+            cpu=partial(_shifted_products, **options),
+            default=partial(_convolution, **options, groups=x.shape[-1]),
+        )
+
+
+def _shifted_products(x: Array, kernel: Array, *, stride: int, around: Around) -> Array:
+    """A depthwise convolution as the sum of the shifted image times a row of the kernel each."""
+    x = jnp.pad(x, ((0, 0), *around, (0, 0)))
+    size = kernel.shape[0]
+    rows, columns = ((length - size) // stride * stride + 1 for length in x.shape[1:3])
+    total = jnp.zeros((), jnp.float32)
+    for i in range(size):
+        for j in range(size):
+            part = x[:, i : i + rows : stride, j : j + columns : stride]
+            total = total + part.astype(jnp.float32) * kernel[i, j, 0].astype(jnp.float32)
+    return total.astype(x.dtype)
+
+
+def _convolution(x: Array, kernel: Array, *, stride: int, around: Around, groups: int = 1) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=around,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def half_a_window(size: int) -> Around:
+    """Zeros on each side alike, by which an image keeps its size."""
+    return (size // 2, size // 2), (size // 2, size // 2)
+
+
+def same_padding(image: tuple[int, ...], size: int, stride: int) -> Around:
+    """TensorFlow's "SAME": as many windows as strides fit, an odd zero at the end.
+
+    Args:
+        image: its rows and columns.
+        size: of the window.
+        stride: between windows.
+    """
+    total = [max((-(-length // stride) - 1) * stride + size - length, 0) for length in image]
+    rows, columns = ((zeros // 2, zeros - zeros // 2) for zeros in total)
+    return rows, columns
+
+
 class ConvNorm(nn.Module):
     """A convolution, batch normalisation, and an activation.
 
     Args:
-        features, size, stride: see `Conv`.
+        features, size, stride, kernel_init, around: see `Conv`; no features is a `DepthwiseConv`.
         act: name of the activation, as in config.json; None for none.
         train: whether the batch's own statistics are used.
+        epsilon, momentum: of the normalisation.
     """
 
-    features: int
+    features: int | None
     size: int
     stride: int = 1
     act: str | None = None
     train: bool = False
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+    kernel_init: Callable[..., Array] = KAIMING
+    around: Around | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
-        x = Conv(self.features, self.size, self.stride, name="conv")(x)
-        x = BatchNorm(self.train, name="norm")(x)
+        options = {
+            "stride": self.stride,
+            "kernel_init": self.kernel_init,
+            "around": self.around,
+            "name": "conv",
+        }
+        if self.features is None:
+            x = DepthwiseConv(self.size, **options)(x)
+        else:
+            x = Conv(self.features, self.size, **options)(x)
+        x = BatchNorm(self.train, self.epsilon, self.momentum, name="norm")(x)
         return x if self.act is None else activation(self.act)(x)
 
 
