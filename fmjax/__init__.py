@@ -6,7 +6,14 @@
 """
 
 from fmjax.generate import GenerationConfig, generate, stream
-from fmjax.hub import create, load, load_generation_config, load_tokenizer, save
+from fmjax.hub import (
+    create,
+    load,
+    load_generation_config,
+    load_tokenizer,
+    load_weights,
+    save,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "load",
     "load_generation_config",
     "load_tokenizer",
+    "load_weights",
     "save",
     "stream",
 ]

@@ -33,9 +33,15 @@ class Convert:
     """Turn any readable checkpoint (Flax msgpack, PyTorch .bin, ...) into safetensors."""
 
     source: ModelArg
-    """A folder or hub id."""
+    """A folder or hub id, or, with --like, a file."""
     target: Annotated[Path, tyro.conf.Positional]
     """The new folder: PyTorch-named safetensors, config.json and tokenizer."""
+    like: str | None = None
+    """FAMILY/VARIANT, where the source is a file of weights alone (torchvision, timm)."""
+    head: str | None = None
+    """Which head the weights have; by default what config.json says."""
+    labels: str | None = None
+    """How many labels the head has, a file with a name a line, or "imagenet"."""
     max_shard_size: str = "5GB"
     """Above this the weights are sharded."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -244,9 +250,8 @@ def info(args: Info) -> None:
 def convert(args: Convert) -> None:
     from fmjax.recipes.checkpoints import convert_checkpoint
 
-    for line in convert_checkpoint(
-        args.source, args.target, max_shard_size=args.max_shard_size, dtype=args.dtype
-    ):
+    options = dataclasses.asdict(args)
+    for line in convert_checkpoint(options.pop("source"), options.pop("target"), **options):
         print(line)
 
 

@@ -72,16 +72,7 @@ def create(
         ValueError: an unknown family, variant or head.
     """
     family = family_of(model_type)
-    config = variant_or_config
-    if isinstance(config, str):
-        if config not in family.VARIANTS:
-            raise ValueError(
-                f"{model_type} has no variant {config!r}; it has {list(family.VARIANTS)}, or pass "
-                f"a fmjax.models.{family.__name__.rsplit('.', 1)[-1]}.Config"
-            )
-        config = family.VARIANTS[config]
-    elif not isinstance(config, family.Config):
-        raise ValueError(f"{config!r} is neither a variant's name nor a {model_type} Config")
+    config = _config_of(family, variant_or_config)
     config = _with_labels(config, num_labels)
     _check_head(model_type, family, head)
     model = family.Model(config, head=head, scan=scan, remat=remat)
@@ -96,6 +87,23 @@ def create(
         layers = layer_paths(path, leaf.shape)
         flat[path] = draw_as(path) if layers is None else jnp.stack([*map(draw_as, layers)])
     return model, unflatten(flat)
+
+
+def _config_of(family: ModuleType, variant_or_config: Any) -> Any:
+    """The Config, or that of a variant's name."""
+    model_type = family.MODEL_TYPE
+    if isinstance(variant_or_config, family.Config):
+        return variant_or_config
+    if not isinstance(variant_or_config, str):
+        raise ValueError(
+            f"{variant_or_config!r} is neither a variant's name nor a {model_type} Config"
+        )
+    if variant_or_config not in family.VARIANTS:
+        raise ValueError(
+            f"{model_type} has no variant {variant_or_config!r}; it has {list(family.VARIANTS)}, "
+            f"or pass a fmjax.models.{family.__name__.rsplit('.', 1)[-1]}.Config"
+        )
+    return family.VARIANTS[variant_or_config]
 
 
 def abstract_variables(model: Any) -> Variables:
@@ -172,8 +180,59 @@ def load(
     config = _with_labels(parse_config(family.Config, data, family.FIXED), num_labels)
     if head is None:
         head = _head_of(data, family, folder)
-    _check_head(model_type, family, head)
-    with open_checkpoint(folder) as checkpoint:
+    return _read(folder, family, config, head, new, dtype, scan, remat, shardings, rng)
+
+
+def load_weights(
+    file: str | Path,
+    model_type: str,
+    variant_or_config: Any,
+    *,
+    head: str = "model",
+    num_labels: int | Sequence[str] | None = None,
+    new: Sequence[str] = (),
+    dtype: Any = None,
+    scan: bool = False,
+    remat: bool = False,
+    shardings: PyTree | Callable[[Variables], PyTree] = None,
+    rng: Array | None = None,
+) -> tuple[Any, Variables]:
+    """A model and its weights from a file that stands alone, such as torchvision's state dicts.
+
+    Args:
+        file: .safetensors, .pth, .pt, .bin or .msgpack; no code in it is run.
+        model_type, variant_or_config, head, num_labels: of the model, as in `create`.
+        new, dtype, scan, remat, shardings, rng: as in `load`.
+
+    Returns:
+        (model, variables).
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: an unknown model, or a tensor or shape that does not fit; everything wrong is
+            listed.
+    """
+    family = family_of(model_type)
+    config = _with_labels(_config_of(family, variant_or_config), num_labels)
+    place = Path(file).expanduser()
+    return _read(place, family, config, head, new, dtype, scan, remat, shardings, rng)
+
+
+def _read(
+    place: Path,
+    family: ModuleType,
+    config: Any,
+    head: str,
+    new: Sequence[str],
+    dtype: Any,
+    scan: bool,
+    remat: bool,
+    shardings: PyTree | Callable[[Variables], PyTree],
+    rng: Array | None,
+) -> tuple[Any, Variables]:
+    """The model of a config and its weights in a folder or file."""
+    _check_head(family.MODEL_TYPE, family, head)
+    with open_checkpoint(place) as checkpoint:
         tensors = modern_names(checkpoint.tensors)
         config = family.from_tensors(config, head, tensors)
         model = family.Model(config, head=head, scan=scan, remat=remat)

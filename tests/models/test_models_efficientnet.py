@@ -30,7 +30,8 @@ from fmjax.weights import export_params
 SMALL = efficientnet.Config(
     num_channels=2, image_size=20, width_coefficient=0.25, depth_coefficient=1.5, depth_divisor=4,
     kernel_sizes=(3, 5), in_channels=(32, 16), out_channels=(16, 24), strides=(2, 2),
-    num_block_repeats=(1, 1), expand_ratios=(1, 3), hidden_dim=320, depthwise_padding=(2,), dropout_rate=0.0, drop_connect_rate=0.0, id2label=("a", "b", "c"),
+    num_block_repeats=(1, 1), expand_ratios=(1, 3), hidden_dim=320, depthwise_padding=(2,),
+    dropout_rate=0.0, drop_connect_rate=0.0, id2label=("a", "b", "c"),
 )  # fmt: skip
 ODD = dataclasses.replace(SMALL, hidden_act="relu", pooling_type="max", depthwise_padding=(0,))
 
