@@ -348,11 +348,17 @@ def _known_names(family: ModuleType, config: Any, head: str, names: Iterable[str
     def kind(name: str) -> str:  # "model.decoder.layers.7.fc1.bias" -> "decoder.layers.#.fc1.bias"
         return re.sub(r"(?<=\.)(\d+|\{\w+\})(?=\.)", "#", name.removeprefix(family.PREFIX))
 
-    def kinds(head: str) -> set[str]:
-        return {kind(name) for rule in family.rules(config, head) for name in rule.tensor_names()}
+    def read_by(head: str) -> set[str]:
+        return {name for rule in family.rules(config, head) for name in rule.tensor_names()}
 
-    others = set().union(*(kinds(other) for other in family.HEADS)) - kinds(head)
-    return {name for name in names if kind(name) in others}
+    own = read_by(head)
+    foreign = set().union(*(read_by(other) for other in family.HEADS)) - own
+    kinds = set(map(kind, foreign)) - set(map(kind, own))
+    exact = {name.removeprefix(family.PREFIX) for name in foreign}
+    exact -= {name.removeprefix(family.PREFIX) for name in own}
+    return {
+        name for name in names if kind(name) in kinds or name.removeprefix(family.PREFIX) in exact
+    }
 
 
 def _dtype_for(have: Any, wanted: Any) -> Any:

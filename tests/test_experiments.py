@@ -267,10 +267,28 @@ def test_mnist_cnn(tmp_path, capsys):
     results = json.loads((run / "results.json").read_text())
     assert results["test"]["accuracy"] > 0.85
     assert (run / "export" / "model.safetensors").exists()
-    processor = AutoImageProcessor.from_pretrained(run / "export", use_fast=False)
+    processor = AutoImageProcessor.from_pretrained(run / "export", backend="pil")
     picture = Image.open(tmp_path / "data" / "test" / "rows" / "0.png")
     pixels = processor(picture, return_tensors="np")["pixel_values"]
     assert abs(float(pixels.mean())) < 0.5
+    # The model it left, fine-tuned and probed.
+    other = tmp_path / "other"
+    experiment("finetune_image").main(
+        [
+            *("--output", str(other), "--data", str(tmp_path / "data"), "--no-photos"),
+            *("--model", str(run / "export"), "--image-size", "8", "--epochs", "4"),
+            *("--batch-size", "16", "--shift", "0", "--learning-rate", "2e-2", "--scratch", "None"),
+        ]
+    )
+    compared = json.loads((other / "results.json").read_text())
+    for name in ("finetuned", "linear probe"):
+        assert compared[name]["test"]["accuracy"] > 0.85, name
+    assert "linear probe: val accuracy" in capsys.readouterr().out
+    settings = [
+        json.loads((r / "export" / "preprocessor_config.json").read_text())
+        for r in (run, other / "finetuned")
+    ]
+    assert settings[0]["image_mean"] == settings[1]["image_mean"]
     with pytest.raises(ValueError, match="both blend labels"):
         experiment("mnist_cnn").main([*arguments, "--mixup", "0.2", "--cutmix", "1"])
     with pytest.raises(FileNotFoundError, match="nor a folder with"):

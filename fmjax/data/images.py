@@ -147,10 +147,27 @@ def _decoded(path: Path, size: tuple[int, int] | None) -> np.ndarray:
 
     with Image.open(path) as file:
         picture: Any = ImageOps.exif_transpose(file)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")
-        if size is not None:
-            picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BICUBIC)
-        return np.asarray(picture)
+        mode = "RGBA" if picture.has_transparency_data else "RGB"
+        pixels = on_white(np.asarray(picture.convert(mode)))
+    return pixels if size is None else resized(pixels, size)
+
+
+def on_white(image: np.ndarray) -> np.ndarray:
+    """uint8 [X, Y, 3] of a picture [X, Y, 4] with transparency; one without stays."""
+    if image.shape[-1] == 3:
+        return image
+    from PIL import Image
+
+    picture = Image.fromarray(image, "RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The middle of a picture uint8 [X, Y, 3], its shorter side fitted (bicubic): [*size, 3]."""
+    if image.shape[:2] == size:
+        return image
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.fit(Image.fromarray(image), (size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(picture)

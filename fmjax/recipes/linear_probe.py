@@ -12,6 +12,7 @@ import numpy as np
 import fmjax.hub as hub
 from fmjax.data import EncodedText, TextExamples
 from fmjax.data.batches import shared_buckets
+from fmjax.data.images import ImageExamples
 from fmjax.metrics.classification import classification_metrics
 from fmjax.recipes.texts import evaluation_batches, labels_of
 from fmjax.tasks.apply import collect, once
@@ -86,7 +87,19 @@ def probe(
     """
     model, variables = hub.load(source, head="model")
     vectors = features(model, variables, encoded, pad_id, pooling=pooling)
-    labels = {split: labels_of(texts) for split, texts in examples.items()}
+    return measure_probe(vectors, examples)
+
+
+def measure_probe(
+    vectors: Mapping[str, np.ndarray], examples: Mapping[str, TextExamples | ImageExamples]
+) -> dict[str, dict[str, Any]]:
+    """Metrics of a linear probe on "val" and, if there is one, "test".
+
+    Args:
+        vectors: features [N, D] of each split.
+        examples: whose they are.
+    """
+    labels = {split: labels_of(part) for split, part in examples.items()}
     fitted = fit_probe(vectors, labels)
     names: Sequence[str] = examples["train"].label_names
     return {
@@ -99,7 +112,7 @@ def probe(
 
 
 def complete(fitted: Any, vectors: np.ndarray, classes: int) -> np.ndarray:
-    """Probabilities [N, C], 0 for classes that the training texts do not have."""
+    """Probabilities [N, C], 0 for classes that the training examples do not have."""
     rows = np.zeros((len(vectors), classes), np.float32)
     rows[:, fitted.classes_] = fitted.predict_proba(vectors)
     return rows

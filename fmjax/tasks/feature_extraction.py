@@ -1,4 +1,4 @@
-"""Feature extraction: one vector for each text from a frozen encoder."""
+"""Feature extraction: one vector for each text or picture from a frozen encoder."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ def encoder(model: Any, *, pooling: str = "mean", normalize: bool = False) -> En
                 f"the model has the head {model.head!r}, which returns no last_hidden_state; load "
                 'it with head="model"'
             )
-        hidden = hidden.astype(jnp.float32)  # [B, T, D]
-        keep = jnp.asarray(batch["attention_mask"]).astype(bool)[..., None]  # [B, T, 1]
+        # [B, T, D]; of pictures T are patches, or the places of a grid, and all are kept.
+        hidden = hidden.astype(jnp.float32).reshape(hidden.shape[0], -1, hidden.shape[-1])
+        mask = batch.get("attention_mask")
+        keep = jnp.ones(hidden.shape[:2], bool) if mask is None else jnp.asarray(mask).astype(bool)
+        keep = keep[..., None]  # [B, T, 1]
         if pooling == "mean":
             total = jnp.where(keep, hidden, 0.0).sum(axis=1)
             vectors = total / jnp.maximum(keep.sum(axis=1), 1)

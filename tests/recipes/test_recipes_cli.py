@@ -147,3 +147,32 @@ def test_unknown_options_end_with_2(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["finetune", "--outptu", "x"])
     assert exit_.value.code == 2
+
+
+def test_a_file_of_weights_alone_is_converted(tmp_path, capsys):
+    """As torchvision has them: a state dict, and nothing that says of what."""
+    import jax
+    import torch
+
+    names = ["cat", "dog", "a bird"]
+    model, variables = fmjax.create(
+        "vgg", "tiny", head="image_classification", num_labels=names, rng=jax.random.key(0)
+    )
+    fmjax.save(tmp_path / "known", model, variables)
+    from safetensors.torch import load_file
+
+    file = tmp_path / "vgg.pth"
+    torch.save(load_file(tmp_path / "known" / "model.safetensors"), file)
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    like = ["--like", "vgg/tiny", "--head", "image_classification"]
+    command = ["convert", str(file), str(tmp_path / "new"), *like]
+    assert main([*command, "--labels", str(tmp_path / "names.txt")]) == 0
+    assert "vgg with head image_classification" in capsys.readouterr().out
+    again, read = fmjax.load(tmp_path / "new")
+    assert again == model
+    for leaf, other in zip(jax.tree.leaves(variables), jax.tree.leaves(read), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+    assert "classifier.3.weight" in refused(capsys, *command, "--labels", "4")
+    assert "like=FAMILY/VARIANT" in refused(capsys, *command[:3])
+    assert "has no variant '99'" in refused(capsys, *command[:3], "--like", "vgg/99")
+    assert "neither a number" in refused(capsys, *command, "--labels", "nowhere.txt")

@@ -8,6 +8,7 @@ import pytest
 import fmjax
 from fmjax.data.augment import each_image, flip, mixup
 from fmjax.tasks import sequence_classification as task
+from fmjax.tasks.feature_extraction import embed
 from fmjax.tasks.pixels import augmented, normalised
 
 
@@ -83,3 +84,17 @@ def test_indices_and_their_shares_have_one_loss(classifier, batch):
     np.testing.assert_allclose(
         loss(variables, batch, None)[0], loss(variables, shares, None)[0], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "pooler"])
+def test_pictures_have_features(pooling, batch):
+    """Of convnets the mean over the grid, of transformers that over the tokens."""
+    batch = {k: v for k, v in batch.items() if k == "pixel_values"}
+    batch["pixel_values"] = np.repeat(batch["pixel_values"], 3, axis=-1) / np.float32(255)
+    for family in ("resnet", "vit"):
+        model, variables = fmjax.create(family, "tiny", rng=jax.random.key(0))
+        vectors = embed(model, pooling=pooling)(variables, batch)
+        out = model.apply(variables, batch["pixel_values"])
+        flat = out.last_hidden_state.reshape(4, -1, vectors.shape[-1])
+        expected = {"mean": flat.mean(1), "max": flat.max(1), "pooler": out.pooler_output}
+        np.testing.assert_allclose(vectors, expected[pooling], atol=1e-5)
