@@ -268,7 +268,7 @@ def test_mnist_cnn(stripes, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = [
         *("--output", str(run), "--data", str(stripes), "--model", "cnn/tiny"),
-        *("--epochs", "12", "--batch-size", "16", "--learning-rate", "2e-2", "--flip"),
+        *("--epochs", "3", "--batch-size", "4", "--learning-rate", "1e-2", "--flip"),
         *("--shift", "1", "--erase", "0.1"),
     ]
     experiment("mnist_cnn").main(arguments)
@@ -285,8 +285,8 @@ def test_mnist_cnn(stripes, tmp_path, capsys):
     experiment("finetune_image").main(
         [
             *("--output", str(other), "--data", str(stripes), "--no-photos"),
-            *("--model", str(run / "export"), "--image-size", "8", "--epochs", "4"),
-            *("--batch-size", "16", "--shift", "0", "--learning-rate", "2e-2", "--scratch", "None"),
+            *("--model", str(run / "export"), "--image-size", "8", "--epochs", "2"),
+            *("--batch-size", "4", "--shift", "0", "--learning-rate", "1e-2", "--scratch", "None"),
         ]
     )
     compared = json.loads((other / "results.json").read_text())
@@ -309,7 +309,7 @@ def test_pretrain_mae(stripes, tmp_path, capsys):
     experiment("pretrain_mae").main(
         [
             *("--output", str(run), "--data", str(stripes), "--patch", "2", "--layers", "1"),
-            *("--width", "32", "--epochs", "8", "--batch-size", "16", "--learning-rate", "2e-2"),
+            *("--width", "32", "--epochs", "3", "--batch-size", "4", "--learning-rate", "1e-2"),
         ]
     )
     results = json.loads((run / "results.json").read_text())
