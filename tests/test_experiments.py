@@ -43,7 +43,7 @@ def write_tagged(folder):
     """Words of two kinds, whose tag is their kind, in three files in columns."""
     rng = np.random.default_rng(0)
     kinds = {"A": "wonderful lovely great".split(), "N": "film story actor plot".split()}
-    for split, count in (("train", 60), ("val", 10), ("test", 10)):
+    for split, count in (("train", 120), ("val", 10), ("test", 10)):
         lines = []
         for _ in range(count):
             for _ in range(rng.integers(2, 7)):  # with [CLS] and [SEP], one bucket
@@ -63,8 +63,9 @@ def test_pos_tagging(tiny_bert, tmp_path, capsys):
     ]
     experiment("pos_tagging").main(
         [
-            *("--output", str(run), "--model", str(tiny_bert), *files, "--epochs", "12"),
+            *("--output", str(run), "--model", str(tiny_bert), *files, "--epochs", "6"),
             *("--batch-size", "8", "--learning-rate", "1e-2", "--max-length", "16"),
+            *("--evaluations", "1"),
         ]
     )
     results = json.loads((run / "results.json").read_text())
@@ -125,7 +126,7 @@ def test_pretrain_bert(corpus, tmp_path, capsys):
         [
             *("--output", str(run), *corpus, *files, "--vocab-size", "120", "--layers", "1"),
             *("--width", "32", "--max-length", "24", "--batch-size", "8", "--copies", "6"),
-            *("--learning-rate", "1e-2", "--tagged-epochs", "2"),
+            *("--learning-rate", "1e-2", "--tagged-epochs", "1", "--evaluations", "1"),
         ]
     )
     results = json.loads((run / "results.json").read_text())
@@ -156,15 +157,15 @@ def test_retrieval(tiny_bert, tmp_path, capsys):
         return [(query, f"{passage} {other}") for query, passage in pairs for other in others]
 
     files = write_pairs(
-        tmp_path, ("query", "passage"), data=rows(*["wonderful", "dull", "great"] * 4),
+        tmp_path, ("query", "passage"), data=rows(*["wonderful", "dull", "great"] * 10),
         val=rows("lovely"), test=rows("awful"),
     )  # fmt: skip
     run = tmp_path / "run"
     experiment("retrieval").main(
         [
             *("--output", str(run), "--model", str(tiny_bert), *files, "--batch-size", "12"),
-            *("--epochs", "10", "--learning-rate", "3e-3", "--max-length", "16"),
-            *("--temperature", "0.1"),
+            *("--epochs", "4", "--learning-rate", "3e-3", "--max-length", "16"),
+            *("--temperature", "0.1", "--evaluations", "1"),
         ]
     )
     results = json.loads((run / "results.json").read_text())
