@@ -19,7 +19,7 @@ import numpy as np
 from peer import Peer
 
 import fmjax
-from fmjax.models import bert, family_of, gpt2
+from fmjax.models import bert, family_of, gpt2, resnet, vit
 from fmjax.types import Variables
 
 BASE = bert.VARIANTS["base"]
@@ -35,7 +35,12 @@ SMOKE = bert.Config(
     intermediate_size=64,
     max_position_embeddings=32,
 )
-SMOKE_GPT2 = gpt2.Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+TINY = {
+    "bert": SMOKE,
+    "gpt2": gpt2.Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+    "resnet": resnet.VARIANTS["tiny"],
+    "vit": vit.VARIANTS["tiny"],
+}
 # Largest difference of logits over the largest logit. bfloat16 keeps 8 bits of every activation,
 # and the two sides round at different places.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -50,21 +55,23 @@ class Case:
         config: the model's sizes, and by its class the family.
         head: the model's head.
         batch_size: B.
-        length: T.
+        length: T; 1 of pictures, so that a picture counts as one.
         dtype: of the products. bfloat16 keeps float32 master weights and is the peer's autocast.
+        image_size: rows and columns of pictures; None for tokens.
     """
 
     name: str
-    config: bert.Config | gpt2.Config
+    config: Any
     head: str
     batch_size: int
     length: int
     dtype: str
+    image_size: int | None = None
 
     @property
     def family(self) -> str:
         """The config's family."""
-        return "gpt2" if isinstance(self.config, gpt2.Config) else "bert"
+        return type(self.config).__module__.rsplit(".", 1)[-1]
 
 
 def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[Case]:
@@ -78,9 +85,14 @@ def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[
         raise ValueError(f"unknown cases {unknown}; choose from {list(known)}")
     chosen = [known[name] for name in names] if names else list(cases)
     if smoke:
-        configs = {"bert": SMOKE, "gpt2": SMOKE_GPT2}
         chosen = [
-            dataclasses.replace(case, config=configs[case.family], batch_size=2, length=16)
+            dataclasses.replace(
+                case,
+                config=TINY[case.family],
+                batch_size=2,
+                length=16 if case.image_size is None else 1,
+                image_size=None if case.image_size is None else 8,
+            )
             for case in chosen
         ]
     return chosen
@@ -92,8 +104,15 @@ def create(case: Case) -> tuple[Any, Variables]:
 
 
 def make_batch(case: Case) -> dict[str, np.ndarray]:
-    """Random tokens without padding, from seed 0; labels where the head has some."""
+    """Random tokens without padding, or pixels, from seed 0; labels where the head has some."""
     random = np.random.default_rng(0)
+    if case.image_size is not None:
+        shape = (case.batch_size, case.image_size, case.image_size, case.config.num_channels)
+        classes = len(case.config.id2label)
+        return {
+            "pixel_values": random.normal(size=shape).astype(np.float32),
+            "labels": random.integers(0, classes, case.batch_size, dtype=np.int32),
+        }
     shape = (case.batch_size, case.length)
     batch = {
         "input_ids": random.integers(0, case.config.vocab_size, shape, dtype=np.int32),
@@ -120,8 +139,8 @@ def forward_fn(model: Any, case: Case) -> Callable[[Variables, dict[str, Any]], 
     case's precision inside."""
 
     def forward(variables: Variables, inputs: dict[str, Any]) -> jax.Array:
-        low = jax.tree.map(lambda leaf: leaf.astype(case.dtype), variables)
-        output = model.apply(low, **inputs)
+        low = jax.tree.map(lambda leaf: leaf.astype(case.dtype), variables["params"])
+        output = model.apply({**variables, "params": low}, **inputs)
         return output.last_hidden_state if case.head == "model" else output.logits
 
     return forward

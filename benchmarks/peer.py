@@ -110,9 +110,17 @@ def _serve(
     torch.set_num_threads(os.cpu_count() or 1)
     torch.set_float32_matmul_precision("highest")
     classes = vars(importlib.import_module(f"transformers.models.{family}.modeling_{family}"))
-    model = classes[model_class].from_pretrained(folder, attn_implementation="sdpa")
+    chosen = classes[model_class]
+    attention = {"attn_implementation": "sdpa"} if chosen._supports_sdpa else {}
+    model = chosen.from_pretrained(folder, **attention)
     model = model.to(device).eval()
-    tensors = {name: torch.from_numpy(value).long().to(device) for name, value in batch.items()}
+
+    def tensor(value: np.ndarray) -> torch.Tensor:
+        if value.dtype.kind == "f":  # pictures, channels last on our side
+            return torch.from_numpy(value).movedim(-1, 1).contiguous().to(device)
+        return torch.from_numpy(value).long().to(device)
+
+    tensors = {name: tensor(value) for name, value in batch.items()}
     inputs = {name: value for name, value in tensors.items() if name != "labels"}
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     low = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")

@@ -79,6 +79,7 @@ def loss_of(case: Case, model: Any) -> LossFn:
         "masked_lm": masked_lm_loss,
         "causal_lm": causal_lm.loss,
         "sequence_classification": sequence_classification.loss,
+        "image_classification": sequence_classification.loss,
     }
     loss_fn = losses[case.head](model)
     return loss_fn if case.dtype == "float32" else cast(loss_fn, jnp.dtype(case.dtype))

@@ -18,7 +18,7 @@ TensorBoard events, report.html and the model as a Hugging Face folder, for `fmj
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -47,15 +47,17 @@ class Settings(Corpus, Training):
     """Blocks."""
     width: int = 256
     """Of the hidden states; heads have 64."""
-    length: int = 256
+    length: int = 128
     """Tokens of a row, and positions of the model."""
     dropout: float = 0.0
     """Everywhere."""
-    epochs: float = 4.0
+    epochs: float = 3.0
     """Passes over the training text."""
-    batch_size: int = 4
+    batch_size: int = 8
     """Rows a step, over all devices."""
-    learning_rate: float = 1e-3
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """Muon learns from fewer tokens, at more computation a step."""
+    learning_rate: float = 2e-3
     """Peak of a schedule that warms up and then falls linearly to 0."""
     weight_decay: float = 0.1
     """Of kernels and embeddings."""

@@ -22,7 +22,7 @@ KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Conv(nn.Module):
-    """A convolution in x's dtype; zeros around the image keep its size at stride 1.
+    """A convolution in its kernel's dtype; zeros around the image keep its size at stride 1.
 
     Args:
         features: O.
@@ -45,13 +45,14 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
+        x = x.astype(kernel.dtype)  # pixels are float32 whatever the weights are
         if self.size == 1:
             # XLA's CPU convolutions are slow, and this one is a product.
             y = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
         else:
             y = _convolution(
                 x,
-                kernel.astype(x.dtype),
+                kernel,
                 stride=self.stride,
                 around=half_a_window(self.size) if self.around is None else self.around,
             )
@@ -63,7 +64,7 @@ class Conv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each feature by itself, without bias, in x's dtype.
+    """A convolution of each feature by itself, without bias, in its kernel's dtype.
 
     Args:
         size, stride, kernel_init, around: see `Conv`; the kernel is [X, Y, 1, C].
@@ -80,8 +81,8 @@ class DepthwiseConv(nn.Module):
         around = half_a_window(self.size) if self.around is None else self.around
         options = {"stride": self.stride, "around": around}
         return jax.lax.platform_dependent(
-            x,
-            kernel.astype(x.dtype),
+            x.astype(kernel.dtype),
+            kernel,
             # XLA's CPU convolution of many groups takes them one by one.
             cpu=partial(_shifted_products, **options),
             default=partial(_convolution, **options, groups=x.shape[-1]),

@@ -26,7 +26,10 @@ def benchmarks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("script", "case", "dtype"),
-    [("forward", "base-bfloat16", "bfloat16"), ("train_step", "gpt2-clm-float32", "float32")],
+    [
+        ("forward", "base-bfloat16", "bfloat16"),
+        ("vision", "step-resnet-50-float32", "float32"),
+    ],
 )
 def test_script_writes_the_schema(benchmarks, tmp_path, capsys, script, case, dtype) -> None:
     _, record = benchmarks
