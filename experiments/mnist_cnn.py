@@ -22,7 +22,7 @@ from fmjax.recipes.training import STOPPED
 class Settings(Base):
     """Train a small image classifier."""
 
-    epochs: float = 8.0
+    epochs: float = 6.0
     """Passes over the training pictures."""
     batch_size: int = 128
     """Pictures a step, over all devices."""
