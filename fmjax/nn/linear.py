@@ -53,7 +53,7 @@ def _backward(transposed: bool, residuals: tuple[Array, Array], g: Array) -> tup
     g = g.reshape(-1, g.shape[-1])  # [N, O]
     first, second = (g, rows) if transposed else (rows, g)
     dkernel = jax.lax.platform_dependent(
-        first, second, cpu=_gram_on_cpu, default=_gram
+        first, second, cpu=_gram_on_cpu, default=gram
     )  # [I, O] or [O, I]
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
@@ -61,7 +61,7 @@ def _backward(transposed: bool, residuals: tuple[Array, Array], g: Array) -> tup
 _low_precision.defvjp(_forward, _backward)
 
 
-def _gram(a: Array, b: Array) -> Array:
+def gram(a: Array, b: Array) -> Array:
     """``a.T @ b``: [N, I], [N, O] -> [I, O]."""
     return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
