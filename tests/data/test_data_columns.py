@@ -203,8 +203,10 @@ def test_wrong_columns_are_refused_with_all_that_is_wrong():
         Ragged.of({"a": [[1], [2]], "b": [[1], [2, 3]]}, max_length=9)
     with pytest.raises(ValueError, match=r"'attention_mask' comes twice.*\[2, 2, 3\] examples"):
         Columns((ragged([1, 1], "a"), ragged([1, 1], "b")), {"c": np.zeros(3)})
-    with pytest.raises(ValueError, match=r"'weight' comes twice.*no ragged part"):
-        Columns((), {"weight": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"'weight' comes twice.*\[3, 2\] examples"):
+        Columns((), {"weight": np.zeros(3), "other": np.zeros(2)})
+    with pytest.raises(ValueError, match="there are no columns"):
+        Columns(())
 
 
 @pytest.mark.parametrize(

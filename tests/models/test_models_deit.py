@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 from parity import check_defaults, check_head, check_sizes
-from vision import SMALL, images, without_labels
+from pictures import SMALL, images, without_labels
 
 from fmjax.models import deit
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from parity import check_defaults, check_head, check_sizes
-from vision import images, without_labels
+from pictures import images, without_labels
 
 from fmjax.models import dinov2, dinov2_with_registers
 

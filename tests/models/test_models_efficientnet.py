@@ -15,8 +15,8 @@ from parity import (
     running_statistics,
     torch_twin,
 )
+from pictures import without_labels
 from torch import nn
-from vision import without_labels
 
 import fmjax
 from fmjax.models import efficientnet, efficientnet_lite

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from parity import check_defaults, check_fixture, check_head, check_sizes
-from vision import SMALL, images, without_labels
+from pictures import SMALL, images, without_labels
 
 import fmjax
 from fmjax.models import vit

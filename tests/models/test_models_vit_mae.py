@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from parity import check_defaults, check_head, check_old_file, check_sizes, torch_twin
+from pictures import images
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
-from vision import images
 
 import fmjax
 from fmjax.models import vit_mae
