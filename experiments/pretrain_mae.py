@@ -33,7 +33,7 @@ from fmjax.report.run_folder import atomic_write
 from fmjax.tasks import masked_autoencoding as task
 from fmjax.tasks.apply import collect
 from fmjax.tasks.feature_extraction import embed
-from fmjax.tasks.pixels import augmented, normalised
+from fmjax.tasks.pixels import normalised
 from fmjax.types import TrainState
 
 
@@ -108,7 +108,7 @@ def run(settings: Settings) -> dict[str, Any]:
         settings,
         model,
         variables,
-        augmented(loss),
+        loss,
         stream,
         evaluate=evaluate,
         metric="loss",

@@ -11,12 +11,13 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.attention import Attention, Cache
+from fmjax.nn.checks import refuse
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.encoder import Encoder, Inputs, Shared, TextEmbeddings
 from fmjax.nn.heads import VocabularyHead
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import ACTIVATIONS, Mlp
+from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import LayerOutput
 from fmjax.types import Output
@@ -75,15 +76,7 @@ def check_config(config: Any, problems: Sequence[str] = ()) -> None:
         problems.append(
             f"pad_token_id={config.pad_token_id} is outside the vocabulary of {config.vocab_size}"
         )
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if "drop" in field.name and value is not None and not 0 <= value < 1:
-            problems.append(f"{field.name}={value} must be at least 0 and below 1")
-        if field.name.endswith("_act") and value not in ACTIVATIONS:
-            problems.append(f"{field.name}={value!r} is not known; use one of {list(ACTIVATIONS)}")
-    if problems:
-        family = type(config).__module__.rsplit(".", 1)[-1]
-        raise ValueError(f"{family} config: " + "; ".join(problems))
+    refuse(config, problems)
 
 
 MODEL_TYPE = "bert"

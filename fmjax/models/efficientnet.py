@@ -20,10 +20,11 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
+from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Around, Conv, ConvNorm, half_a_window
 from fmjax.nn.dropout import Dropout, DropPath
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import ACTIVATIONS, activation
+from fmjax.nn.mlp import activation
 from fmjax.nn.vision import check_pixels
 from fmjax.types import Output
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, dense_rules
@@ -74,21 +75,12 @@ class Config:
                 problems.append(f"{name}={values} must be positive")
         if self.pooling_type not in ("mean", "max"):
             problems.append(f"pooling_type={self.pooling_type!r} must be 'mean' or 'max'")
-        if self.hidden_act not in ACTIVATIONS:
-            problems.append(
-                f"hidden_act={self.hidden_act!r} is not known; use one of {list(ACTIVATIONS)}"
-            )
-        for name in ("dropout_rate", "drop_connect_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if not problems and self.hidden_dim != self.top_width:
             problems.append(
                 f"hidden_dim={self.hidden_dim} must be {self.top_width}, which "
                 f"width_coefficient={self.width_coefficient} makes of 1280"
             )
-        if problems:
-            family = type(self).__module__.rsplit(".", 1)[-1]
-            raise ValueError(f"{family} config: " + "; ".join(problems))
+        refuse(self, problems)
 
     def scaled(self, width: int) -> int:
         """Features by the width coefficient, a multiple of the divisor, at least 90 % of it."""
@@ -309,9 +301,7 @@ class Model(nn.Module):
             ValueError: an unknown head, or images of the wrong shape.
         """
         config = self.config
-        if self.head not in HEADS:
-            family = type(self).__module__.rsplit(".", 1)[-1]
-            raise ValueError(f"{family} has no head {self.head!r}; it has {sorted(HEADS)}")
+        check_head(self, HEADS)
         check_pixels(pixel_values, config.num_channels)
         around = config.padding(-1, pixel_values.shape[1:3], 3, 2)
         act = config.hidden_act

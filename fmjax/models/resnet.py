@@ -14,9 +14,10 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
+from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import ConvNorm, max_pool
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import ACTIVATIONS, activation
+from fmjax.nn.mlp import activation
 from fmjax.nn.vision import check_pixels
 from fmjax.types import Output
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, dense_rules
@@ -41,10 +42,6 @@ class Config:
         problems = []
         if self.layer_type not in ("basic", "bottleneck"):
             problems.append(f"layer_type={self.layer_type!r} must be 'basic' or 'bottleneck'")
-        if self.hidden_act not in ACTIVATIONS:
-            problems.append(
-                f"hidden_act={self.hidden_act!r} is not known; use one of {list(ACTIVATIONS)}"
-            )
         if not self.depths or len(self.depths) != len(self.hidden_sizes):
             problems.append(
                 f"depths={self.depths} and hidden_sizes={self.hidden_sizes} must have one number "
@@ -55,8 +52,7 @@ class Config:
                 problems.append(f"{name}={getattr(self, name)} must be positive")
         if self.layer_type == "bottleneck" and any(size % 4 for size in self.hidden_sizes):
             problems.append(f"hidden_sizes={self.hidden_sizes} of bottlenecks must divide by 4")
-        if problems:
-            raise ValueError("resnet config: " + "; ".join(problems))
+        refuse(self, problems)
 
 
 MODEL_TYPE = "resnet"
@@ -194,8 +190,7 @@ class Model(nn.Module):
             ValueError: an unknown head, or images of the wrong shape.
         """
         config = self.config
-        if self.head not in HEADS:
-            raise ValueError(f"resnet has no head {self.head!r}; it has {sorted(HEADS)}")
+        check_head(self, HEADS)
         check_pixels(pixel_values, config.num_channels)
         x = ConvNorm(config.embedding_size, 7, 2, config.hidden_act, train, name="embed")(
             pixel_values

@@ -12,10 +12,11 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
+from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Conv, average_grid, max_pool
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import ACTIVATIONS, activation
+from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.vision import check_pixels, pair
 from fmjax.types import Output
@@ -54,10 +55,6 @@ class Config:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.hidden_act not in ACTIVATIONS:
-            problems.append(
-                f"hidden_act={self.hidden_act!r} is not known; use one of {list(ACTIVATIONS)}"
-            )
         if not self.depths or len(self.depths) != len(self.hidden_sizes):
             problems.append(
                 f"depths={self.depths} and hidden_sizes={self.hidden_sizes} must have one number "
@@ -70,11 +67,7 @@ class Config:
             value = getattr(self, name)
             if (len(value) if isinstance(value, tuple) else 2) != 2 or min(pair(value)) < 1:
                 problems.append(f"{name}={value} must be one number, or rows and columns")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout={self.dropout} must be at least 0 and below 1")
-        if problems:
-            family = type(self).__module__.rsplit(".", 1)[-1]
-            raise ValueError(f"{family} config: " + "; ".join(problems))
+        refuse(self, problems)
 
 
 MODEL_TYPE = "vgg"
@@ -139,9 +132,7 @@ class Model(nn.Module):
             ValueError: an unknown head, or images of the wrong shape.
         """
         config = self.config
-        family = type(self).__module__.rsplit(".", 1)[-1]
-        if self.head not in HEADS:
-            raise ValueError(f"{family} has no head {self.head!r}; it has {sorted(HEADS)}")
+        check_head(self, HEADS)
         check_pixels(pixel_values, config.num_channels)
         if min(pixel_values.shape[1:3]) < (least := 2 ** len(config.depths)):
             raise ValueError(

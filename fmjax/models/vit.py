@@ -11,10 +11,11 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.attention import Attention
+from fmjax.nn.checks import refuse
 from fmjax.nn.conv import Conv
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import ACTIVATIONS, Mlp, activation
+from fmjax.nn.mlp import Mlp, activation
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import LayerOutput
 from fmjax.nn.vision import ImageEmbeddings, VisionEncoder, image_size_problems, pair
@@ -69,15 +70,7 @@ def check_config(config: Any, problems: Sequence[str] = ()) -> None:
             f"hidden_size={config.hidden_size} is not a multiple of "
             f"num_attention_heads={config.num_attention_heads}"
         )
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if "drop" in field.name and not 0 <= value < 1:
-            problems.append(f"{field.name}={value} must be at least 0 and below 1")
-        if field.name.endswith("_act") and value not in ACTIVATIONS:
-            problems.append(f"{field.name}={value!r} is not known; use one of {list(ACTIVATIONS)}")
-    if problems:
-        family = type(config).__module__.rsplit(".", 1)[-1]
-        raise ValueError(f"{family} config: " + "; ".join(problems))
+    refuse(config, problems)
 
 
 MODEL_TYPE = "vit"

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask
+from fmjax.nn.checks import check_head
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.linear import Dense
@@ -218,10 +219,7 @@ class Encoder(nn.Module):
         return None
 
     def setup(self) -> None:
-        if self.head not in self.heads:
-            raise ValueError(
-                f"{self.family} has no head {self.head!r}; it has {sorted(self.heads)}"
-            )
+        check_head(self, self.heads)
         self.embed = self.embeddings()
         self.outputs = self.head_module(
             self.config,  # pyright: ignore[reportCallIssue]

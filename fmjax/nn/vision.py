@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from fmjax.nn.checks import check_head
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import add_bias, matmul
 from fmjax.nn.norm import LayerNorm
@@ -305,9 +306,7 @@ class VisionEncoder(nn.Module):
             ValueError: an unknown head, or images or masks of the wrong shape.
         """
         config = self.config
-        if self.head not in self.heads:
-            family = type(self).__module__.rsplit(".", 1)[-1]
-            raise ValueError(f"{family} has no head {self.head!r}; it has {sorted(self.heads)}")
+        check_head(self, self.heads)
         check_pixels(pixel_values, config.num_channels)
         size = (pixel_values.shape[1], pixel_values.shape[2])
         grid = grid_of(size, pair(config.patch_size))
