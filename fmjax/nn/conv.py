@@ -15,6 +15,7 @@ from jax import Array
 from fmjax.nn.linear import add_bias, gram, matmul
 from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
+from fmjax.nn.param import param
 
 Around = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and after the rows, and before and after the columns."""
@@ -45,7 +46,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
+        kernel = param(self, "kernel", self.kernel_init, shape)
         x = x.astype(kernel.dtype)  # pixels are float32 whatever the weights are
         if self.size == 1:
             # XLA's CPU convolutions are slow, and this one is a product.
@@ -60,7 +61,7 @@ class Conv(nn.Module):
             )
         if self.use_bias:
             y = add_bias(
-                y.astype(jnp.float32), self.param("bias", nn.initializers.zeros, (self.features,))
+                y.astype(jnp.float32), param(self, "bias", nn.initializers.zeros, (self.features,))
             )
         return y.astype(x.dtype)
 
@@ -79,7 +80,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, C] -> [B, X', Y', C]
-        kernel = self.param("kernel", self.kernel_init, (self.size, self.size, 1, x.shape[-1]))
+        kernel = param(self, "kernel", self.kernel_init, (self.size, self.size, 1, x.shape[-1]))
         around = half_a_window(self.size) if self.around is None else self.around
         options = {"stride": self.stride, "around": around}
         return jax.lax.platform_dependent(

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.linear import matmul
+from fmjax.nn.param import param
 
 
 def token_shape(ids: Array | None, embeds: Array | None, prefix: str = "") -> tuple[int, ...]:
@@ -46,12 +47,10 @@ class Embed(nn.Module):
     padding_index: int | None = None
 
     def setup(self) -> None:
-        self.embedding = self.param(
-            "embedding", self._init, (self.num_embeddings, self.features), jnp.float32
-        )
+        self.embedding = param(self, "embedding", self._init, (self.num_embeddings, self.features))
 
-    def _init(self, rng: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-        table = self.embedding_init(rng, shape, dtype)
+    def _init(self, rng: Array, shape: tuple[int, ...]) -> Array:
+        table = self.embedding_init(rng, shape, jnp.float32)
         return table if self.padding_index is None else table.at[self.padding_index].set(0.0)
 
     def __call__(self, ids: Array) -> Array:  # [...] -> [..., D]

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.nn.param import param
+
 
 def matmul(x: Array, kernel: Array, *, transposed: bool = False) -> Array:
     """``x @ kernel`` (or ``x @ kernel.T``) accumulated and returned in float32.
@@ -110,8 +112,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., I] -> [..., O]
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         y = matmul(x, kernel)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + param(self, "bias", nn.initializers.zeros, (self.features,))
         return y.astype(x.dtype)

@@ -107,7 +107,15 @@ def test_ways_to_run_agree(name):
         )
 
 
-@pytest.mark.parametrize(("name", "head"), CASES)
+# Heads for labels stand on stacks that another head has too.
+STACKS = [
+    (name, head)
+    for name, head in CASES
+    if not head.endswith(("classification", "answering", "choice", "prediction"))
+]
+
+
+@pytest.mark.parametrize(("name", "head"), STACKS)
 def test_abstract_variables_are_those_of_the_loop(name, head):
     family = family_of(name)
     model = family.Model(small(family), head=head)

@@ -1,0 +1,34 @@
+"""Parameters of modules, without the time that Flax takes to look at them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flax import linen as nn
+from flax.errors import ScopeParamShapeError
+from jax import Array
+
+
+def param(
+    module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
+) -> Array:
+    """A parameter of a module, made by `init` where there is none yet.
+
+    As ``module.param``, which traces the initializer at every application to learn the shape: a
+    fifth of the time that tracing a model with random initializers takes.
+
+    Args:
+        module: in whose compact method or ``setup`` this is called.
+        name: of the parameter.
+        init: called (key, shape).
+        shape: the parameter's.
+
+    Raises:
+        flax.errors.ScopeParamShapeError: the parameter has another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        raise ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
+    return value
