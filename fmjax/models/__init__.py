@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
+
+from fmjax.config import config_to_json, parse_config
 
 Config = TypeVar("Config")
 
@@ -43,3 +46,47 @@ def token_inputs(config: Any, head: str) -> dict[str, Array]:
 def config_alone(config: Config, head: str, names: Collection[str]) -> Config:
     """The config as it is: the ``from_tensors`` of families whose tensors' names tell no more."""
     return config
+
+
+def family_for(config: Any) -> ModuleType:
+    """The family that a config is of."""
+    return family_of(type(config).__module__.rpartition(".")[2])
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """A config's fields by name, as they are: configs inside it too."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def width_of(config: Any) -> int:
+    """D of a family's config, whatever it calls it."""
+    fields = fields_of(config)
+    names = ("hidden_size", "d_model", "n_embd", "dim")
+    return next(fields[name] for name in names if name in fields)
+
+
+# What a part's file says of its place, for families whose place is always the same.
+PLACE = frozenset({"is_decoder", "is_encoder_decoder"})
+
+
+def read_part(data: Any) -> Any:
+    """A config inside a config: its ``model_type`` names the family.
+
+    Raises:
+        ValueError: it is no object, names no family of ours or does not fit the family.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("model_type"), str):
+        raise ValueError("must be an object with model_type")
+    family = family_of(data["model_type"])
+    known = {field.name for field in dataclasses.fields(family.Config)} | set(family.FIXED)
+    part = {key: value for key, value in data.items() if key in known or key not in PLACE}
+    return parse_config(family.Config, part, family.FIXED)
+
+
+def write_part(config: Any) -> dict[str, Any]:
+    """The inverse of `read_part`."""
+    return config_to_json(config, {"model_type": family_for(config).MODEL_TYPE})
+
+
+PART = {"read": read_part, "write": write_part}
+"""The metadata of a field that holds the Config of any family: see `fmjax.config.parse_config`."""

@@ -5,51 +5,19 @@ GPT-2, two BERTs, ... HF "encoder-decoder".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from types import ModuleType
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.config import config_to_json, parse_config
-from fmjax.models import bart, bert, family_of, gpt2
+from fmjax.models import PART, bart, bert, family_for, fields_of, gpt2, width_of
 from fmjax.nn.linear import Dense
 from fmjax.nn.seq2seq import EncoderDecoder
 from fmjax.nn.sides import Tokens
 from fmjax.types import Output, PyTree
 from fmjax.weights import Rule, dense_rules, nested_rules
-
-# What a part's file says of its place, for families whose place is always the same.
-PLACE = frozenset({"is_decoder", "is_encoder_decoder"})
-
-
-def family_for(config: Any) -> ModuleType:
-    """The family that a config is of."""
-    return family_of(type(config).__module__.rpartition(".")[2])
-
-
-def read_part(data: Any) -> Any:
-    """A config inside a config: its ``model_type`` names the family.
-
-    Raises:
-        ValueError: it is no object, names no family of ours or does not fit the family.
-    """
-    if not isinstance(data, Mapping) or not isinstance(data.get("model_type"), str):
-        raise ValueError("must be an object with model_type")
-    family = family_of(data["model_type"])
-    known = {field.name for field in dataclasses.fields(family.Config)} | set(family.FIXED)
-    part = {key: value for key, value in data.items() if key in known or key not in PLACE}
-    return parse_config(family.Config, part, family.FIXED)
-
-
-def write_part(config: Any) -> dict[str, Any]:
-    """The inverse of `read_part`."""
-    return config_to_json(config, {"model_type": family_for(config).MODEL_TYPE})
-
-
-PART = {"read": read_part, "write": write_part}  # see `fmjax.config.parse_config`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +46,12 @@ class Config:
                 problems.append(f"{side}={config!r} is no family's Config")
         encoder, decoder = (family_for(config) for config in (self.encoder, self.decoder))
         attends = {"add_cross_attention": isinstance(self.decoder, bart.PairConfig)}
-        attends |= _fields(self.decoder)
+        attends |= fields_of(self.decoder)
         if "causal_lm" not in decoder.HEADS:
             problems.append(f"{decoder.MODEL_TYPE} has no head causal_lm to decode with")
         elif not attends["add_cross_attention"]:
             problems.append("the decoder's config must have add_cross_attention=True")
-        if _fields(self.encoder).get("is_decoder", False):
+        if fields_of(self.encoder).get("is_decoder", False):
             problems.append("the encoder's config must have is_decoder=False")
         if isinstance(self.encoder, bart.PairConfig) or "encoder" in encoder.HEADS:
             problems.append(f"{encoder.MODEL_TYPE} has a decoder of its own")
@@ -99,17 +67,6 @@ class Config:
     def widths(self) -> tuple[int, int]:
         """D of the encoder and of the decoder."""
         return width_of(self.encoder), width_of(self.decoder)
-
-
-def width_of(config: Any) -> int:
-    """D of a family's config, whatever it calls it."""
-    fields = _fields(config)
-    names = ("hidden_size", "d_model", "n_embd", "dim")
-    return next(fields[name] for name in names if name in fields)
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 MODEL_TYPE = "encoder-decoder"
