@@ -42,6 +42,15 @@ def each_image(*functions: ImageFn) -> BatchFn:
     return of_batch
 
 
+def each_clip(*functions: ImageFn) -> BatchFn:
+    """Applies functions of a picture to every video [T, X, Y, C], all frames with one key."""
+
+    def of_clip(function: ImageFn) -> ImageFn:
+        return lambda rng, clip: jax.vmap(function, (None, 0))(rng, clip)
+
+    return each_image(*map(of_clip, functions))
+
+
 def flip(share: float = 0.5) -> ImageFn:
     """Left becomes right for a share of the pictures."""
     check_share("share", share)

@@ -132,7 +132,7 @@ class Block(nn.Module):
             use_bias=config.qkv_bias,
             out_bias=True,
             name="attn",
-        )(LayerNorm(config.layer_norm_eps, name="norm_1")(hidden), mask=None)
+        )(LayerNorm(config.layer_norm_eps, name="norm_1")(hidden), mask=shared)
         hidden = self.leave(hidden, update, 1)
         update = self.feed_forward(LayerNorm(config.layer_norm_eps, name="norm_2")(hidden))
         hidden = self.leave(hidden, update, 2)
