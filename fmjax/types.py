@@ -107,7 +107,9 @@ class Output:
     """What a model returns, under Hugging Face's names; a field is None where it does not apply.
 
     Args:
-        logits: float32; [B, C] per example, [B, T, C] per token, [B, T, V] over the vocabulary.
+        logits: float32; [B, C] per example, [B, T, C] per token, [B, X, Y, C] per pixel,
+            [B, T, V] over the vocabulary.
+        auxiliary_logits: [B, X, Y, C], of the head that segmentation is trained with besides.
         last_hidden_state: [B, T, D].
         pooler_output: [B, D].
         prediction_logits: [B, T, V], pretraining head.
@@ -121,6 +123,7 @@ class Output:
         ids_restore: int [B, N], where each patch stands in the order in which the seen ones come
             first.
         hidden_states: L + 1 arrays [B, T, D], embeddings first, when asked for.
+        reshaped_hidden_states: the same as images [B, X, Y, D], of models whose states shrink.
         attentions: L arrays [B, H, T, S] of probabilities, when asked for.
         cross_attentions: the same over the encoder's states.
         encoder_last_hidden_state: [B, S, D]; in encoder-decoders the fields without "encoder" are
@@ -131,6 +134,7 @@ class Output:
     """
 
     logits: Array | None = None
+    auxiliary_logits: Array | None = None
     last_hidden_state: Array | None = None
     pooler_output: Array | None = None
     prediction_logits: Array | None = None
@@ -145,6 +149,7 @@ class Output:
     mask: Array | None = None
     ids_restore: Array | None = None
     hidden_states: tuple[Array, ...] | None = None
+    reshaped_hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
     cross_attentions: tuple[Array, ...] | None = None
     encoder_last_hidden_state: Array | None = None

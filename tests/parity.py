@@ -40,6 +40,7 @@ OUTPUTS = (
 )
 LAYERS = (
     "hidden_states",
+    "reshaped_hidden_states",
     "attentions",
     "cross_attentions",
     "encoder_hidden_states",

@@ -18,7 +18,13 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import Mlp, activation
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import LayerOutput
-from fmjax.nn.vision import ImageEmbeddings, VisionEncoder, image_size_problems, pair
+from fmjax.nn.vision import (
+    ImageEmbeddings,
+    VisionEncoder,
+    image_size_problems,
+    pair,
+    shuffle_pixels,
+)
 from fmjax.types import Output, PyTree
 from fmjax.weights import Rule, conv_rules, dense_rules, norm_rules
 
@@ -201,9 +207,7 @@ class Model(VisionEncoder):
         features = side**2 * config.num_channels
         x = hidden[:, self.tokens :].reshape(-1, *grid, hidden.shape[-1])
         x = Conv(features, 1, kernel_init=self.kernel_init, use_bias=True, name="head")(x)
-        x = x.reshape(-1, *grid, config.num_channels, side, side)
-        x = x.transpose(0, 1, 4, 2, 5, 3)  # [B, rows, side, columns, side, C]
-        return x.reshape(x.shape[0], grid[0] * side, grid[1] * side, -1)
+        return shuffle_pixels(x, side)
 
 
 def inputs(config: Any, head: str) -> dict[str, Array]:

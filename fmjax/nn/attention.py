@@ -191,6 +191,8 @@ class Attention(nn.Module):
         num_key_value_heads: G; None is H.
         head_dim: K; None is D / H.
         use_bias: whether query, key and value have biases.
+        key_bias: whether keys have one; None is as `use_bias`. (It adds the same to all scores of
+            a query, which changes nothing.)
         out_bias: whether the output has one; None is as `use_bias`.
         scale: of the scores; None is 1 / sqrt(K).
         softcap: see `attend`.
@@ -211,6 +213,7 @@ class Attention(nn.Module):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     use_bias: bool = True
+    key_bias: bool | None = None
     out_bias: bool | None = None
     scale: float | Array | None = None
     softcap: float | None = None
@@ -255,7 +258,9 @@ class Attention(nn.Module):
         def project(states: Array, heads: int, name: str) -> Array:
             init = self.query_init if name == "query" else None
             init = self.kernel_init if init is None else init
-            y = Dense(heads * size, self.use_bias, init, name=name)(states)
+            own = self.key_bias if name == "key" else None
+            use_bias = self.use_bias if own is None else own
+            y = Dense(heads * size, use_bias, init, name=name)(states)
             if self.width_norm is not None and name != "value":
                 y = self.width_norm(name=f"{name}_norm")(y)
             y = y.reshape(*y.shape[:-1], heads, size)  # [B, T, H, K]

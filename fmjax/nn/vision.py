@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -39,6 +40,20 @@ def check_pixels(pixel_values: Array, channels: int) -> None:
         )
 
 
+def check_mask(masked: Array | None, batch: int, grid: tuple[int, int]) -> None:
+    """Refuses a mask of patches, if there is one, that is not [B, N].
+
+    Raises:
+        ValueError: the shape is another.
+    """
+    shape = (batch, grid[0] * grid[1])
+    if masked is not None and masked.shape != shape:
+        raise ValueError(
+            f"a mask has the shape {masked.shape}; these images have {shape[1]} patches each: "
+            f"it must be {shape}"
+        )
+
+
 def image_size_problems(config: Any) -> list[str]:
     """What is wrong with a config's ``image_size`` and ``patch_size``."""
     problems = []
@@ -58,6 +73,34 @@ def image_size_problems(config: Any) -> list[str]:
 def grid_of(image: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     """How many whole patches an image has, (rows, columns); pixels past the last are not read."""
     return image[0] // patch[0], image[1] // patch[1]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Rows and columns of patches, for a tree of what blocks read: they stay numbers when traced.
+
+    Args:
+        size: (rows, columns).
+    """
+
+    size: tuple[int, int]
+
+
+def grid_offsets(grid: tuple[int, int], table: tuple[int, int]) -> np.ndarray:
+    """Where a table of relative positions has those of each patch from each: int [N, N].
+
+    The table has all offsets of rows within ``table``, row by row, and of columns:
+    ``(2 X - 1) (2 Y - 1)`` entries.
+
+    Args:
+        grid: rows and columns of the patches.
+        table: (X, Y), those of the largest grid that it has the offsets of.
+    """
+    rows, columns = np.indices(grid).reshape(2, -1)
+    down = rows[:, None] - rows[None, :] + table[0] - 1
+    right = columns[:, None] - columns[None, :] + table[1] - 1
+    return down * (2 * table[1] - 1) + right
 
 
 def patchify(pixel_values: Array, patch: tuple[int, int]) -> Array:
@@ -137,6 +180,27 @@ def resize_grid(
     return grid.reshape(1, new[0] * new[1], -1).astype(table.dtype)
 
 
+def resize(x: Array, size: tuple[int, int]) -> Array:
+    """Images resampled bilinearly, as PyTorch's ``interpolate``: [B, X, Y, C] -> [B, *size, C].
+
+    Pixels are areas (``align_corners=False``), and nothing is smoothed where they get fewer.
+    """
+    shape = (x.shape[0], *size, x.shape[-1])
+    resized = jax.image.resize(x.astype(jnp.float32), shape, "linear", antialias=False)
+    return resized.astype(x.dtype)
+
+
+def shuffle_pixels(x: Array, side: int) -> Array:
+    """Squares of pixels put side by side, as PyTorch's ``PixelShuffle``.
+
+    [B, X, Y, C * side * side] -> [B, X * side, Y * side, C].
+    """
+    batch, rows, columns, features = x.shape
+    x = x.reshape(batch, rows, columns, features // side**2, side, side)
+    x = x.transpose(0, 1, 4, 2, 5, 3)  # [B, rows, side, columns, side, C]
+    return x.reshape(batch, rows * side, columns * side, -1)
+
+
 class PatchEmbed(nn.Module):
     """A linear map of each patch: a convolution whose stride is its size, and so a product.
 
@@ -173,6 +237,7 @@ class ImageEmbeddings(nn.Module):
         kernel_init: initializer of the patches' kernel.
         token_init: of the tokens and positions.
         tokens: names of the vectors put before the patches, each with a position.
+        positions: whether there are any.
         registers: how many further tokens, without positions, stand after these (Darcet et al.
             2023, arXiv:2309.16588).
         mask_shape: of the vector that stands for masked patches; None for no such vector.
@@ -186,6 +251,7 @@ class ImageEmbeddings(nn.Module):
     kernel_init: Callable[..., Array]
     token_init: Callable[..., Array]
     tokens: tuple[str, ...] = ("cls",)
+    positions: bool = True
     registers: int = 0
     mask_shape: tuple[int, ...] | None = None
     dropout_rate: float = 0.0
@@ -207,12 +273,14 @@ class ImageEmbeddings(nn.Module):
             vectors = param(self, name, self.token_init, (1, count, self.width))
             return jnp.broadcast_to(vectors.astype(x.dtype), (x.shape[0], count, self.width))
 
-        count = len(self.tokens)
-        shape = (1, count + old[0] * old[1], self.width)
-        table = param(self, "position", self.token_init, shape)
-        patches = resize_grid(table[:, count:], old, new, antialias=self.antialias)
-        before = jnp.concatenate([repeated(name) for name in self.tokens], axis=1)
-        parts = [before + table[:, :count].astype(x.dtype), x + patches.astype(x.dtype)]
+        count, before, after = len(self.tokens), 0.0, 0.0
+        if self.positions:
+            shape = (1, count + old[0] * old[1], self.width)
+            table = param(self, "position", self.token_init, shape)
+            patches = resize_grid(table[:, count:], old, new, antialias=self.antialias)
+            before, after = table[:, :count].astype(x.dtype), patches.astype(x.dtype)
+        tokens = jnp.concatenate([repeated(name) for name in self.tokens], axis=1)
+        parts = [tokens + before, x + after]
         if self.registers:
             parts.insert(1, repeated("registers", self.registers))
         return Dropout(self.dropout_rate)(jnp.concatenate(parts, axis=1), train)
@@ -313,12 +381,7 @@ class VisionEncoder(nn.Module):
         grid = grid_of(size, pair(config.patch_size))
         if 0 in grid:
             raise ValueError(f"images of {size} are smaller than a patch of {config.patch_size}")
-        shape = (pixel_values.shape[0], grid[0] * grid[1])
-        if masked is not None and masked.shape != shape:
-            raise ValueError(
-                f"a mask has the shape {masked.shape}; these images have {shape[1]} patches each: "
-                f"it must be {shape}"
-            )
+        check_mask(masked, pixel_values.shape[0], grid)
         return grid
 
     def run(
