@@ -396,8 +396,8 @@ def segmentation_rules(config: Config) -> list[Rule]:
         ]
 
     table = batch_norm_rules("pyramid/first_norm", "fpn1.1")
-    for layer, tensor in (("first_1", "fpn1.0"), ("first_2", "fpn1.3"), ("second", "fpn2.0")):
-        place = f"params/pyramid/{layer}"
+    for enlarge, tensor in (("first_1", "fpn1.0"), ("first_2", "fpn1.3"), ("second", "fpn2.0")):
+        place = f"params/pyramid/{enlarge}"
         # A transposed convolution's [I, O, X, Y].
         table.append(Rule(f"{place}/kernel", f"{tensor}.weight", permute(2, 3, 0, 1)))
         table.append(Rule(f"{place}/bias", f"{tensor}.bias"))
