@@ -1,9 +1,9 @@
-# make install | demo | test | lint: each makes .venv when it is missing and installs what it needs.
+# make install | demo | test | test-all | lint: each makes .venv when it is missing and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-all lint clean
 
 install: $(VENV)/installed
 
@@ -17,7 +17,10 @@ demo: $(VENV)/installed
 		"The acting is fine, but the story never finds its feet."
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -17,6 +17,24 @@ from fmjax.types import Output
 CASES = [(name, head) for name in families() for head in family_of(name).HEADS]
 
 
+def inherits(name):
+    """Whether a family is another one's model with the other's blocks, as XLM-RoBERTa is."""
+    _, *parents = (
+        cls for cls in family_of(name).Model.__mro__ if cls.__module__.startswith("fmjax.models.")
+    )
+    own = family_of(name).Model
+    return bool(parents) and all(
+        getattr(own, part, None) is getattr(parents[0], part, None)
+        for part in ("block", "encoder_stack")
+    )
+
+
+# Ways to run are those of blocks: families without any of their own are for `make test-all`.
+WAYS = [
+    pytest.param(name, marks=pytest.mark.slow) if inherits(name) else name for name in families()
+]
+
+
 def small(family):
     """The tiny variant with a vocabulary that takes no time."""
     config = family.VARIANTS["tiny"]
@@ -66,7 +84,7 @@ def total(out):
     return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(out))
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", WAYS)
 def test_ways_to_run_agree(name):
     """scan == loop and remat == none, outputs and gradients; bfloat16 is near float32."""
     family = family_of(name)

@@ -1,0 +1,24 @@
+"""Which parity tests the plain suite leaves to `make test-all`."""
+
+import pytest
+
+# What families take from their frame as it is: these heads are compared with PyTorch's in the
+# plain suite for the family that the frame was written for.
+LABEL_HEADS = {
+    "token_classification",
+    "question_answering",
+    "multiple_choice",
+    "next_sentence_prediction",
+}
+FRAMES = {f"test_models_{name}.py" for name in ("bert", "gpt2", "llama", "bart", "t5")}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        callspec = getattr(item, "callspec", None)  # of parametrized tests only
+        if (
+            callspec is not None
+            and callspec.params.get("head") in LABEL_HEADS
+            and item.path.name not in FRAMES
+        ):
+            item.add_marker(pytest.mark.slow)
