@@ -28,6 +28,8 @@ def to_floats(pixel_values: Any) -> Array:
 def normalised(function: Function, mean: Sequence[float], std: Sequence[float]) -> Function:
     """A loss or a prediction, ``(variables, batch, ...)``, of batches with pixels as they are.
 
+    Where a batch has a ``pixel_mask``, 1 for the pixels of a picture, the others become 0.
+
     Args:
         function: expects ``pixel_values`` less the mean, divided by the standard deviation.
         mean, std: of pixels from 0 to 1, a number a channel, or one for all.
@@ -40,6 +42,8 @@ def normalised(function: Function, mean: Sequence[float], std: Sequence[float]) 
 
     def of_pixels(variables: Variables, batch: Batch, *rest: Any) -> Any:
         pixels = (to_floats(batch["pixel_values"]) - jnp.array(mean)) / jnp.array(std)
+        if "pixel_mask" in batch:
+            pixels *= jnp.asarray(batch["pixel_mask"])[..., None]
         return function(variables, {**batch, "pixel_values": pixels}, *rest)
 
     return of_pixels  # pyright: ignore[reportReturnType]

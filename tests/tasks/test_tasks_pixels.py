@@ -7,6 +7,7 @@ import pytest
 
 import fmjax
 from fmjax.data.augment import each_image, flip, mixup
+from fmjax.data.image_processor import parse_image_processor
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.feature_extraction import embed
 from fmjax.tasks.pixels import augmented, normalised
@@ -98,3 +99,24 @@ def test_pictures_have_features(pooling, batch):
         flat = out.last_hidden_state.reshape(4, -1, vectors.shape[-1])
         expected = {"mean": flat.mean(1), "max": flat.max(1), "pooler": out.pooler_output}
         np.testing.assert_allclose(vectors, expected[pooling], atol=1e-5)
+
+
+def test_a_processors_second_part_on_the_device():
+    """What is left of the work after `batch` is what a call does, padding included."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((9, 7), (5, 8))]
+    for data in (
+        {
+            "image_processor_type": "EfficientNetImageProcessor", "size": 6, "rescale_offset": True,
+            "rescale_factor": 1 / 127.5, "image_std": [0.2, 0.3, 0.4],
+        },
+        {"image_processor_type": "DetrImageProcessor", "do_resize": False},
+    ):  # fmt: skip
+        processor = parse_image_processor(data)
+        fn = normalised(lambda variables, batch: batch["pixel_values"], *processor.normalisation)
+        # One rounding more or less, of numbers that are divided by std.
+        np.testing.assert_allclose(
+            fn({}, processor.batch(pictures)),
+            processor(pictures)["pixel_values"],
+            atol=1.2e-7 / min(processor.normalisation[1]),
+        )
