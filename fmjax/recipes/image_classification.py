@@ -15,6 +15,7 @@ import numpy as np
 import fmjax.hub as hub
 from fmjax.data.assets import fetch
 from fmjax.data.augment import BatchFn, cutmix, each_image, erase, flip, mixup, shift_crop
+from fmjax.data.augment_policy import rand_augment
 from fmjax.data.batches import batches
 from fmjax.data.decoding import decode
 from fmjax.data.image_processor import FILE, ImageProcessor, Size, load_image_processor
@@ -55,6 +56,8 @@ class Settings(Training):
     """Left becomes right for half of the pictures."""
     shift: int = 0
     """Pixels that pictures are moved by at most, in each direction."""
+    rand_augment: int = 0
+    """Strength, up to 30, of two random operations (RandAugment) on each picture; 0 for none."""
     erase: float = 0.0
     """Share of the pictures of which a rectangle is painted over."""
     mixup: float = 0.0
@@ -110,6 +113,7 @@ def augmentation(settings: Settings, num_labels: int) -> list[BatchFn]:
     of_image = [
         *([flip()] if settings.flip else []),
         *([shift_crop(settings.shift)] if settings.shift else []),
+        *([rand_augment(2, settings.rand_augment)] if settings.rand_augment else []),
         *([erase(settings.erase)] if settings.erase else []),
     ]
     return [

@@ -10,7 +10,7 @@ from fmjax.data.augment import each_image, flip, mixup
 from fmjax.data.image_processor import parse_image_processor
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.feature_extraction import embed
-from fmjax.tasks.pixels import augmented, normalised
+from fmjax.tasks.pixels import augmented, averaged, mirrored, normalised, ten_crops
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +120,24 @@ def test_a_processors_second_part_on_the_device():
             processor(pictures)["pixel_values"],
             atol=1.2e-7 / min(processor.normalisation[1]),
         )
+
+
+def test_means_over_views(classifier, batch):
+    """By hand, from crops that are written out."""
+    model, variables = classifier
+    x = batch["pixel_values"] = np.random.default_rng(1).integers(0, 256, (4, 9, 10, 1), np.uint8)
+    parts = [x[:, :6, :5], x[:, :6, 5:], x[:, 3:, :5], x[:, 3:, 5:], x[:, 1:7, 2:7]]
+    for views, seen in (
+        (ten_crops(6, 5), [*parts, *(part[:, :, ::-1] for part in parts)]),
+        (mirrored(), [x, x[:, :, ::-1]]),
+    ):
+        predict = task.predict(model, through=lambda logits: averaged(logits, views))  # noqa: B023
+        ours = jax.jit(normalised(predict, [0.5], [0.1]))(variables, batch)
+        logits = [
+            model.apply(variables, pixel_values=(part / np.float32(255) - 0.5) / 0.1).logits
+            for part in seen
+        ]
+        np.testing.assert_allclose(ours, jax.nn.softmax(np.mean(logits, axis=0)), atol=1e-5)
+        assert np.abs(ours - task.predict(model)(variables, batch)).max() > 1e-3
+    with pytest.raises(ValueError, match="9 x 10 pixels have no part of 6 x 11"):
+        ten_crops(6, 11)[0](x)
