@@ -325,11 +325,14 @@ class ImageProcessor:
 
     def to_json(self) -> dict[str, Any]:
         """The keys of the file."""
-        return {
-            field.name: value.to_json() if isinstance(value, Size) else value
-            for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) is not None
-        }
+        data: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Size):
+                value = value.to_json()
+            if value is not None:
+                data[field.name] = list(value) if isinstance(value, tuple) else value
+        return data
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the file, as `fmjax.save` asks for it."""

@@ -98,6 +98,30 @@ def read_images(
         all of it is listed.
     """
     root = Path(folder).expanduser()
+    files, names, problems = class_files(root, label_names)
+    images = []
+    for path, _ in files:
+        try:
+            images.append(read(path))
+        except (OSError, ValueError) as error:
+            problems.append(f"{path.relative_to(root)}: {error}")
+    if len(sizes := {image.shape[:2] for image in images}) > 1:
+        problems.append(
+            f"the pictures have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}; resize them"
+        )
+    raise_problems(str(root), problems)
+    labels = np.array([names.index(name) for _, name in files], np.int32)
+    return ImageExamples(np.stack(images), labels, names)
+
+
+def class_files(
+    root: Path, label_names: Sequence[str] | None
+) -> tuple[list[tuple[Path, str]], tuple[str, ...], list[str]]:
+    """The files of ``ROOT/CLASS/*`` with their classes, all classes, and what is wrong with them.
+
+    Raises:
+      OSError: there is no such folder.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -113,19 +137,7 @@ def read_images(
     ]
     if not files:
         problems.append(f"there are no pictures; they must be {root}/CLASS/*{{{','.join(FILES)}}}")
-    images = []
-    for path, _ in files:
-        try:
-            images.append(read(path))
-        except (OSError, ValueError) as error:
-            problems.append(f"{path.relative_to(root)}: {error}")
-    if len(sizes := {image.shape[:2] for image in images}) > 1:
-        problems.append(
-            f"the pictures have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}; resize them"
-        )
-    raise_problems(str(root), problems)
-    labels = np.array([names.index(name) for _, name in files], np.int32)
-    return ImageExamples(np.stack(images), labels, names)
+    return files, names, problems
 
 
 def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -282,8 +282,15 @@ def fit(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def probe(settings: Settings) -> dict[str, Any]:
-    """Metrics on "val" and "test" of a linear probe on the model's pooled features, untrained."""
+def probe(
+    settings: Settings, measure: Callable[..., dict[str, Any]] = measure_probe
+) -> dict[str, Any]:
+    """Metrics on "val" and "test" of the model's pooled features, untrained.
+
+    Args:
+        settings: which pictures and model.
+        measure: of the features, `measure_probe` or `measure_neighbours`.
+    """
     examples = load_images(settings)
     model, variables = create_model(settings.model, "model", seed=settings.seed)
     channels = model.config.num_channels
@@ -294,7 +301,7 @@ def probe(settings: Settings) -> dict[str, Any]:
         split: collect(embed_fn, variables, evaluation_batches(part.columns()), size=len(part))
         for split, part in examples.items()
     }
-    return measure_probe(vectors, examples)
+    return measure(vectors, examples)
 
 
 def processor_left(
