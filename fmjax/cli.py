@@ -217,6 +217,20 @@ class Translate(Writing):
 
 
 @dataclasses.dataclass(frozen=True)
+class Classify:
+    """Say what is in pictures."""
+
+    model: ModelArg
+    """A folder or hub id of an image classifier."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """The files."""
+    top: int = 5
+    """Classes that are named, the likeliest first."""
+    json: bool = False
+    """Print one JSON object a line."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Write a run's report.html again."""
 
@@ -418,6 +432,24 @@ def translate(args: Translate) -> None:
         print(text)
 
 
+def classify(args: Classify) -> None:
+    from fmjax.recipes.classify import classify_images
+
+    if not args.images:
+        raise ValueError("no pictures; write them after the model: fmjax classify MODEL a.png")
+    if args.top < 1:
+        raise ValueError(f"top={args.top} must be at least 1")
+    names, rows = classify_images(args.model, args.images)
+    for path, row in zip(args.images, rows, strict=True):
+        scores = {names[i]: round(float(row[i]), 6) for i in (-row).argsort()[: args.top]}
+        if args.json:
+            print(json.dumps({"image": str(path), "scores": scores}, ensure_ascii=False))
+            continue
+        print(path)
+        for name, score in scores.items():
+            print(f"  {score:.4f}\t{name}")
+
+
 def report(args: Report) -> None:
     from fmjax.report import write_report
 
@@ -450,6 +482,7 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Tag, sub("tag")]
         | Annotated[Answer, sub("answer")]
         | Annotated[Translate, sub("translate")]
+        | Annotated[Classify, sub("classify")]
         | Annotated[Report, sub("report")],
         prog="fmjax",
         description="Foundation models as pure functions in JAX.",
@@ -479,6 +512,8 @@ def main(argv: list[str] | None = None) -> int:
                 answer(args)
             case Translate():
                 translate(args)
+            case Classify():
+                classify(args)
             case Report():
                 report(args)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

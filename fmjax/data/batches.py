@@ -56,7 +56,7 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Plan:
+class Plan:
     """Which examples make batch k, by buckets.
 
     Attributes:
@@ -76,6 +76,10 @@ class _Plan:
 
     def __len__(self) -> int:
         return self.total
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For a process of its own: without the epochs that were planned here.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def batches_per_epoch(self) -> int:
@@ -140,6 +144,7 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
         process_index: int,
         process_count: int,
         prefetch: int,
+        workers: int = 0,
     ) -> None:
         """Args:
         source: what each batch is made of.
@@ -147,35 +152,51 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
         shapes: as the attribute.
         identity: all that batch k depends on, as JSON; not the number of epochs or processes.
         process_index, process_count, prefetch: as in `batches`.
+        workers: processes that assemble instead of the thread; `prefetch` batches each.
         """
-        import grain  # over a second
-
         self.batches_per_epoch = source.batches_per_epoch
         self.shapes = shapes
         self._source = source
         self._identity = dict(identity)
         mine = slice(process_index, None, process_count)
-        self._iterator = iter(
-            grain.MapDataset.source(source)
-            .map(lambda planned: assemble(planned, mine))
-            .to_iter_dataset(
-                # One thread: numpy holds the interpreter lock for much of the work, so more
-                # would take time from the training loop without being faster.
+        self._made_of = (lambda planned: assemble(planned, mine)), prefetch, workers
+        self._begin(0)
+
+    def _begin(self, position: int) -> None:
+        """The iterator from a batch on."""
+        import grain  # over a second
+
+        make, prefetch, workers = self._made_of
+        dataset = grain.MapDataset.source(self._source)[position:].map(make)
+        if workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # as in any program that is not absl's own
+                flags.FLAGS.mark_as_parsed()
+            iterable = dataset.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(
+                grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(prefetch, 1))
+            )
+        else:
+            # One thread: numpy holds the interpreter lock for much of the work, so more would
+            # take time from the training loop without being faster.
+            iterable = dataset.to_iter_dataset(
                 grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
             )
-        )
+        self._iterator, self._position = iter(iterable), position
         # A stream that is dropped half-way takes its thread with it.
-        weakref.finalize(self, self._iterator.close)
+        self._finalizer = weakref.finalize(self, self._iterator.close)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
+        batch = next(self._iterator)
+        self._position += 1
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         """The position, after the last batch that was returned, ready for json.dumps.
 
         It is the same in every process, and may be restored with another number of them.
         """
-        return {"position": self._iterator.get_state(), "stream": dict(self._identity)}
+        return {"position": {"next_index": self._position}, "stream": dict(self._identity)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from a position, bitwise as the stream it was taken from would have.
@@ -191,11 +212,12 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
                 f"the saved position is batch {position}, this stream ends at "
                 f"{len(self._source)}; give it more epochs"
             )
-        self._iterator.set_state({"next_index": position})
+        self._finalizer()
+        self._begin(position)
 
     def close(self) -> None:
         """Ends the prefetching thread; the stream cannot be used any more."""
-        self._iterator.close()
+        self._finalizer()
 
 
 def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -305,7 +327,7 @@ def batches(
         raise ValueError("; ".join(problems))
 
     bucket_of = assign(data.lengths, shapes)  # [N]
-    plan = _Plan(
+    plan = Plan(
         groups=tuple(np.flatnonzero(bucket_of == i) for i in range(len(shapes))),
         buckets=tuple(shapes),
         after=tuple(next_holder(shapes)),

@@ -18,7 +18,8 @@ import tensorflow_datasets as tfds
 
 from fmjax.data import assets
 from fmjax.data.builders import prepared, read_split
-from fmjax.data.images import ImageExamples, on_white, resized
+from fmjax.data.decoding import on_white
+from fmjax.data.images import ImageExamples, resized
 from fmjax.data.splits import SPLITS, hash_split
 
 PICTURES = 1_911

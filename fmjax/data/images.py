@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fmjax.data.columns import Columns
+from fmjax.data.decoding import FILES, decode, with_channels
 from fmjax.data.files import raise_problems
 
 
@@ -67,16 +67,8 @@ class ImageExamples:
         Raises:
           ValueError: another change.
         """
-        have = self.images.shape[-1]
-        if have == channels:
-            return self
-        if (have, channels) == (1, 3):
-            return dataclasses.replace(self, images=np.repeat(self.images, 3, axis=-1))
-        if (have, channels) == (3, 1):
-            # Pillow's integers: the weights times 2 to the 16th, and a half to round.
-            luma = self.images.astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000
-            return dataclasses.replace(self, images=(luma >> 16).astype(np.uint8)[..., None])
-        raise ValueError(f"pictures of {have} channels do not become ones of {channels}")
+        images = with_channels(self.images, channels)
+        return self if images is self.images else dataclasses.replace(self, images=images)
 
     def columns(self) -> Columns:
         """As they are batched: ``pixel_values`` uint8 [B, X, Y, C] and, if any, ``labels`` [B].
@@ -87,22 +79,17 @@ class ImageExamples:
         return Columns((), {"pixel_values": self.images, **labels})
 
 
-FILES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-"""Endings of the files that are read."""
-
-
 def read_images(
     folder: str | Path,
     *,
-    size: tuple[int, int] | None = None,
+    read: Callable[[Path], np.ndarray] = decode,
     label_names: Sequence[str] | None = None,
 ) -> ImageExamples:
-    """The pictures of ``FOLDER/CLASS/*.png`` (or .jpg, ...), as RGB, in the order of their names.
+    """The pictures of ``FOLDER/CLASS/*.png`` (or .jpg, ...), in the order of their names.
 
     Args:
       folder: holds a folder for each class.
-      size: rows and columns that each picture is resized to: the shorter side fitted (bicubic) and
-        the middle cut out. None takes them as they are, all of one size.
+      read: a file as uint8 [X, Y, C]: as it is, or resized (`resized`, `ImageProcessor.pixels`).
       label_names: the classes, such as those of the training pictures; by default the folders'.
 
     Raises:
@@ -111,6 +98,30 @@ def read_images(
         all of it is listed.
     """
     root = Path(folder).expanduser()
+    files, names, problems = class_files(root, label_names)
+    images = []
+    for path, _ in files:
+        try:
+            images.append(read(path))
+        except (OSError, ValueError) as error:
+            problems.append(f"{path.relative_to(root)}: {error}")
+    if len(sizes := {image.shape[:2] for image in images}) > 1:
+        problems.append(
+            f"the pictures have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}; resize them"
+        )
+    raise_problems(str(root), problems)
+    labels = np.array([names.index(name) for _, name in files], np.int32)
+    return ImageExamples(np.stack(images), labels, names)
+
+
+def class_files(
+    root: Path, label_names: Sequence[str] | None
+) -> tuple[list[tuple[Path, str]], tuple[str, ...], list[str]]:
+    """The files of ``ROOT/CLASS/*`` with their classes, all classes, and what is wrong with them.
+
+    Raises:
+      OSError: there is no such folder.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -126,41 +137,7 @@ def read_images(
     ]
     if not files:
         problems.append(f"there are no pictures; they must be {root}/CLASS/*{{{','.join(FILES)}}}")
-    images = []
-    for path, _ in files:
-        try:
-            images.append(_decoded(path, size))
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
-            problems.append(f"{path.relative_to(root)}: {error}")
-    if len(sizes := {image.shape[:2] for image in images}) > 1:
-        problems.append(
-            f"the pictures have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}; give size="
-        )
-    raise_problems(str(root), problems)
-    labels = np.array([names.index(name) for _, name in files], np.int32)
-    return ImageExamples(np.stack(images), labels, names)
-
-
-def _decoded(path: Path, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [X, Y, 3]; transparent pixels are white."""
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        picture: Any = ImageOps.exif_transpose(file)
-        mode = "RGBA" if picture.has_transparency_data else "RGB"
-        pixels = on_white(np.asarray(picture.convert(mode)))
-    return pixels if size is None else resized(pixels, size)
-
-
-def on_white(image: np.ndarray) -> np.ndarray:
-    """uint8 [X, Y, 3] of a picture [X, Y, 4] with transparency; one without stays."""
-    if image.shape[-1] == 3:
-        return image
-    from PIL import Image
-
-    picture = Image.fromarray(image, "RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+    return files, names, problems
 
 
 def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

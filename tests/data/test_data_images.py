@@ -8,7 +8,8 @@ from PIL import Image
 
 from fmjax.data import assets
 from fmjax.data.batches import batches
-from fmjax.data.images import ImageExamples, read_images
+from fmjax.data.decoding import decode
+from fmjax.data.images import ImageExamples, read_images, resized
 from fmjax.data.mnist import load_digits, load_fashion, read_csv, read_idx
 
 
@@ -75,7 +76,7 @@ def test_a_folder_is_read_in_order(tmp_path):
     order = [0, 2, 4, 6, 1, 3, 5]
     np.testing.assert_array_equal(read.images, examples.images[order])
     np.testing.assert_array_equal(read.labels, examples.labels[order])
-    small = read_images(tmp_path, size=(2, 2))
+    small = read_images(tmp_path, read=lambda path: resized(decode(path), (2, 2)))
     assert small.images.shape == (7, 2, 2, 3)
     # Of a picture 4 x 6 the middle 4 x 4.
     whole = Image.fromarray(examples.images[0])

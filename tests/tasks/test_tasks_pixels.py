@@ -7,9 +7,10 @@ import pytest
 
 import fmjax
 from fmjax.data.augment import each_image, flip, mixup
+from fmjax.data.image_processor import parse_image_processor
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.feature_extraction import embed
-from fmjax.tasks.pixels import augmented, normalised
+from fmjax.tasks.pixels import augmented, averaged, mirrored, normalised, ten_crops
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,45 @@ def test_pictures_have_features(pooling, batch):
         flat = out.last_hidden_state.reshape(4, -1, vectors.shape[-1])
         expected = {"mean": flat.mean(1), "max": flat.max(1), "pooler": out.pooler_output}
         np.testing.assert_allclose(vectors, expected[pooling], atol=1e-5)
+
+
+def test_a_processors_second_part_on_the_device():
+    """What is left of the work after `batch` is what a call does, padding included."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((9, 7), (5, 8))]
+    for data in (
+        {
+            "image_processor_type": "EfficientNetImageProcessor", "size": 6, "rescale_offset": True,
+            "rescale_factor": 1 / 127.5, "image_std": [0.2, 0.3, 0.4],
+        },
+        {"image_processor_type": "DetrImageProcessor", "do_resize": False},
+    ):  # fmt: skip
+        processor = parse_image_processor(data)
+        fn = normalised(lambda variables, batch: batch["pixel_values"], *processor.normalisation)
+        # One rounding more or less, of numbers that are divided by std.
+        np.testing.assert_allclose(
+            fn({}, processor.batch(pictures)),
+            processor(pictures)["pixel_values"],
+            atol=1.2e-7 / min(processor.normalisation[1]),
+        )
+
+
+def test_means_over_views(classifier, batch):
+    """By hand, from crops that are written out."""
+    model, variables = classifier
+    x = batch["pixel_values"] = np.random.default_rng(1).integers(0, 256, (4, 9, 10, 1), np.uint8)
+    parts = [x[:, :6, :5], x[:, :6, 5:], x[:, 3:, :5], x[:, 3:, 5:], x[:, 1:7, 2:7]]
+    for views, seen in (
+        (ten_crops(6, 5), [*parts, *(part[:, :, ::-1] for part in parts)]),
+        (mirrored(), [x, x[:, :, ::-1]]),
+    ):
+        predict = task.predict(model, through=lambda logits: averaged(logits, views))  # noqa: B023
+        ours = jax.jit(normalised(predict, [0.5], [0.1]))(variables, batch)
+        logits = [
+            model.apply(variables, pixel_values=(part / np.float32(255) - 0.5) / 0.1).logits
+            for part in seen
+        ]
+        np.testing.assert_allclose(ours, jax.nn.softmax(np.mean(logits, axis=0)), atol=1e-5)
+        assert np.abs(ours - task.predict(model)(variables, batch)).max() > 1e-3
+    with pytest.raises(ValueError, match="9 x 10 pixels have no part of 6 x 11"):
+        ten_crops(6, 11)[0](x)

@@ -1,0 +1,71 @@
+"""What every recipe's training does beside its loop."""
+
+import jax
+import numpy as np
+import pytest
+
+import fmjax
+from fmjax.data.batches import batches
+from fmjax.data.images import ImageExamples
+from fmjax.models import cnn
+from fmjax.recipes.training import Training, train
+from fmjax.tasks import sequence_classification as task
+from fmjax.tree import flatten
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of three steps: the weights at each evaluation, and those that it returns."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 4, 4, 1), dtype=np.uint8)
+    examples = ImageExamples(images, (np.arange(12) % 3).astype(np.int32), ("a", "b", "c"))
+
+    def run(ema):
+        config = cnn.Config(
+            image_size=4, hidden_sizes=(2,), depths=(1,), pooled_size=2, dense_sizes=(),
+            id2label=("a", "b", "c"),
+        )  # fmt: skip
+        model, variables = fmjax.create(
+            "cnn", config, head="image_classification", rng=jax.random.key(0)
+        )
+        seen = [jax.device_get(flatten(variables["params"]))]
+
+        def evaluate(state):
+            seen.append(jax.device_get(flatten(state.trainable["params"])))
+            return {"loss": float(len(seen))}  # the first is the best
+
+        settings = Training(
+            output=tmp_path / str(ema), epochs=1, batch_size=4, learning_rate=0.1, warmup=0.0,
+            evaluations=3, ema=ema,
+        )  # fmt: skip
+        state = train(
+            settings,
+            model,
+            variables,
+            task.loss(model),
+            batches(examples.columns(), batch_size=4),
+            evaluate=evaluate,
+            metric="loss",
+            mode="min",
+            about={"source": "new", "data": {"source": "noise", "splits": {"train": 12}}},
+        )
+        return seen, jax.device_get(flatten(state.trainable["params"]))
+
+    return run
+
+
+def test_averages_are_evaluated_and_returned(run):
+    seen, left = run(None)
+    averaged, left_average = run(0.75)
+    assert len(seen) == len(averaged) == 4
+    by_hand = seen[0]
+    for step in (1, 2, 3):
+        by_hand = {name: 0.75 * by_hand[name] + 0.25 * seen[step][name] for name in by_hand}
+        for name, value in by_hand.items():
+            np.testing.assert_allclose(averaged[step][name], value, atol=1e-6)
+            assert np.abs(value - seen[step][name]).max() > 1e-4
+    for name in by_hand:  # of the best evaluation
+        np.testing.assert_array_equal(left[name], seen[1][name])
+        np.testing.assert_array_equal(left_average[name], averaged[1][name])
+    with pytest.raises(ValueError, match=r"decay is 1\.5"):
+        run(1.5)
