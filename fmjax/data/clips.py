@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fmjax.data.columns import Columns
-from fmjax.data.images import FILES, on_white, resized
-from fmjax.data.records import raise_problems
+from fmjax.data.decoding import BROKEN, FILES, FORMATS, Picture, check_pixels, decode
+from fmjax.data.files import raise_problems
 
-ANIMATED = (".gif", ".webp", ".png", ".apng", ".tif", ".tiff")
-"""Endings of files with several pictures that Pillow reads."""
+ANIMATED = (".gif", ".webp", ".png", ".apng")
+"""Endings of files with several pictures."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,22 +51,22 @@ def read_clips(
     folder: str | Path,
     *,
     frames: int,
-    size: tuple[int, int],
+    read: Callable[[Picture], np.ndarray] = decode,
     label_names: Sequence[str] | None = None,
 ) -> ClipExamples:
-    """The videos of ``FOLDER/CLASS/*.gif`` (or .webp, ...) or ``FOLDER/CLASS/VIDEO/*.png``, as RGB.
+    """The videos of ``FOLDER/CLASS/*.gif`` (or .webp, ...) or ``FOLDER/CLASS/VIDEO/*.png``.
 
     Args:
         folder: holds a folder for each class; in it a video is a file with several pictures or a
             folder of pictures in the order of their names.
         frames: T, taken evenly from each video: see `segment_middles`.
-        size: rows and columns that frames are resized to: the shorter side fitted, the middle cut
-            out.
+        read: a frame as uint8 [X, Y, 3]: as it is, or resized (`ImageProcessor.pixels`).
         label_names: the classes, such as those of the training videos; by default the folders'.
 
     Raises:
         OSError: there is no such folder.
-        ValueError: no videos, unknown classes, or files that are no pictures; all are listed.
+        ValueError: no videos, unknown classes, files that are no pictures, or frames of different
+            sizes; all are listed.
     """
     if frames < 1:
         raise ValueError(f"frames is {frames}; it must be positive")
@@ -79,49 +78,45 @@ def read_clips(
     problems = [
         f"the folder {name} is none of the classes {names}" for name in found if name not in names
     ]
-    clips, labels = [], []
+    pictures: list[np.ndarray] = []
+    labels = []
     for name in found:
         for path in sorted((root / name).iterdir()):
             if not path.is_dir() and path.suffix.lower() not in ANIMATED:
                 continue
             try:
-                clips.append(_frames_of(path, frames, size))
+                pictures += _frames_of(path, frames, read)
                 labels.append(names.index(name) if name in names else -1)
-            except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises
+            except BROKEN as error:
                 problems.append(f"{path.relative_to(root)}: {error}")
-    if not clips and not problems:
+    if not labels and not problems:
         problems.append(
             f"there are no videos; they must be {root}/CLASS/*{{{','.join(ANIMATED)}}}, or folders "
             "of pictures in their place"
         )
+    if len(sizes := {picture.shape for picture in pictures}) > 1:
+        problems.append(
+            f"the frames have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}; resize them"
+        )
     raise_problems(str(root), problems)
-    return ClipExamples(np.stack(clips), np.array(labels, np.int32), names)
+    clips = np.stack(pictures).reshape(len(labels), frames, *pictures[0].shape)
+    return ClipExamples(clips, np.array(labels, np.int32), names)
 
 
-def _frames_of(path: Path, frames: int, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [T, *size, 3]."""
+def _frames_of(path: Path, frames: int, read: Callable[[Picture], np.ndarray]) -> list[np.ndarray]:
+    """uint8 [X, Y, 3] each."""
     from PIL import Image
 
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in FILES)
         if not files:
             raise ValueError(f"the folder holds no pictures {FILES}")
-        chosen = [files[place] for place in segment_middles(len(files), frames)]
-        pictures = []
-        for file in chosen:
-            with Image.open(file) as picture:
-                pictures.append(_pixels(picture, size))
-        return np.stack(pictures)
-    with Image.open(path) as file:
+        return [read(files[place]) for place in segment_middles(len(files), frames)]
+    with Image.open(path, formats=FORMATS) as file:
+        check_pixels(file.height, file.width, "it has")
         total: int = getattr(file, "n_frames", 1)  # formats of one picture have no such field
         pictures = []
         for place in segment_middles(total, frames):
             file.seek(int(place))
-            pictures.append(_pixels(file, size))
-    return np.stack(pictures)
-
-
-def _pixels(picture: Any, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [*size, 3]; transparent pixels are white."""
-    mode = "RGBA" if picture.has_transparency_data else "RGB"
-    return resized(on_white(np.asarray(picture.convert(mode))), size)
+            pictures.append(read(file))
+    return pictures

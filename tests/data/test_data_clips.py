@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from fmjax.data.clips import read_clips, segment_middles
+from fmjax.data.decoding import decode
+from fmjax.data.images import resized
 
 
 def write_gif(path, levels):
@@ -26,7 +28,7 @@ def test_animated_files_and_folders_of_frames(tmp_path):
     for number, level in enumerate((200, 210, 220)):
         Image.new("L", (9, 6), level).save(folder / f"{number}.png")
     (tmp_path / "light" / "notes.txt").write_text("no video")
-    examples = read_clips(tmp_path, frames=3, size=(4, 4))
+    examples = read_clips(tmp_path, frames=3, read=lambda frame: resized(decode(frame), (4, 4)))
     assert examples.clips.shape == (2, 3, 4, 4, 3)
     assert examples.label_names == ("dark", "light")
     np.testing.assert_array_equal(examples.labels, [0, 1])
@@ -39,13 +41,15 @@ def test_all_that_is_wrong_is_listed(tmp_path):
     write_gif(tmp_path / "dark" / "a.gif", [10, 20])
     (tmp_path / "dark" / "b.gif").write_bytes(b"GIF89a broken")
     (tmp_path / "odd" / "empty").mkdir(parents=True)
+    Image.new("RGB", (5, 5)).save(tmp_path / "dark" / "c.png")
     with pytest.raises(ValueError, match=r"b\.gif") as error:
-        read_clips(tmp_path, frames=2, size=(4, 4), label_names=("dark",))
+        read_clips(tmp_path, frames=2, label_names=("dark",))
     assert "the folder odd is none of the classes" in str(error.value)
     assert "holds no pictures" in str(error.value)
+    assert "the frames have 2 sizes" in str(error.value)
     with pytest.raises(ValueError, match="there are no videos"):
-        read_clips(tmp_path / "odd" / "empty", frames=2, size=(4, 4))
+        read_clips(tmp_path / "odd" / "empty", frames=2)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        read_clips(tmp_path / "none", frames=2, size=(4, 4))
+        read_clips(tmp_path / "none", frames=2)
     with pytest.raises(ValueError, match="frames is 0"):
-        read_clips(tmp_path, frames=0, size=(4, 4))
+        read_clips(tmp_path, frames=0)
