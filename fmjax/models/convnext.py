@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -134,6 +135,12 @@ class Stage(nn.Module):
         return x
 
 
+def drop_rates(config: Any) -> list[tuple[float, ...]]:
+    """Of each stage's blocks: stochastic depth grows evenly from none to the config's."""
+    rates = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist())
+    return [tuple(islice(rates, depth)) for depth in config.depths]
+
+
 def merge(config: Any, x: Array, features: int, patch: tuple[int, int], name: str) -> Array:
     """Patches as pixels, by a linear map each: [B, X, Y, C] -> [B, X / P, Y / Q, O].
 
@@ -165,10 +172,7 @@ class Model(ConvNet):
         x = merge(config, pixel_values, config.hidden_sizes[0], pair(config.patch_size), "embed")
         x = LayerNorm(EPSILON, name="embed_norm")(x)
         states, block = [x], self.recomputed(self.block)
-        # Stochastic depth grows from block to block.
-        rates = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
-        for number, depth in enumerate(config.depths):
-            drops, rates = tuple(rates[:depth]), rates[depth:]
+        for number, drops in enumerate(drop_rates(config)):
             x = Stage(block, config, number, drops, train, name=f"stages_{number}")(x)
             states.append(x)
         return x, states

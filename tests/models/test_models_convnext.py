@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from parity import assert_near, check_defaults, check_head, check_old_file, check_sizes
+from parity import assert_near, check_defaults, check_head, check_old_file, check_sizes, torch_size
 from pictures import images, without_labels
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 
 import fmjax
 from fmjax.models import convnext, convnextv2
-from fmjax.tree import count_parameters
 
 SIZES = {
     "num_channels": 2, "patch_size": 3, "num_stages": 2, "hidden_sizes": (6, 10), "depths": (1, 2),
@@ -20,10 +19,15 @@ SIZES = {
 }  # fmt: skip
 V1 = convnext.Config(**SIZES, layer_scale_init_value=0.7)
 CASES = [
-    (convnext, "model", dataclasses.replace(V1, hidden_act="relu", layer_scale_init_value=0.0)),
+    (
+        convnext,
+        "model",
+        dataclasses.replace(
+            V1, layer_scale_init_value=0.0, num_stages=1, depths=(1,), hidden_sizes=(6,)
+        ),
+    ),
     (convnext, "image_classification", V1),
-    (convnextv2, "model", convnextv2.Config(**SIZES)),
-    (convnextv2, "image_classification", convnextv2.Config(**SIZES)),
+    (convnextv2, "image_classification", convnextv2.Config(**SIZES | {"depths": (1, 1)})),
 ]
 
 
@@ -98,18 +102,23 @@ def test_other_names_load(family, names, last, tmp_path):
 
 
 def test_published_sizes():
-    check_sizes(convnext, dict.fromkeys(("tiny", "tiny-224"), "ConvNextModel"))
-    check_sizes(convnextv2, dict.fromkeys(("tiny", "atto-224"), "ConvNextV2Model"))
+    check_sizes(convnext, {"tiny-224": "ConvNextModel"})
+    check_sizes(convnextv2, {"atto-224": "ConvNextV2Model"})
     names = tuple(map(str, range(1000)))
-    # Liu et al. 2022, table 1, and Woo et al. 2023, table 9, in millions.
+    # Liu et al. 2022, table 9, and Woo et al. 2023, table 9, in millions.
     for family, sizes in (
-        (convnext, {"tiny-224": 29, "base-224": 89}),
-        (convnextv2, {"atto-224": 3.7, "nano-224": 15.6, "huge-224": 660}),
-    ):
+        (convnext, {"tiny": 29, "small": 50, "base": 89, "large": 198, "xlarge": 350}),
+        (
+            convnextv2,
+            {
+                "atto": 3.7, "femto": 5.2, "pico": 9.1, "nano": 15.6, "tiny": 29, "base": 89,
+                "large": 198, "huge": 660,
+            },
+        ),
+    ):  # fmt: skip
         for variant, millions in sizes.items():
-            config = dataclasses.replace(family.VARIANTS[variant], id2label=names)
-            model = family.Model(config, head="image_classification")
-            count = count_parameters(fmjax.hub.abstract_variables(model)) / 1e6
+            config = dataclasses.replace(family.VARIANTS[f"{variant}-224"], id2label=names)
+            count = torch_size(family, config, family.HEADS["image_classification"]) / 1e6
             assert round(count, 1 if millions < 20 else 0) == millions, variant
 
 
@@ -118,28 +127,13 @@ def test_config_defaults_are_transformers_defaults():
     check_defaults(convnextv2)
 
 
-def test_stochastic_depth_grows_from_none():
-    """Without its branches every block is the identity."""
-    config = dataclasses.replace(V1, drop_path_rate=0.999, depths=(2, 1), num_stages=2)
-    model = convnext.Model(config)
-    pixels = images(config, rows=18, columns=18)["pixel_values"]
-    variables = model.init(jax.random.key(0), pixels)
-
-    def states(**options):
-        out = model.apply(variables, pixels, output_hidden_states=True, **options)
-        return out.hidden_states
-
-    plain, dropped = states(), states(train=True, rngs={"dropout": jax.random.key(1)})
-    assert not np.allclose(plain[1], plain[0])
-    # The first block is never dropped, the last nearly always.
-    first = convnext.Block(config, 0.0, False)
-    block = {"params": variables["params"]["stages_0"]["blocks_0"]}
-    assert not np.allclose(dropped[1], dropped[0])
-    assert np.isfinite(np.asarray(dropped[2])).all()
-    np.testing.assert_allclose(
-        model.apply(variables, pixels, output_hidden_states=True).hidden_states[0], plain[0]
-    )
-    assert first.apply(block, plain[0]).shape == plain[0].shape
+def test_stochastic_depth_grows_as_pytorchs():
+    config = dataclasses.replace(V1, drop_path_rate=0.3)
+    rates = torch.linspace(0, 0.3, 3).split(config.depths)
+    ours = convnext.drop_rates(config)
+    assert [len(stage) for stage in ours] == [1, 2]
+    for stage, theirs in zip(ours, rates, strict=True):
+        np.testing.assert_allclose(stage, theirs, rtol=1e-6)
 
 
 def test_what_does_not_fit_is_refused():
