@@ -5,7 +5,9 @@ from fmjax.weights.flax_file import to_torch_names
 from fmjax.weights.names import fit_prefix, modern_names
 from fmjax.weights.rules import Rule, export_params, import_params, rule_tensor_names
 from fmjax.weights.tables import (
+    also_named,
     batch_norm_rules,
+    conv_norm_rules,
     conv_rules,
     decoder_head_rules,
     dense_rules,
@@ -41,8 +43,10 @@ __all__ = [
     "Rule",
     "Tensor",
     "Transform",
+    "also_named",
     "batch_norm_rules",
     "compose",
+    "conv_norm_rules",
     "conv_rules",
     "decoder_head_rules",
     "dense_rules",
