@@ -19,6 +19,7 @@ import transformers
 
 import fmjax
 from fmjax.config import config_to_json, parse_config
+from fmjax.tasks.apply import apply_fn
 from fmjax.tree import count_parameters, flatten, is_running, split, unflatten
 from fmjax.weights import export_params
 
@@ -237,6 +238,66 @@ def check_numbers(
         scale = max(np.abs(grad).max(initial=0), gradient_floor * largest)
         error = np.abs(ours[name] - zeros[name] - grad).max(initial=0) / scale
         assert error <= gradient_tolerance, f"gradient of {name}: relative error {error:.2e}"
+
+
+def check_training(
+    family,
+    config,
+    head: str,
+    tmp_path: Path,
+    inputs: dict[str, np.ndarray],
+    *,
+    tolerance: float = 1e-5,
+    gradient_tolerance: float = 2e-5,
+    prepare: Callable[[Any], None] = lambda twin: None,
+) -> None:
+    """The batch's own statistics, what they do to gradients, and the running ones they leave.
+
+    Args:
+        family, config, head, tmp_path, tolerance, gradient_tolerance, prepare: see `check_head`;
+            nothing is dropped.
+        inputs: with "pixel_values".
+    """
+    twin = torch_twin(family, config, head)
+    prepare(twin)
+    twin.save_pretrained(tmp_path / "before")
+    model, variables = fmjax.load(tmp_path / "before")
+    twin = twin.double().train()
+    reference = channels_last(
+        twin(torch.tensor(inputs["pixel_values"]).double().movedim(-1, 1)).logits
+    )
+    weights = np.random.default_rng(1).normal(size=tuple(reference.shape))
+    (reference * torch.tensor(weights)).sum().backward()
+    apply = apply_fn(model)
+
+    @jax.jit
+    def run(variables):
+        def total(params):
+            out, updates = apply(variables | {"params": params}, inputs, None, train=True)
+            return jnp.vdot(out.logits, weights), (out.logits, updates)
+
+        return jax.value_and_grad(total, has_aux=True)(variables["params"])
+
+    (_, (ours, updates)), grads = run(variables)
+    assert_near(ours, reference.detach(), "logits", tolerance)
+    twin.save_pretrained(tmp_path / "after")
+    _, after = fmjax.load(tmp_path / "after")
+    moved = flatten(updates)
+    assert moved.keys() == {key for key in flatten(after) if key.startswith("batch_stats/")}
+    for path, value in moved.items():
+        assert_near(value, flatten(after)[path], path)
+        assert np.abs(value - flatten(variables)[path]).max() > 1e-4, path
+    for parameter in twin.parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.data = grad
+    twin.save_pretrained(tmp_path / "gradients")
+    _, read = fmjax.load(tmp_path / "gradients")
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(read["params"]))
+    for path, theirs in flatten(read["params"]).items():
+        # A kernel before a norm over few pixels has gradients that nearly cancel.
+        scale = max(float(jnp.abs(theirs).max()), 1e-2 * largest)
+        error = float(jnp.abs(flatten(grads)[path] - theirs).max()) / scale
+        assert error < gradient_tolerance, f"{path}: {error}"
 
 
 def exported(family, model, tree) -> dict[str, np.ndarray]:

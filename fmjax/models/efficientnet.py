@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,16 +20,13 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
-from fmjax.nn.checks import check_head, refuse
-from fmjax.nn.conv import Around, Conv, ConvNorm, half_a_window
-from fmjax.nn.dropout import Dropout, DropPath
-from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import activation
-from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.nn.checks import refuse
+from fmjax.nn.conv import Around, ConvNorm, average, squeeze_excite
+from fmjax.nn.convnet import ConvNet, divisible
+from fmjax.nn.dropout import DropPath
 from fmjax.weights import (
     Rule,
-    batch_norm_rules,
+    conv_norm_rules,
     conv_rules,
     dense_rules,
     keras_conv_norm_rules,
@@ -91,12 +88,7 @@ class Config:
 
     def scaled(self, width: int) -> int:
         """Features by the width coefficient, a multiple of the divisor, at least 90 % of it."""
-        wanted = width * self.width_coefficient
-        size = max(
-            self.depth_divisor,
-            int(wanted + self.depth_divisor / 2) // self.depth_divisor * self.depth_divisor,
-        )
-        return size + self.depth_divisor if size < 0.9 * wanted else size
+        return divisible(width * self.width_coefficient, self.depth_divisor, self.depth_divisor)
 
     @property
     def stem_width(self) -> int:
@@ -222,37 +214,30 @@ class Block(nn.Module):
             y = conv_norm(config, self.train, place.inner, 1, act=act, name="expand")(y)
         around = config.padding(place.number, y.shape[1:3], place.size, place.stride)
         y = conv_norm(
-            config, self.train, None, place.size, place.stride, act, around=around, name="depthwise"
-        )(y)
+            config, self.train, place.inner, place.size, place.stride, act,
+            around=around, groups=place.inner, name="depthwise",
+        )(y)  # fmt: skip
         if self.squeezed:
-            y = self.excite(y)
+            init = nn.initializers.normal(config.initializer_range)
+            width = max(1, int(place.width * config.squeeze_expansion_ratio))
+            y = squeeze_excite(y, width, act, init)
         y = conv_norm(config, self.train, place.features, 1, name="project")(y)
         return x + DropPath(place.drop)(y, self.train) if place.residual else y
-
-    def excite(self, x: Array) -> Array:
-        """Features scaled by what their means say (Hu et al. 2017, arXiv:1709.01507)."""
-        config = self.config
-        init = nn.initializers.normal(config.initializer_range)
-        width = max(1, int(self.place.width * config.squeeze_expansion_ratio))
-        y = jnp.mean(x.astype(jnp.float32), axis=(1, 2), keepdims=True).astype(x.dtype)
-        y = Conv(width, 1, kernel_init=init, use_bias=True, name="squeeze")(y)
-        y = activation(config.hidden_act)(y)
-        y = Conv(x.shape[-1], 1, kernel_init=init, use_bias=True, name="excite")(y)
-        return x * jax.nn.sigmoid(y)
 
 
 def conv_norm(
     config: Any,
     train: bool,
-    features: int | None,
+    features: int,
     size: int,
     stride: int = 1,
     act: str | None = None,
     *,
     around: Around | None = None,
+    groups: int = 1,
     name: str,
 ) -> ConvNorm:
-    """A convolution and its normalisation, by the config; no features is a depthwise one."""
+    """A convolution and its normalisation, by the config."""
     return ConvNorm(
         features,
         size,
@@ -262,80 +247,46 @@ def conv_norm(
         config.batch_norm_eps,
         1 - config.batch_norm_momentum,
         nn.initializers.normal(config.initializer_range),
-        half_a_window(size) if around is None else around,
+        around,
+        groups,
         name=name,
     )
 
 
-class Model(nn.Module):
-    """EfficientNet with one head.
+class Model(ConvNet):
+    """EfficientNet with one head; see `fmjax.nn.convnet.ConvNet`.
 
-    Args:
-        config: the sizes.
-        head: a key of `HEADS`.
-        scan: has no effect: blocks differ in shape.
-        remat: blocks are recomputed in the backward pass.
+    Hidden states are the stem's output and each block's.
     """
 
-    config: Any
-    head: str = "model"
-    scan: bool = False
-    remat: bool = False
-
+    heads = HEADS
     squeezed: ClassVar[bool] = True
 
-    @nn.compact
-    def __call__(
-        self,
-        pixel_values: Array,
-        *,
-        train: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> Output:
-        """Runs the model.
+    @property
+    def head_dropout(self) -> float:
+        return self.config.dropout_rate
 
-        Args:
-            pixel_values: [B, X, Y, C], normalised.
-            train: whether dropout and stochastic depth are on, which need
-                ``rngs={"dropout": key}``, and batch normalisation uses the batch's own statistics
-                and moves the running ones, which needs ``mutable=["batch_stats"]``.
-            output_hidden_states: whether ``hidden_states`` is returned: the stem's output and each
-                block's, [B, X, Y, C].
-            output_attentions: has no effect: there are none.
-
-        Raises:
-            ValueError: an unknown head, or images of the wrong shape.
-        """
+    def features(self, pixel_values: Array, train: bool) -> tuple[Array, Sequence[Array]]:
         config = self.config
-        check_head(self, HEADS)
-        check_pixels(pixel_values, config.num_channels)
         around = config.padding(-1, pixel_values.shape[1:3], 3, 2)
         act = config.hidden_act
         x = conv_norm(config, train, config.stem_width, 3, 2, act, around=around, name="embed")(
             pixel_values
         )
-        states = [x]
-        block = nn.remat(Block) if self.remat else Block
+        states, block = [x], self.recomputed(Block)
         for place in places(config):
             x = block(config, place, train, self.squeezed, name=f"blocks_{place.number}")(x)
             states.append(x)
-        x = conv_norm(config, train, config.top_width, 1, act=act, name="top")(x)
-        hidden_states = tuple(states) if output_hidden_states else None
-        if config.pooling_type == "mean":
-            pooled = jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(x.dtype)  # [B, C]
-        else:
-            # By place: the gradient of a maximum looks for equal numbers, of which a compiler that
-            # computes them twice may find none.
-            flat = x.reshape(x.shape[0], -1, x.shape[-1])
-            place = jnp.argmax(jax.lax.stop_gradient(flat), axis=1, keepdims=True)
-            pooled = jnp.take_along_axis(flat, place, axis=1)[:, 0]
-        if self.head == "model":
-            return Output(last_hidden_state=x, pooler_output=pooled, hidden_states=hidden_states)
-        pooled = Dropout(config.dropout_rate)(pooled, train)
-        init: Callable[..., Array] = nn.initializers.normal(config.initializer_range)
-        logits = Dense(len(config.id2label), kernel_init=init, name="head")(pooled)
-        return Output(logits=logits.astype(jnp.float32), hidden_states=hidden_states)
+        return conv_norm(config, train, config.top_width, 1, act=act, name="top")(x), states
+
+    def pool(self, x: Array, train: bool) -> Array:
+        if self.config.pooling_type == "mean":
+            return average(x)
+        # By place: the gradient of a maximum looks for equal numbers, of which a compiler that
+        # computes them twice may find none.
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        place = jnp.argmax(jax.lax.stop_gradient(flat), axis=1, keepdims=True)
+        return jnp.take_along_axis(flat, place, axis=1)[:, 0]
 
 
 def inputs(config: Any, head: str) -> dict[str, Array]:
@@ -367,11 +318,6 @@ def rules(config: Config, head: str) -> list[Rule]:
         table += layer(f"{here}/project", f"{projection}_conv", f"{projection}_bn")
     table += layer("top", f"{body}encoder.top_conv", f"{body}encoder.top_bn")
     return table + (dense_rules("head", "classifier") if head != "model" else [])
-
-
-def conv_norm_rules(param: str, conv: str, norm: str) -> list[Rule]:
-    """A convolution and its normalisation."""
-    return conv_rules(f"{param}/conv", conv) + batch_norm_rules(f"{param}/norm", norm)
 
 
 def keras_config(config: Config) -> Config:

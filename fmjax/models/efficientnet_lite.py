@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 
 from fmjax.models import config_alone, efficientnet
-from fmjax.models.efficientnet import conv_norm_rules, inputs, places
+from fmjax.models.efficientnet import inputs, places
 from fmjax.nn.conv import Around, same_padding
-from fmjax.weights import Rule, dense_rules
+from fmjax.weights import Rule, conv_norm_rules, dense_rules
 
 __all__ = ["inputs"]
 

@@ -7,23 +7,22 @@ it), or in the first one as published, with ``downsample_in_bottleneck``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
-from fmjax.nn.checks import check_head, refuse
+from fmjax.nn.checks import refuse
 from fmjax.nn.conv import ConvNorm, max_pool
-from fmjax.nn.linear import Dense
+from fmjax.nn.convnet import ConvNet, stage_problems
 from fmjax.nn.mlp import activation
-from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
 from fmjax.weights import (
     Rule,
-    batch_norm_rules,
-    conv_rules,
+    also_named,
+    conv_norm_rules,
     dense_rules,
     keras_conv_norm_rules,
     keras_dense_rules,
@@ -46,17 +45,9 @@ class Config:
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = stage_problems(self)
         if self.layer_type not in ("basic", "bottleneck"):
             problems.append(f"layer_type={self.layer_type!r} must be 'basic' or 'bottleneck'")
-        if not self.depths or len(self.depths) != len(self.hidden_sizes):
-            problems.append(
-                f"depths={self.depths} and hidden_sizes={self.hidden_sizes} must have one number "
-                "a stage each"
-            )
-        for name in ("depths", "hidden_sizes"):
-            if any(size < 1 for size in getattr(self, name)):
-                problems.append(f"{name}={getattr(self, name)} must be positive")
         if self.layer_type == "bottleneck" and any(size % 4 for size in self.hidden_sizes):
             problems.append(f"hidden_sizes={self.hidden_sizes} of bottlenecks must divide by 4")
         refuse(self, problems)
@@ -98,7 +89,7 @@ class Place:
     shortcut: bool
 
 
-def places(config: Config) -> Iterator[tuple[Place, ...]]:
+def places(config: Any) -> Iterator[tuple[Place, ...]]:
     """The blocks of each stage."""
     width = config.embedding_size
     for stage, (features, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
@@ -146,75 +137,47 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Blocks one after another, of which the first may make the image smaller."""
 
-    config: Config
+    block: Callable[..., nn.Module]
+    config: Any
     places: tuple[Place, ...]
     train: bool
-    remat: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
-        block = nn.remat(Block) if self.remat else Block
         for number, place in enumerate(self.places):
-            x = block(self.config, place, self.train, name=f"blocks_{number}")(x)
+            x = self.block(self.config, place, self.train, name=f"blocks_{number}")(x)
         return x
 
 
-class Model(nn.Module):
-    """ResNet with one head.
+class Model(ConvNet):
+    """ResNet with one head; see `fmjax.nn.convnet.ConvNet`.
 
-    Args:
-        config: the sizes.
-        head: a key of `HEADS`.
-        scan: has no effect: blocks differ in shape.
-        remat: blocks are recomputed in the backward pass.
+    Hidden states are the stem's output and each stage's.
     """
 
-    config: Config
-    head: str = "model"
-    scan: bool = False
-    remat: bool = False
+    heads = HEADS
+    block: ClassVar[type[nn.Module]] = Block
 
-    @nn.compact
-    def __call__(
-        self,
-        pixel_values: Array,
-        *,
-        train: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> Output:
-        """Runs the model.
+    @property
+    def kernel_init(self) -> Callable[..., Array]:
+        # PyTorch's default of a Linear: uniform within 1 / sqrt(I).
+        return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-        Args:
-            pixel_values: [B, X, Y, C], normalised.
-            train: whether batch normalisation uses the batch's own statistics and moves the running
-                ones, which needs ``mutable=["batch_stats"]``.
-            output_hidden_states: whether ``hidden_states`` is returned: the stem's output and each
-                stage's, [B, X, Y, C].
-            output_attentions: has no effect: there are none.
-
-        Raises:
-            ValueError: an unknown head, or images of the wrong shape.
-        """
+    def stem(self, pixel_values: Array, train: bool) -> Array:
+        """[B, X, Y, C] -> [B, X', Y', O]; called in a compact method, a module named "embed"."""
         config = self.config
-        check_head(self, HEADS)
-        check_pixels(pixel_values, config.num_channels)
         x = ConvNorm(config.embedding_size, 7, 2, config.hidden_act, train, name="embed")(
             pixel_values
         )
-        x = max_pool(x, 3, 2, 1)
-        states = [x]
-        for stage, blocks in enumerate(places(config)):
-            x = Stage(config, blocks, train, self.remat, name=f"stages_{stage}")(x)
+        return max_pool(x, 3, 2, 1)
+
+    def features(self, pixel_values: Array, train: bool) -> tuple[Array, Sequence[Array]]:
+        x = self.stem(pixel_values, train)
+        states, block = [x], self.recomputed(self.block)
+        for number, blocks in enumerate(places(self.config)):
+            x = Stage(block, self.config, blocks, train, name=f"stages_{number}")(x)
             states.append(x)
-        hidden_states = tuple(states) if output_hidden_states else None
-        pooled = jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(x.dtype)  # [B, C]
-        if self.head == "model":
-            return Output(last_hidden_state=x, pooler_output=pooled, hidden_states=hidden_states)
-        # PyTorch's default of a Linear: uniform within 1 / sqrt(I).
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        logits = Dense(len(config.id2label), kernel_init=init, name="head")(pooled)
-        return Output(logits=logits.astype(jnp.float32), hidden_states=hidden_states)
+        return x, states
 
 
 def inputs(config: Config, head: str) -> dict[str, Array]:
@@ -236,11 +199,9 @@ def rules(config: Config, head: str) -> list[Rule]:
     """
     body = "" if head == "model" else PREFIX
 
-    def layer(param: str, tensor: str, conv: str, norm: str) -> list[Rule]:
-        return [
-            *_also(conv_rules(f"{param}/conv", f"{tensor}.convolution"), conv),
-            *_also(batch_norm_rules(f"{param}/norm", f"{tensor}.normalization"), norm),
-        ]
+    def layer(param: str, here: str, conv: str, norm: str) -> list[Rule]:
+        names = f"{here}.convolution", f"{here}.normalization"
+        return conv_norm_rules(param, *names, also=[(conv, norm)])
 
     table = layer("embed", f"{body}embedder.embedder", "conv1", "bn1")
     for stage, blocks in enumerate(places(config)):
@@ -255,17 +216,8 @@ def rules(config: Config, head: str) -> list[Rule]:
                 names = f"{there}.downsample.0", f"{there}.downsample.1"
                 table += layer(f"{param}/shortcut", f"{here}.shortcut", *names)
     if head == "image_classification":
-        table += _also(dense_rules("head", "classifier.1"), "fc")
+        table += also_named(dense_rules("head", "classifier.1"), "fc")
     return table
-
-
-def _also(table: list[Rule], module: str) -> list[Rule]:
-    """The rules of one module, which files of another library call `module`."""
-
-    def alias(rule: Rule) -> str:
-        return f"{module}.{rule.tensors[0].rpartition('.')[2]}"
-
-    return [dataclasses.replace(rule, aliases=(alias(rule),)) for rule in table]
 
 
 def keras_config(config: Config) -> Config:

@@ -5,21 +5,21 @@ between them, and dense layers. Torchvision's names of tensors, with batch norma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
-from fmjax.nn.checks import check_head, refuse
+from fmjax.nn.checks import refuse
 from fmjax.nn.conv import Conv, average_grid, max_pool
+from fmjax.nn.convnet import ConvNet, stage_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
-from fmjax.nn.vision import check_pixels, pair
-from fmjax.types import Output
+from fmjax.nn.vision import pair
 from fmjax.weights import (
     Rule,
     batch_norm_rules,
@@ -56,15 +56,9 @@ class Config:
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self) -> None:
-        problems = []
-        if not self.depths or len(self.depths) != len(self.hidden_sizes):
-            problems.append(
-                f"depths={self.depths} and hidden_sizes={self.hidden_sizes} must have one number "
-                "a stage each"
-            )
-        for name in ("depths", "hidden_sizes", "dense_sizes"):
-            if any(size < 1 for size in getattr(self, name)):
-                problems.append(f"{name}={getattr(self, name)} must be positive")
+        problems = stage_problems(self)
+        if any(size < 1 for size in self.dense_sizes):
+            problems.append(f"dense_sizes={self.dense_sizes} must be positive")
         for name in ("image_size", "pooled_size"):
             value = getattr(self, name)
             if (len(value) if isinstance(value, tuple) else 2) != 2 or min(pair(value)) < 1:
@@ -91,75 +85,6 @@ VARIANTS = {
 }  # fmt: skip
 
 
-class Model(nn.Module):
-    """VGG with one head.
-
-    Args:
-        config: the sizes.
-        head: a key of `HEADS`.
-        scan: has no effect: layers differ in shape.
-        remat: stages are recomputed in the backward pass.
-    """
-
-    config: Config
-    head: str = "model"
-    scan: bool = False
-    remat: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        pixel_values: Array,
-        *,
-        train: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> Output:
-        """Runs the model.
-
-        Args:
-            pixel_values: [B, X, Y, C], normalised.
-            train: whether dropout is on, which needs ``rngs={"dropout": key}``, and batch
-                normalisation uses the batch's own statistics and moves the running ones, which
-                needs ``mutable=["batch_stats"]``.
-            output_hidden_states: whether ``hidden_states`` is returned: each stage's output,
-                [B, X, Y, C].
-            output_attentions: has no effect: there are none.
-
-        Returns:
-            ``last_hidden_state`` [B, X, Y, C], the last stage's output, and ``pooler_output``
-            [B, D], the last dense layer's; or ``logits``.
-
-        Raises:
-            ValueError: an unknown head, or images of the wrong shape.
-        """
-        config = self.config
-        check_head(self, HEADS)
-        check_pixels(pixel_values, config.num_channels)
-        if min(pixel_values.shape[1:3]) < (least := 2 ** len(config.depths)):
-            raise ValueError(
-                f"images of {pixel_values.shape[1:3]} are too small for {len(config.depths)} "
-                f"poolings by 2; they need {least} rows and columns"
-            )
-        act = activation(config.hidden_act)
-        x, states = pixel_values, []
-        stage = nn.remat(Stage) if self.remat else Stage
-        for number in range(len(config.depths)):
-            x = stage(config, number, train, name=f"stages_{number}")(x)
-            states.append(x)
-        y = average_grid(x, pair(config.pooled_size))
-        y = jnp.moveaxis(y, -1, 1).reshape(y.shape[0], -1)  # [B, C * X * Y], as PyTorch flattens
-        init = nn.initializers.normal(0.01)  # section 3.1
-        for number, width in enumerate(config.dense_sizes):
-            y = act(Dense(width, kernel_init=init, name=f"dense_{number}")(y))
-            y = Dropout(config.dropout)(y, train)
-        hidden_states = tuple(states) if output_hidden_states else None
-        if self.head == "model":
-            return Output(last_hidden_state=x, pooler_output=y, hidden_states=hidden_states)
-        logits = Dense(len(config.id2label), kernel_init=init, name="head")(y)
-        return Output(logits=logits.astype(jnp.float32), hidden_states=hidden_states)
-
-
 class Stage(nn.Module):
     """Convolutions, each with its activation, and a pooling by 2."""
 
@@ -177,6 +102,40 @@ class Stage(nn.Module):
                 x = BatchNorm(self.train, name=f"norm_{i}")(x)
             x = activation(config.hidden_act)(x)
         return max_pool(x, 2, 2)
+
+
+class Model(ConvNet):
+    """VGG with one head; see `fmjax.nn.convnet.ConvNet`.
+
+    Hidden states are each stage's output, the pooler's that of the last dense layer.
+    """
+
+    heads = HEADS
+
+    @property
+    def kernel_init(self) -> Callable[..., Array]:
+        return nn.initializers.normal(0.01)  # section 3.1
+
+    @property
+    def least(self) -> tuple[int, int]:
+        size = 2 ** len(self.config.depths)
+        return size, size
+
+    def features(self, pixel_values: Array, train: bool) -> tuple[Array, Sequence[Array]]:
+        x, states, stage = pixel_values, [], self.recomputed(Stage)
+        for number in range(len(self.config.depths)):
+            x = stage(self.config, number, train, name=f"stages_{number}")(x)
+            states.append(x)
+        return x, states
+
+    def pool(self, x: Array, train: bool) -> Array:
+        config = self.config
+        y = average_grid(x, pair(config.pooled_size))
+        y = jnp.moveaxis(y, -1, 1).reshape(y.shape[0], -1)  # [B, C * X * Y], as PyTorch flattens
+        for number, width in enumerate(config.dense_sizes):
+            y = Dense(width, kernel_init=self.kernel_init, name=f"dense_{number}")(y)
+            y = Dropout(config.dropout)(activation(config.hidden_act)(y), train)
+        return y
 
 
 def inputs(config: Config, head: str) -> dict[str, Array]:

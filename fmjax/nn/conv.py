@@ -29,10 +29,12 @@ class Conv(nn.Module):
         features: O.
         size: of the square window.
         stride: pixels between windows.
-        kernel_init: initializer of the kernel [X, Y, I, O].
+        kernel_init: initializer of the kernel [X, Y, I / groups, O].
         use_bias: whether a bias is added.
         around: zeros put before and after the rows, and the columns; None is half a window on each
             side, as PyTorch has it.
+        groups: I and O fall into as many parts, each convolved by itself.
+        dilation: pixels from one place of a window to the next.
     """
 
     features: int
@@ -41,22 +43,31 @@ class Conv(nn.Module):
     kernel_init: Callable[..., Array] = KAIMING
     use_bias: bool = False
     around: Around | None = None
+    groups: int = 1
+    dilation: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
-        shape = (self.size, self.size, x.shape[-1], self.features)
+        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         x = x.astype(kernel.dtype)  # pixels are float32 whatever the weights are
-        if self.size == 1:
+        if self.size == 1 and self.groups == 1:
             # XLA's CPU convolutions are slow, and this one is a product.
             y = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
         else:
-            around = half_a_window(self.size) if self.around is None else self.around
+            options: dict[str, Any] = {
+                "stride": self.stride,
+                "around": half_a_window(window(self.size, self.dilation))
+                if self.around is None
+                else self.around,
+                "groups": self.groups,
+                "dilation": self.dilation,
+            }
             y = jax.lax.platform_dependent(
                 x,
                 kernel,
-                cpu=lambda x, kernel: _convolution_on_cpu(x, kernel, self.stride, around),
-                default=partial(_convolution, stride=self.stride, around=around),
+                cpu=partial(_on_cpu, **options),
+                default=partial(_convolution, **options),
             )
         if self.use_bias:
             y = add_bias(
@@ -65,78 +76,89 @@ class Conv(nn.Module):
         return y.astype(x.dtype)
 
 
-class DepthwiseConv(nn.Module):
-    """A convolution of each feature by itself, without bias, in its kernel's dtype.
-
-    Args:
-        size, stride, kernel_init, around: see `Conv`; the kernel is [X, Y, 1, C].
-    """
-
-    size: int
-    stride: int = 1
-    kernel_init: Callable[..., Array] = KAIMING
-    around: Around | None = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:  # [B, X, Y, C] -> [B, X', Y', C]
-        kernel = self.param("kernel", self.kernel_init, (self.size, self.size, 1, x.shape[-1]))
-        around = half_a_window(self.size) if self.around is None else self.around
-        options = {"stride": self.stride, "around": around}
-        return jax.lax.platform_dependent(
-            x.astype(kernel.dtype),
-            kernel,
-            # XLA's CPU convolution of many groups takes them one by one.
-            cpu=partial(_shifted_products, **options),
-            default=partial(_convolution, **options, groups=x.shape[-1]),
-        )
-
-
-def _shifted_products(x: Array, kernel: Array, *, stride: int, around: Around) -> Array:
-    """A depthwise convolution as the sum of the shifted image times a row of the kernel each."""
-    x = jnp.pad(x, ((0, 0), *around, (0, 0)))
-    rows = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)  # [X * Y, C]
-    total = jnp.zeros((), jnp.float32)
-    for part, row in zip(_shifts(x, kernel.shape[0], stride), rows, strict=True):
-        total = total + part.astype(jnp.float32) * row
-    return total.astype(x.dtype)
-
-
-def _convolution(x: Array, kernel: Array, *, stride: int, around: Around, groups: int = 1) -> Array:
+def _convolution(
+    x: Array, kernel: Array, *, stride: int, around: Around, groups: int = 1, dilation: int = 1
+) -> Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
         padding=around,
+        rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolution_on_cpu(x: Array, kernel: Array, stride: int, around: Around) -> Array:
-    """The same; its kernel's gradient is a product for each place of the window.
+def _on_cpu(
+    x: Array, kernel: Array, *, stride: int, around: Around, groups: int, dilation: int
+) -> Array:
+    """The same, each kind in the way that XLA's CPU backend is fast at.
+
+    Groups of features at once take it four times as long as one after the other, and the gradient
+    of their kernel forty times (measured: 1389 ms against 37 ms for [8, 28, 28, 192] in groups
+    of 64).
+    """
+    if groups == 1:
+        return _convolution_on_cpu(x, kernel, stride, around, dilation)
+    options: dict[str, Any] = {"stride": stride, "around": around, "dilation": dilation}
+    if groups == x.shape[-1] == kernel.shape[-1]:
+        return _shifted_products(x, kernel, **options)
+    parts = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
+    return jnp.concatenate([_convolution(*part, **options) for part in parts], -1)
+
+
+def _shifted_products(
+    x: Array, kernel: Array, *, stride: int, around: Around, dilation: int
+) -> Array:
+    """A convolution of each feature by itself: the sum of the shifted image times a row of the
+    kernel each.
+    """
+    x = jnp.pad(x, ((0, 0), *around, (0, 0)))
+    rows = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)  # [X * Y, C]
+    total = jnp.zeros((), jnp.float32)
+    for part, row in zip(_shifts(x, kernel.shape[0], stride, dilation), rows, strict=True):
+        total = total + part.astype(jnp.float32) * row
+    return total.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolution_on_cpu(
+    x: Array, kernel: Array, stride: int, around: Around, dilation: int
+) -> Array:
+    """Without groups; its kernel's gradient is a product for each place of the window.
 
     XLA's takes up to twice as long (measured: 34 ms against 19 ms for [128, 14, 14, 32] and 64
     features).
     """
-    return _convolution(x, kernel, stride=stride, around=around)
+    return _convolution(x, kernel, stride=stride, around=around, dilation=dilation)
 
 
-def _forward(x: Array, kernel: Array, stride: int, around: Around) -> tuple[Array, Any]:
-    return _convolution(x, kernel, stride=stride, around=around), (x, kernel)
+def _forward(
+    x: Array, kernel: Array, stride: int, around: Around, dilation: int
+) -> tuple[Array, Any]:
+    return _convolution_on_cpu(x, kernel, stride, around, dilation), (x, kernel)
 
 
-def _backward(stride: int, around: Around, saved: Any, g: Array) -> tuple[Array, Array]:
+def _backward(
+    stride: int, around: Around, dilation: int, saved: Any, g: Array
+) -> tuple[Array, Array]:
     x, kernel = saved
-    of_x = partial(_convolution, kernel=kernel, stride=stride, around=around)
+    of_x = partial(_convolution, kernel=kernel, stride=stride, around=around, dilation=dilation)
     (dx,) = jax.vjp(of_x, x)[1](g)
     rows = g.reshape(-1, g.shape[-1])  # [N, O]
-    parts = _shifts(jnp.pad(x, ((0, 0), *around, (0, 0))), kernel.shape[0], stride)
+    padded = jnp.pad(x, ((0, 0), *around, (0, 0)))
+    parts = _shifts(padded, kernel.shape[0], stride, dilation)
     products = [gram(part.reshape(-1, part.shape[-1]), rows) for part in parts]
     return dx, jnp.stack(products).reshape(kernel.shape).astype(kernel.dtype)
 
 
 _convolution_on_cpu.defvjp(_forward, _backward)
+
+
+def window(size: int, dilation: int) -> int:
+    """Pixels from one side of a window to the other."""
+    return dilation * (size - 1) + 1
 
 
 def half_a_window(size: int) -> Around:
@@ -161,13 +183,13 @@ class ConvNorm(nn.Module):
     """A convolution, batch normalisation, and an activation.
 
     Args:
-        features, size, stride, kernel_init, around: see `Conv`; no features is a `DepthwiseConv`.
+        features, size, stride, kernel_init, around, groups, dilation: see `Conv`.
         act: name of the activation, as in config.json; None for none.
         train: whether the batch's own statistics are used.
         epsilon, momentum: of the normalisation.
     """
 
-    features: int | None
+    features: int
     size: int
     stride: int = 1
     act: str | None = None
@@ -176,21 +198,46 @@ class ConvNorm(nn.Module):
     momentum: float = 0.1
     kernel_init: Callable[..., Array] = KAIMING
     around: Around | None = None
+    groups: int = 1
+    dilation: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
-        options = {
-            "stride": self.stride,
-            "kernel_init": self.kernel_init,
-            "around": self.around,
-            "name": "conv",
-        }
-        if self.features is None:
-            x = DepthwiseConv(self.size, **options)(x)
-        else:
-            x = Conv(self.features, self.size, **options)(x)
+        x = Conv(
+            self.features,
+            self.size,
+            self.stride,
+            self.kernel_init,
+            around=self.around,
+            groups=self.groups,
+            dilation=self.dilation,
+            name="conv",
+        )(x)
         x = BatchNorm(self.train, self.epsilon, self.momentum, name="norm")(x)
         return x if self.act is None else activation(self.act)(x)
+
+
+def squeeze_excite(x: Array, width: int, act: str, kernel_init: Callable[..., Array]) -> Array:
+    """Features scaled by what their means say (Hu et al. 2017, arXiv:1709.01507).
+
+    Called in a compact method: its convolutions are the modules "squeeze" and "excite" there.
+
+    Args:
+        x: [B, X, Y, C].
+        width: features between the two.
+        act: name of the activation between them.
+        kernel_init: initializer of their kernels.
+    """
+    y = average(x)[:, None, None]
+    y = Conv(width, 1, kernel_init=kernel_init, use_bias=True, name="squeeze")(y)
+    y = activation(act)(y)
+    y = Conv(x.shape[-1], 1, kernel_init=kernel_init, use_bias=True, name="excite")(y)
+    return x * jax.nn.sigmoid(y)
+
+
+def average(x: Array) -> Array:
+    """The mean over all pixels, in x's dtype: [B, X, Y, C] -> [B, C]."""
+    return jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(x.dtype)
 
 
 def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
@@ -223,11 +270,12 @@ def _window_maxima(x: Array, *, size: int, stride: int, around: Around) -> Array
     )
 
 
-def _shifts(x: Array, size: int, stride: int) -> Iterator[Array]:
+def _shifts(x: Array, size: int, stride: int, dilation: int = 1) -> Iterator[Array]:
     """What each place of a window sees, row by row: [B, X', Y', C], size * size times."""
-    rows, columns = ((length - size) // stride * stride + 1 for length in x.shape[1:3])
-    for i in range(size):
-        for j in range(size):
+    whole = window(size, dilation)
+    rows, columns = ((length - whole) // stride * stride + 1 for length in x.shape[1:3])
+    for i in range(0, whole, dilation):
+        for j in range(0, whole, dilation):
             yield x[:, i : i + rows : stride, j : j + columns : stride]
 
 

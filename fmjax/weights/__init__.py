@@ -10,7 +10,9 @@ from fmjax.weights.keras_tables import (
 from fmjax.weights.names import fit_prefix, modern_names
 from fmjax.weights.rules import Rule, export_params, import_params, rule_tensor_names
 from fmjax.weights.tables import (
+    also_named,
     batch_norm_rules,
+    conv_norm_rules,
     conv_rules,
     decoder_head_rules,
     dense_rules,
@@ -47,9 +49,11 @@ __all__ = [
     "Rule",
     "Tensor",
     "Transform",
+    "also_named",
     "batch_norm_rules",
     "channels_first",
     "compose",
+    "conv_norm_rules",
     "conv_rules",
     "decoder_head_rules",
     "dense_rules",

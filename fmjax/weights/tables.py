@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +41,33 @@ def batch_norm_rules(param: str, tensor: str) -> list[Rule]:
             f"{tensor}.num_batches_tracked",
             default=lambda: np.zeros((), np.int32),  # Flax's files have none
         ),
+    ]
+
+
+def also_named(table: Iterable[Rule], *modules: str) -> list[Rule]:
+    """The rules of one module, which files of other libraries call `modules`."""
+
+    def aliases(rule: Rule) -> tuple[str, ...]:
+        leaf = rule.tensors[0].rpartition(".")[2]
+        return tuple(f"{module}.{leaf}" for module in modules)
+
+    return [replace(rule, aliases=aliases(rule)) for rule in table]
+
+
+def conv_norm_rules(
+    param: str, conv: str, norm: str, also: Sequence[tuple[str, str]] = ()
+) -> list[Rule]:
+    """A Conv2d "conv" without bias and its BatchNorm "norm"; `param` is a path inside "params/".
+
+    Args:
+        param: of both.
+        conv, norm: PyTorch's names.
+        also: names of the two in files of other libraries.
+    """
+    convs, norms = zip(*also, strict=True) if also else ((), ())
+    return [
+        *also_named(conv_rules(f"{param}/conv", conv), *convs),
+        *also_named(batch_norm_rules(f"{param}/norm", norm), *norms),
     ]
 
 

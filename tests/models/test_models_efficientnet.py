@@ -5,25 +5,17 @@ import math
 
 import jax
 import numpy as np
+import pictures
 import pytest
 import torch
-from parity import (
-    assert_near,
-    check_defaults,
-    check_head,
-    check_sizes,
-    running_statistics,
-    torch_twin,
-)
+from parity import assert_near, check_defaults, check_head, check_sizes, check_training
 from pictures import without_labels
 from torch import nn
 
 import fmjax
 from fmjax.models import efficientnet, efficientnet_lite
 from fmjax.models.efficientnet import places
-from fmjax.nn.conv import _convolution, _shifted_products, same_padding
 from fmjax.nn.vision import pair
-from fmjax.tasks.apply import apply_fn
 from fmjax.tree import count_parameters, flatten
 from fmjax.weights import export_params
 
@@ -37,8 +29,7 @@ ODD = dataclasses.replace(SMALL, hidden_act="relu", pooling_type="max", depthwis
 
 
 def images(config, rows=20):
-    shape = (2, rows, rows + 3, config.num_channels)
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return pictures.images(config, rows=rows, columns=rows + 3)
 
 
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
@@ -46,41 +37,22 @@ def images(config, rows=20):
 def test_equals_pytorch(head, config, tmp_path):
     check_head(
         efficientnet, without_labels(config, head), head, tmp_path,
-        {"pixel_values": images(config)}, attentions=False,
+        images(config), attentions=False,
     )  # fmt: skip
 
 
-def test_training_uses_the_batchs_statistics_and_keeps_most_of_the_running_ones(tmp_path):
+def test_training_equals_pytorch(tmp_path):
     """As Keras: PyTorch's class has the momentum the wrong way round, so it is told 0.01."""
-    twin = torch_twin(efficientnet, SMALL, "image_classification")
-    for module in twin.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.01
-    twin.save_pretrained(tmp_path / "before")
-    model, variables = fmjax.load(tmp_path / "before")
-    pixels = images(SMALL)
-    twin = twin.double().train()
-    theirs = twin(torch.tensor(pixels).double().movedim(-1, 1)).logits
-    run = jax.jit(lambda v: apply_fn(model)(v, {"pixel_values": pixels}, None, train=True))
-    out, updates = run(variables)
-    assert_near(out.logits, theirs.detach(), "logits", 2e-5)
-    assert running_statistics(twin)
-    twin.save_pretrained(tmp_path / "after")
-    _, after = fmjax.load(tmp_path / "after")
-    for path, value in flatten(updates).items():
-        assert_near(value, flatten(after)[path], path)
 
+    def keras(twin):
+        for module in twin.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.01
 
-def test_depthwise_products_are_the_convolution():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 9, 12, 3)).astype(np.float32)
-    for size, stride in ((3, 1), (5, 2), (3, 2)):
-        kernel = rng.normal(size=(size, size, 1, 3)).astype(np.float32)
-        around = same_padding(x.shape[1:3], size, stride)
-        ours = _shifted_products(x, kernel, stride=stride, around=around)
-        theirs = _convolution(x, kernel, stride=stride, around=around, groups=3)
-        assert ours.shape == (2, -(-9 // stride), -(-12 // stride), 3)
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    check_training(
+        efficientnet, SMALL, "image_classification", tmp_path, images(SMALL), tolerance=2e-5,
+        prepare=keras,
+    )  # fmt: skip
 
 
 class Same(nn.Conv2d):
@@ -157,7 +129,7 @@ def test_lite_equals_pytorch(rows):
             for tensor in export_params(table, flatten(variables))
         }
     )
-    pixels = images(dataclasses.replace(config), rows)
+    pixels = images(config, rows)["pixel_values"]
     theirs = twin(torch.tensor(pixels).double().movedim(-1, 1))
     logits = jax.jit(lambda v: model.apply(v, pixels).logits)(variables)
     assert_near(logits, theirs.detach(), "logits", 2e-5)

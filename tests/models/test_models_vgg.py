@@ -152,5 +152,5 @@ def test_what_does_not_fit_is_refused():
     for words in ("dense_sizes=(0,)", "hidden_act='bump'", "dropout=1.0", "pooled_size=0"):
         assert words in str(error.value)
     model, variables = fmjax.create("cnn", "tiny", rng=jax.random.key(0))
-    with pytest.raises(ValueError, match="need 4 rows and columns"):
+    with pytest.raises(ValueError, match="need 4 rows and 4 columns"):
         model.apply(variables, np.zeros((1, 3, 8, 1)))

@@ -1,0 +1,66 @@
+"""Convolutions of every kind against PyTorch's, on this machine's path and on the others'."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from parity import assert_near
+
+from fmjax.nn.conv import Conv, _convolution, half_a_window, same_padding, window
+
+KINDS = {  # I, O, size, stride, groups, dilation
+    "plain": (4, 6, 3, 2, 1, 1),
+    "dilated": (4, 6, 3, 1, 1, 2),
+    "grouped": (4, 6, 3, 2, 2, 1),
+    "grouped-dilated": (6, 6, 3, 1, 3, 2),
+    "depthwise": (5, 5, 5, 2, 5, 1),
+    "depthwise-dilated": (5, 5, 3, 1, 5, 2),
+    "multiplied": (3, 6, 3, 1, 3, 1),  # of each feature two
+    "pixels": (4, 6, 1, 2, 2, 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_pytorch(kind):
+    """Outputs and the gradients of images, kernels and biases."""
+    width, features, size, stride, groups, dilation = KINDS[kind]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 9, 12, width)).astype(np.float32)
+    kernel = rng.normal(size=(size, size, width // groups, features)).astype(np.float32)
+    bias = rng.normal(size=features).astype(np.float32)
+    conv = Conv(features, size, stride, use_bias=True, groups=groups, dilation=dilation)
+    around = half_a_window(window(size, dilation))
+    options = {"stride": stride, "around": around, "groups": groups, "dilation": dilation}
+    paths = (
+        lambda x, k, b: conv.apply({"params": {"kernel": k, "bias": b}}, x),
+        lambda x, k, b: _convolution(x, k, **options) + b,  # on an accelerator
+    )
+    ours = [jax.device_put(array) for array in (x, kernel, bias)]
+    theirs = [torch.tensor(array).double().requires_grad_() for array in (x, kernel, bias)]
+    out = torch.nn.functional.conv2d(
+        theirs[0].movedim(-1, 1), theirs[1].permute(3, 2, 0, 1), theirs[2], stride,
+        around[0][0], dilation, groups,
+    ).movedim(1, -1)  # fmt: skip
+    g = rng.normal(size=tuple(out.shape)).astype(np.float32)
+    out.backward(torch.tensor(g).double())
+    for path in paths:
+
+        @jax.jit
+        def run(arrays, path=path):
+            y, pull = jax.vjp(path, *arrays)
+            return y, pull(g)
+
+        y, grads = run(ours)
+        assert_near(y, out.detach(), "output")
+        for name, mine, other in zip(("x", "kernel", "bias"), grads, theirs, strict=True):
+            assert_near(mine, other.grad, name)
+
+
+def test_same_padding_is_tensorflows():
+    """As many windows as strides fit, an odd zero at the end."""
+    for size, stride, image in ((3, 1, (9, 12)), (5, 2, (9, 12)), (3, 2, (9, 12)), (3, 2, (8, 7))):
+        around = same_padding(image, size, stride)
+        for length, (before, after) in zip(image, around, strict=True):
+            windows = (length + before + after - size) // stride + 1
+            assert windows == -(-length // stride)
+            assert after - before in (0, 1)
