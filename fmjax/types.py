@@ -116,6 +116,7 @@ class Output:
         mc_logits: [B, N], which of N choices, beside the vocabulary's logits.
         start_logits, end_logits: [B, T], question answering.
         cls_logits, distillation_logits: [B, C], of the class and the distillation token.
+        auxiliary_logits: [B, C] each, of classifiers at earlier layers, in training.
         reconstruction: [B, X, Y, C], pixels of images that were partly masked.
         mask: [B, N], 1 for patches that the encoder did not see.
         ids_restore: int [B, N], where each patch stands in the order in which the seen ones come
@@ -141,6 +142,7 @@ class Output:
     end_logits: Array | None = None
     cls_logits: Array | None = None
     distillation_logits: Array | None = None
+    auxiliary_logits: tuple[Array, ...] | None = None
     reconstruction: Array | None = None
     mask: Array | None = None
     ids_restore: Array | None = None

@@ -10,13 +10,15 @@ import jax
 import keras
 import numpy as np
 import pytest
-from keras.src.applications import efficientnet, resnet, vgg16
+from keras.src.applications import densenet, efficientnet, inception_v3, resnet, vgg16
 from keras.src.legacy.saving import legacy_h5_format
 from parity import assert_near
 
 import fmjax
 from fmjax.cli import main
+from fmjax.models import densenet as our_densenet
 from fmjax.models import efficientnet as our_efficientnet
+from fmjax.models import inception_v3 as our_inception_v3
 from fmjax.models import resnet as our_resnet
 from fmjax.models import vgg as our_vgg
 from fmjax.tree import flatten
@@ -149,3 +151,27 @@ def test_what_keras_has_not_is_refused(tmp_path, capsys):
             fmjax.load_weights(tmp_path / "x.h5", model_type, config)
     assert main(["convert", str(tmp_path / "x.h5"), str(tmp_path / "new")]) == 2
     assert "like=FAMILY/VARIANT" in capsys.readouterr().err
+
+
+def test_densenet(narrow, tmp_path):
+    narrow(densenet, 8)
+    twin = densenet.DenseNet(
+        [1, 2, 1, 1], weights=None, input_shape=(32, 32, 3), classes=3, classifier_activation=None
+    )
+    config = our_densenet.Config(num_init_features=8, block_config=(1, 2, 1, 1), growth_rate=4)
+    check(twin, "densenet", config, tmp_path, 32)
+    with pytest.raises(ValueError, match="has four blocks"):
+        fmjax.load_weights(tmp_path / "old.h5", "densenet", "tiny")
+
+
+def test_inception_v3(narrow, tmp_path):
+    """Layers with numbers alone, averages without the zeros, no classifier but the last."""
+    narrow(inception_v3, 32)
+    keras.layers.Conv2D(1, 1)  # numbers begin anywhere
+    twin = inception_v3.InceptionV3(
+        weights=None, input_shape=(75, 75, 3), classes=3, classifier_activation=None
+    )
+    config = our_inception_v3.Config(depth_multiplier=1 / 32, min_depth=1)
+    model, _ = check(twin, "inception_v3", config, tmp_path, 75)
+    assert not model.config.aux_logits
+    assert not model.config.count_include_pad
