@@ -90,12 +90,8 @@ HEADS = {"model": "GoogLeNetModel", "image_classification": "GoogLeNetForImageCl
 VARIANTS = {
     "tiny": Config(
         stem_sizes=(4, 4, 6),
-        stages=(
-            ((2, 3, 4, 2, 3, 2),),
-            ((3, 2, 4, 2, 2, 2), (2, 2, 3, 2, 2, 3)),
-            ((3, 2, 3, 2, 2, 2),),
-        ),
-        auxiliary_blocks=(0, 1), auxiliary_sizes=(3, 5),
+        stages=(((2, 3, 4, 2, 3, 2),), ((3, 2, 4, 2, 2, 2),), ((3, 2, 3, 2, 2, 2),)),
+        auxiliary_blocks=(0, 0), auxiliary_sizes=(3, 5), auxiliary_dropout=0.0, dropout=0.0,
     ),
     "bn": Config(),  # Szegedy et al. 2014, table 1
 }  # fmt: skip

@@ -83,7 +83,7 @@ HEADS = {"model": "InceptionV3Model", "image_classification": "InceptionV3ForIma
 VARIANTS = {
     "tiny": Config(
         depth_multiplier=1 / 64, min_depth=2, pool_features=(64,), channels_7x7=(128,),
-        num_last_blocks=1,
+        num_last_blocks=1, dropout=0.0,
     ),
     "v3": Config(),  # Szegedy et al. 2015, table 1
 }  # fmt: skip

@@ -2,20 +2,22 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision_twins import LABELS, check_counts, check_twin, conv_norm
+from torchvision_twins import HEAD, LABELS, check_counts, check_twin, conv_norm
 
+import fmjax
 from fmjax.models import googlenet
 from fmjax.nn.conv import last_window, max_pool
 
 SMALL = dataclasses.replace(
     googlenet.VARIANTS["tiny"],
     num_channels=2,
-    dropout=0.0,
-    auxiliary_dropout=0.0,
+    stages=(((2, 3, 4, 2, 3, 2),), ((3, 2, 4, 2, 2, 2), (2, 2, 3, 2, 2, 3)), ((3, 2, 3, 2, 2, 2),)),
+    auxiliary_blocks=(0, 1),
     id2label=LABELS,
 )
 
@@ -116,3 +118,19 @@ def test_what_does_not_fit_is_refused():
         assert words in str(error.value)
     with pytest.raises(ValueError, match="not in the second stage"):
         googlenet.Config(auxiliary_blocks=(0, 5))
+
+
+@pytest.mark.parametrize(
+    ("rate", "auxiliary", "draws"), [(0.2, 0.7, 3), (0.0, 0.7, 2), (0.2, 0, 1)]
+)
+def test_every_classifier_has_its_dropout(rate, auxiliary, draws):
+    config = dataclasses.replace(SMALL, dropout=rate, auxiliary_dropout=auxiliary)
+    model = googlenet.Model(config, head=HEAD)
+
+    def run(variables, key):
+        pixels = np.zeros((2, 32, 32, 2), np.float32)
+        options = {"rngs": {"dropout": key}, "mutable": ["batch_stats"]}
+        return model.apply(variables, pixels, train=True, **options)
+
+    variables = fmjax.hub.abstract_variables(model)
+    assert str(jax.make_jaxpr(run)(variables, jax.random.key(0))).count("random_bits") == draws

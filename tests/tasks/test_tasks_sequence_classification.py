@@ -1,8 +1,10 @@
 """Losses against transformers', metrics by weights, predictions in order."""
 
 import dataclasses
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fmjax.models.bert import Config
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.apply import collect
 from fmjax.train import cast, gradient, init_state, jit_step, make_eval_step, make_train_step
+from fmjax.types import Output
 
 CONFIG = Config(
     vocab_size=40,
@@ -175,8 +178,8 @@ def test_classifiers_at_earlier_layers_count_in_training_alone():
         name: float(-jax.nn.log_softmax(logits)[np.arange(3), labels[:3]].mean())
         for name, logits in variables.items()
     }
-    value, aux = sequence_classification.loss(Deep())(variables, batch, None)
+    value, aux = task.loss(Deep())(variables, batch, None)
     np.testing.assert_allclose(value, of["last"] + 0.3 * (of["first"] + of["second"]), rtol=1e-6)
     assert aux.weight == 3
-    value, _ = sequence_classification.loss(Deep(), train=False)(variables, batch, None)
+    value, _ = task.loss(Deep(), train=False)(variables, batch, None)
     np.testing.assert_allclose(value, of["last"], rtol=1e-6)
