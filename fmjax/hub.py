@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from fmjax.models import families, family_of
 from fmjax.tree import flatten, layer_paths, stacked_place, unflatten, unstack_layers
 from fmjax.types import PyTree, Variables
 from fmjax.weights import (
+    Rule,
     export_params,
     fit_prefix,
     import_params,
@@ -40,6 +41,22 @@ WEIGHT_FILES = (
     ("flax_model.msgpack", "flax_model.msgpack.index.json", "flax_model-*.msgpack"),
 )
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
+
+
+@runtime_checkable
+class KerasFamily(Protocol):
+    """A family that is in keras.applications too."""
+
+    def keras_config(self, config: Any) -> Any:
+        """The config with what is otherwise in Keras' model of these sizes.
+
+        Raises:
+            ValueError: Keras has no such model.
+        """
+
+    def keras_rules(self, config: Any, head: str) -> list[Rule]:
+        """Parameters and the tensors of `fmjax.weights.keras_file` that they are."""
+        ...
 
 
 def create(
@@ -199,8 +216,11 @@ def load_weights(
 ) -> tuple[Any, Variables]:
     """A model and its weights from a file that stands alone, such as torchvision's state dicts.
 
+    Files of keras.applications are read for the families that are there. The model then takes
+    pixels as Keras' does: see each one's ``preprocess_input`` there.
+
     Args:
-        file: .safetensors, .pth, .pt, .bin or .msgpack; no code in it is run.
+        file: .safetensors, .pth, .pt, .bin, .msgpack, .h5 or .keras; no code in it is run.
         model_type, variant_or_config, head, num_labels: of the model, as in `create`.
         new, dtype, scan, remat, shardings, rng: as in `load`.
 
@@ -233,13 +253,19 @@ def _read(
     """The model of a config and its weights in a folder or file."""
     _check_head(family.MODEL_TYPE, family, head)
     with open_checkpoint(place) as checkpoint:
-        tensors = modern_names(checkpoint.tensors)
-        config = family.from_tensors(config, head, tensors)
+        tensors, rules = checkpoint.tensors, family.rules
+        if checkpoint.format == "keras":
+            layout = _keras_layout(family)
+            config, rules = layout.keras_config(config), layout.keras_rules
+        else:
+            tensors = modern_names(tensors)
+            config = family.from_tensors(config, head, tensors)
         model = family.Model(config, head=head, scan=scan, remat=remat)
         loop = model.clone(scan=False)
         abstract = flatten(abstract_variables(loop))
-        table = family.rules(config, head)
-        tensors = fit_prefix(tensors, rule_tensor_names(table, abstract), family.PREFIX)
+        table = rules(config, head)
+        if checkpoint.format != "keras":
+            tensors = fit_prefix(tensors, rule_tensor_names(table, abstract), family.PREFIX)
         if callable(shardings):
             shardings = shardings(abstract_variables(model))
         placer = _Placer(abstract, dtype, shardings, scan)
@@ -250,7 +276,7 @@ def _read(
             place=placer.place,
             new=new,
             ignored=family.IGNORED,
-            known=_known_names(family, config, head, tensors),
+            known=_known_names(family, rules, config, head, tensors),
         )
     fresh = [path for path in abstract if path not in read]
     if fresh:
@@ -259,6 +285,12 @@ def _read(
         for path in fresh:
             placer.place(path, np.asarray(draw(path)))
     return model, unflatten({path: placer.placed[path] for path in placer.order})
+
+
+def _keras_layout(family: Any) -> KerasFamily:
+    if not isinstance(family, KerasFamily):
+        raise ValueError(f"{family.MODEL_TYPE} is not read from Keras' files")
+    return family
 
 
 class _Placer:
@@ -338,7 +370,13 @@ def _drawing(model: Any, rng: Array) -> Callable[[str], Array]:
     return draw
 
 
-def _known_names(family: ModuleType, config: Any, head: str, names: Iterable[str]) -> set[str]:
+def _known_names(
+    family: ModuleType,
+    rules: Callable[[Any, str], list[Rule]],
+    config: Any,
+    head: str,
+    names: Iterable[str],
+) -> set[str]:
     """Of a checkpoint's names, those that only other heads of the family read, prefix or not.
 
     Inside layers these are tensors of a kind that this head has none of, such as the decoder's for
@@ -349,7 +387,7 @@ def _known_names(family: ModuleType, config: Any, head: str, names: Iterable[str
         return re.sub(r"(?<=\.)(\d+|\{\w+\})(?=\.)", "#", name.removeprefix(family.PREFIX))
 
     def read_by(head: str) -> set[str]:
-        return {name for rule in family.rules(config, head) for name in rule.tensor_names()}
+        return {name for rule in rules(config, head) for name in rule.tensor_names()}
 
     own = read_by(head)
     foreign = set().union(*(read_by(other) for other in family.HEADS)) - own

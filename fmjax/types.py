@@ -109,7 +109,6 @@ class Output:
     Args:
         logits: float32; [B, C] per example, [B, T, C] per token, [B, X, Y, C] per pixel,
             [B, T, V] over the vocabulary.
-        auxiliary_logits: [B, X, Y, C], of the head that segmentation is trained with besides.
         last_hidden_state: [B, T, D].
         pooler_output: [B, D].
         prediction_logits: [B, T, V], pretraining head.
@@ -118,6 +117,7 @@ class Output:
         mc_logits: [B, N], which of N choices, beside the vocabulary's logits.
         start_logits, end_logits: [B, T], question answering.
         cls_logits, distillation_logits: [B, C], of the class and the distillation token.
+        auxiliary_logits: as `logits`, of heads at earlier layers that training counts besides.
         reconstruction: [B, X, Y, C], pixels of images that were partly masked.
         mask: [B, N], 1 for patches that the encoder did not see.
         ids_restore: int [B, N], where each patch stands in the order in which the seen ones come
@@ -134,7 +134,6 @@ class Output:
     """
 
     logits: Array | None = None
-    auxiliary_logits: Array | None = None
     last_hidden_state: Array | None = None
     pooler_output: Array | None = None
     prediction_logits: Array | None = None
@@ -145,6 +144,7 @@ class Output:
     end_logits: Array | None = None
     cls_logits: Array | None = None
     distillation_logits: Array | None = None
+    auxiliary_logits: tuple[Array, ...] | None = None
     reconstruction: Array | None = None
     mask: Array | None = None
     ids_restore: Array | None = None

@@ -97,6 +97,13 @@ def test_one_train_step():
             assert "apply_updates" not in path.read_text(), path
 
 
+def test_parameters_are_read_in_one_way():
+    """`fmjax.nn.parameter`, which spares the time of module.param."""
+    for path in FILES:
+        if path.name != "parameter.py":
+            assert "self.param(" not in path.read_text(), path
+
+
 def test_import_is_light():
     """`import fmjax` loads none of the heavy libraries that only some functions need."""
     code = (

@@ -24,7 +24,7 @@ from fmjax.nn.dropout import Dropout, DropPath, layer_rate
 from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.nn.segmentation import FcnHead, Pyramid, UperHead
 from fmjax.nn.stack import LayerOutput
 from fmjax.nn.vision import Grid, ImageEmbeddings, grid_of, grid_offsets, pair, resize
@@ -168,7 +168,7 @@ class RelativeBias(nn.Module):
         old = grid_of(pair(config.image_size), pair(config.patch_size))
         before, after = (((2 * rows - 1), (2 * columns - 1)) for rows, columns in (old, new))
         shape = (before[0] * before[1] + 3, config.num_attention_heads)
-        table = param(self, "embedding", nn.initializers.zeros, shape)
+        table = parameter(self, "embedding", nn.initializers.zeros, shape)
         patches = resize(table[:-3].reshape(1, *before, -1), after)  # [1, rows, columns, H]
         table = jnp.concatenate([patches.reshape(-1, shape[1]), table[-3:]])
         index = np.pad(grid_offsets(new, new), ((1, 0), (1, 0)))  # [T, T]
@@ -197,7 +197,7 @@ class Block(nn.Module):
             update = Dropout(config.hidden_dropout_prob)(update, self.train)
             if config.layer_scale_init_value > 0:
                 ones = nn.initializers.constant(config.layer_scale_init_value)
-                scale = param(self, f"scale_{sublayer}", ones, (config.hidden_size,))
+                scale = parameter(self, f"scale_{sublayer}", ones, (config.hidden_size,))
                 update = update * scale.astype(update.dtype)
             return hidden + path(update, self.train)
 
@@ -298,7 +298,7 @@ class Model(vit.Model):
         logits, auxiliary = self.segment(out.hidden_states, grid, train)
         states = out.hidden_states if output_hidden_states else None
         return dataclasses.replace(
-            out, logits=logits, auxiliary_logits=auxiliary, hidden_states=states
+            out, logits=logits, auxiliary_logits=(auxiliary,), hidden_states=states
         )
 
     def segment(

@@ -21,7 +21,7 @@ from fmjax.nn.convnet import ConvNet, stage_problems
 from fmjax.nn.dropout import DropPath
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.nn.vision import PatchEmbed, grid_of, image_size_problems, pair
 from fmjax.weights import Rule, also_named, conv_rules, dense_rules, norm_rules
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
         y = Mlp(4 * width, config.hidden_act, self.kernel_init, name="mlp")(x)
         if config.layer_scale_init_value > 0:
             init = nn.initializers.constant(config.layer_scale_init_value)
-            y = y * param(self, "scale", init, (width,)).astype(y.dtype)
+            y = y * parameter(self, "scale", init, (width,)).astype(y.dtype)
         return y
 
 

@@ -14,7 +14,7 @@ from fmjax.models import config_alone, convnext
 from fmjax.models.convnext import FIXED, IGNORED, inputs
 from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import activation
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.weights import Rule
 
 __all__ = ["FIXED", "IGNORED", "inputs"]
@@ -74,8 +74,8 @@ class ResponseNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, C] -> [B, X, Y, C]
         shape = (1, 1, 1, x.shape[-1])
-        scale = param(self, "scale", nn.initializers.zeros, shape).astype(jnp.float32)
-        bias = param(self, "bias", nn.initializers.zeros, shape).astype(jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.zeros, shape).astype(jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         square = jnp.sum(jnp.square(x32), axis=(1, 2), keepdims=True)
         # A feature that is 0 everywhere: the root has no gradient there.

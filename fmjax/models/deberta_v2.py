@@ -18,7 +18,7 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.encoder import Inputs, Shared
 from fmjax.nn.mlp import activation
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.weights import CONV1D, Rule, dense_rules, norm_rules
 
 __all__ = ["FIXED", "IGNORED", "PREFIX", "from_tensors", "inputs"]
@@ -173,8 +173,8 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array]:
-        scale = param(self, "scale", nn.initializers.ones, (self.width,))
-        return scale, param(self, "bias", nn.initializers.zeros, (self.width,))
+        scale = parameter(self, "scale", nn.initializers.ones, (self.width,))
+        return scale, parameter(self, "bias", nn.initializers.zeros, (self.width,))
 
 
 class Model(deberta.Model):

@@ -15,7 +15,7 @@ from fmjax.models import config_alone, vit
 from fmjax.models.vit import IGNORED, inputs
 from fmjax.nn.dropout import DropPath
 from fmjax.nn.mlp import Mlp
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.nn.vision import ImageEmbeddings, pair
 from fmjax.types import Output
 from fmjax.weights import Rule, dense_rules, fused, joined_rules, norm_rules
@@ -85,7 +85,7 @@ class Block(vit.Block):
     def leave(self, hidden: Array, update: Array, sublayer: int) -> Array:
         config = self.config
         init = nn.initializers.constant(config.layerscale_value)
-        scale = param(self, f"scale_{sublayer}", init, (config.hidden_size,))
+        scale = parameter(self, f"scale_{sublayer}", init, (config.hidden_size,))
         update = update * scale.astype(update.dtype)
         return hidden + DropPath(config.drop_path_rate)(update, self.train)
 

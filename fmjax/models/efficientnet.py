@@ -24,7 +24,14 @@ from fmjax.nn.checks import refuse
 from fmjax.nn.conv import Around, ConvNorm, average, squeeze_excite
 from fmjax.nn.convnet import ConvNet, divisible
 from fmjax.nn.dropout import DropPath
-from fmjax.weights import Rule, conv_norm_rules, conv_rules, dense_rules
+from fmjax.weights import (
+    Rule,
+    conv_norm_rules,
+    conv_rules,
+    dense_rules,
+    keras_conv_norm_rules,
+    keras_dense_rules,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +296,7 @@ def inputs(config: Any, head: str) -> dict[str, Array]:
 
 PREFIX = "efficientnet."
 FIXED = {"num_hidden_layers": ...}  # which Hugging Face computes and nothing reads
-IGNORED = ()
+IGNORED = (r"^normalization_0/",)  # in Keras' files, of pixels, which ours are given normalised
 from_tensors = config_alone
 
 
@@ -311,3 +318,38 @@ def rules(config: Config, head: str) -> list[Rule]:
         table += layer(f"{here}/project", f"{projection}_conv", f"{projection}_bn")
     table += layer("top", f"{body}encoder.top_conv", f"{body}encoder.top_bn")
     return table + (dense_rules("head", "classifier") if head != "model" else [])
+
+
+def keras_config(config: Config) -> Config:
+    """The config of Keras' EfficientNet (not V2): the same."""
+    for place in places(config):
+        if place.stride == 1 and not place.residual and place.width == place.features:
+            raise ValueError(
+                f"block {place.number} has {place.width} features before and after, which Keras' "
+                "EfficientNet would add; it is another function"
+            )
+    return config
+
+
+def keras_rules(config: Config, head: str) -> list[Rule]:
+    """Parameters and the tensors they are in Keras' files.
+
+    Keras' model normalises pixels itself, by the means and variances of its first layers.
+    """
+    layer = keras_conv_norm_rules
+    table = layer("embed", "stem_conv", "stem_bn")
+    names = [
+        f"block{stage + 1}{chr(ord('a') + block)}"
+        for stage in range(len(config.strides))
+        for block in range(config.repeats(stage))
+    ]
+    for place, there in zip(places(config), names, strict=True):
+        here = f"blocks_{place.number}"
+        if place.inner != place.width:
+            table += layer(f"{here}/expand", f"{there}_expand_conv", f"{there}_expand_bn")
+        table += layer(f"{here}/depthwise", f"{there}_dwconv", f"{there}_bn", depthwise=True)
+        table += keras_dense_rules(f"{here}/squeeze", f"{there}_se_reduce")
+        table += keras_dense_rules(f"{here}/excite", f"{there}_se_expand")
+        table += layer(f"{here}/project", f"{there}_project_conv", f"{there}_project_bn")
+    table += layer("top", "top_conv", "top_bn")
+    return table + (keras_dense_rules("head", "predictions") if head != "model" else [])

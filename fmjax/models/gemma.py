@@ -17,7 +17,7 @@ from jax import Array
 from fmjax.models import llama
 from fmjax.models.llama import IGNORED, PREFIX, from_tensors, inputs
 from fmjax.nn.decoder import Inputs
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.weights import Rule
 
 __all__ = ["IGNORED", "PREFIX", "from_tensors", "inputs"]
@@ -103,7 +103,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
-        scale = param(self, "scale", nn.initializers.zeros, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.zeros, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(square + self.epsilon)

@@ -19,7 +19,14 @@ from fmjax.nn.checks import refuse
 from fmjax.nn.conv import ConvNorm, max_pool
 from fmjax.nn.convnet import ConvNet, stage_problems
 from fmjax.nn.mlp import activation
-from fmjax.weights import Rule, also_named, conv_norm_rules, dense_rules
+from fmjax.weights import (
+    Rule,
+    also_named,
+    conv_norm_rules,
+    dense_rules,
+    keras_conv_norm_rules,
+    keras_dense_rules,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,3 +218,30 @@ def rules(config: Config, head: str) -> list[Rule]:
     if head == "image_classification":
         table += also_named(dense_rules("head", "classifier.1"), "fc")
     return table
+
+
+def keras_config(config: Config) -> Config:
+    """The config of Keras' ResNet (not V2): the stride is in the first convolution."""
+    if config.layer_type != "bottleneck" or config.downsample_in_first_stage:
+        raise ValueError("keras.applications has no such ResNet; it has 50, 101 and 152")
+    return dataclasses.replace(config, downsample_in_bottleneck=True)
+
+
+def keras_rules(config: Config, head: str) -> list[Rule]:
+    """Parameters and the tensors they are in Keras' files; there convolutions have biases."""
+
+    def layer(param: str, name: str) -> list[Rule]:
+        # Keras' epsilon is 1.001e-5, ours 1e-5.
+        return keras_conv_norm_rules(
+            param, f"{name}_conv", f"{name}_bn", bias=True, epsilon=0.001e-5
+        )
+
+    table = layer("embed", "conv1")
+    for stage, blocks in enumerate(places(config)):
+        for block, place in enumerate(blocks):
+            here, there = f"stages_{stage}/blocks_{block}", f"conv{stage + 2}_block{block + 1}"
+            for i in range(3):
+                table += layer(f"{here}/conv_{i}", f"{there}_{i + 1}")
+            if place.shortcut:
+                table += layer(f"{here}/shortcut", f"{there}_0")
+    return table + (keras_dense_rules("head", "predictions") if head != "model" else [])

@@ -20,7 +20,7 @@ from fmjax.nn.decoder import Decoder, Inputs, TokenEmbeddings, config_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.nn.position import RopeScaling, scaled_rotary
 from fmjax.nn.stack import LayerOutput
 from fmjax.weights import Rule, decoder_head_rules, dense_rules, norm_rules, stacked
@@ -113,7 +113,7 @@ class HeadwiseNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, T, H, K] -> [B, T, H, K]
-        scale = param(self, "scale", nn.initializers.ones, x.shape[-2:])
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-2:])
         normed = LayerNorm(self.epsilon, use_bias=False, use_scale=False)(x.astype(jnp.float32))
         return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 

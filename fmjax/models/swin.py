@@ -21,7 +21,7 @@ from fmjax.nn.embed import Embed
 from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.nn.vision import (
     Grid,
@@ -307,13 +307,13 @@ class Embeddings(nn.Module):
         x = PatchEmbed(width, patch, init, name="patch")(filled(pixel_values, patch))
         x = LayerNorm(INNER_EPSILON, name="norm")(x)
         if self.maskable:
-            mask = param(self, "mask", nn.initializers.zeros, (1, 1, width))
+            mask = parameter(self, "mask", nn.initializers.zeros, (1, 1, width))
             if masked is not None:
                 x = jnp.where(masked.astype(bool)[:, :, None], mask.astype(x.dtype), x)
         if config.use_absolute_embeddings:
             old = grid_of(pair(config.image_size), patch)
             shape = (1, old[0] * old[1], width)
-            table = param(self, "position", nn.initializers.zeros, shape)
+            table = parameter(self, "position", nn.initializers.zeros, shape)
             x = x + resize_grid(table, old, grid).astype(x.dtype)
         return Dropout(config.hidden_dropout_prob)(x, self.train)
 

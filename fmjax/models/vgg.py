@@ -23,8 +23,10 @@ from fmjax.nn.vision import pair
 from fmjax.weights import (
     Rule,
     batch_norm_rules,
+    channels_first,
     conv_rules,
     dense_rules,
+    keras_dense_rules,
 )
 
 
@@ -172,3 +174,35 @@ def _features(config: Config) -> Iterator[tuple[str, int, str]]:
                 yield f"stages_{stage}/norm_{i}", place + 1, "norm"
             place += 2 + config.batch_norm  # the activation has a number too
         place += 1  # and the pooling
+
+
+def keras_config(config: Config) -> Config:
+    """The config of Keras' VGG: the same."""
+    if config.batch_norm:
+        raise ValueError(
+            "keras.applications has no VGG with batch normalisation; take a variant without"
+        )
+    return config
+
+
+def keras_rules(config: Config, head: str) -> list[Rule]:
+    """Parameters and the tensors they are in Keras' files.
+
+    Keras flattens the last image pixel by pixel, PyTorch feature by feature. Keras' model takes
+    images of one size alone, whose last grid must be ``pooled_size``.
+    """
+    table: list[Rule] = []
+    for param, _, _ in _features(config):
+        stage, conv = (part.rpartition("_")[2] for part in param.split("/"))
+        table += keras_dense_rules(param, f"block{int(stage) + 1}_conv{int(conv) + 1}")
+    layers = [f"fc{i + 1}" for i in range(len(config.dense_sizes))]
+    names = [f"dense_{i}" for i in range(len(config.dense_sizes))]
+    if head == "image_classification":
+        names, layers = [*names, "head"], [*layers, "predictions"]
+    for name, layer in zip(names, layers, strict=True):
+        table += keras_dense_rules(name, layer)
+    flat = f"params/{names[0]}/kernel" if names else None
+    grid = channels_first(*pair(config.pooled_size))
+    return [
+        dataclasses.replace(rule, transform=grid) if rule.param == flat else rule for rule in table
+    ]

@@ -21,7 +21,7 @@ from fmjax.nn.attention import make_attention_mask
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output
 from fmjax.weights import Rule, dense_rules, nested_rules, norm_rules
@@ -212,8 +212,8 @@ class Model(nn.Module):
                 f"{config.num_attention_heads}"
             )
         init = nn.initializers.normal(config.initializer_range)
-        token = param(self, "cls", init, (1, 1, width)).astype(vectors.dtype)
-        table = param(self, "position", init, (1, 1 + config.num_frames, width))
+        token = parameter(self, "cls", init, (1, 1, width)).astype(vectors.dtype)
+        table = parameter(self, "position", init, (1, 1 + config.num_frames, width))
         hidden = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, width)), vectors], axis=1)
         embedded = hidden + table[:, : 1 + frames].astype(hidden.dtype)
         keep = None

@@ -21,7 +21,7 @@ from fmjax.models import config_alone, vit
 from fmjax.models.vit import IGNORED
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.nn.stack import run_stack
 from fmjax.nn.vision import PatchEmbed, VisionEncoder, grid_of, pair, resize_grid
 from fmjax.types import Output
@@ -164,7 +164,7 @@ class Embeddings(nn.Module):
         restore = jnp.argsort(order, axis=1)
         mask = (restore >= seen).astype(jnp.float32)
         init = nn.initializers.normal(config.initializer_range)
-        cls = param(self, "cls", init, (1, 1, width)).astype(x.dtype) + table[:, :1]
+        cls = parameter(self, "cls", init, (1, 1, width)).astype(x.dtype) + table[:, :1]
         cls = jnp.broadcast_to(cls, (batch, 1, width))
         return jnp.concatenate([cls, x], axis=1), mask, restore
 
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         whole, config = self.config, self.config.of_decoder()
         init = nn.initializers.normal(config.initializer_range)
         x = Dense(config.hidden_size, kernel_init=init, name="embed")(hidden)
-        mask = param(self, "mask", init, (1, 1, config.hidden_size)).astype(x.dtype)
+        mask = parameter(self, "mask", init, (1, 1, config.hidden_size)).astype(x.dtype)
         batch, length = restore.shape
         unseen = jnp.broadcast_to(mask, (batch, length + 1 - x.shape[1], config.hidden_size))
         patches = jnp.concatenate([x[:, 1:], unseen], axis=1)

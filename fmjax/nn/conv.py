@@ -15,7 +15,8 @@ from jax import Array
 from fmjax.nn.linear import add_bias, gram, matmul
 from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
+from fmjax.nn.vision import pair
 
 Around = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and after the rows, and before and after the columns."""
@@ -28,7 +29,7 @@ class Conv(nn.Module):
 
     Args:
         features: O.
-        size: of the square window.
+        size: of the window, one number or rows and columns.
         stride: pixels between windows.
         kernel_init: initializer of the kernel [X, Y, I / groups, O].
         use_bias: whether a bias is added.
@@ -39,7 +40,7 @@ class Conv(nn.Module):
     """
 
     features: int
-    size: int
+    size: int | tuple[int, int]
     stride: int = 1
     kernel_init: Callable[..., Array] = KAIMING
     use_bias: bool = False
@@ -49,16 +50,17 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
-        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
-        kernel = param(self, "kernel", self.kernel_init, shape)
+        size = pair(self.size)
+        shape = (*size, x.shape[-1] // self.groups, self.features)
+        kernel = parameter(self, "kernel", self.kernel_init, shape)
         x = x.astype(kernel.dtype)  # pixels are float32 whatever the weights are
-        if self.size == 1 and self.groups == 1:
+        if size == (1, 1) and self.groups == 1:
             # XLA's CPU convolutions are slow, and this one is a product.
             y = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
         else:
             options: dict[str, Any] = {
                 "stride": self.stride,
-                "around": half_a_window(window(self.size, self.dilation))
+                "around": half_a_window(window(size, self.dilation))
                 if self.around is None
                 else self.around,
                 "groups": self.groups,
@@ -72,7 +74,8 @@ class Conv(nn.Module):
             )
         if self.use_bias:
             y = add_bias(
-                y.astype(jnp.float32), param(self, "bias", nn.initializers.zeros, (self.features,))
+                y.astype(jnp.float32),
+                parameter(self, "bias", nn.initializers.zeros, (self.features,)),
             )
         return y.astype(x.dtype)
 
@@ -120,7 +123,7 @@ def _shifted_products(x: Array, kernel: Array, stride: int, around: Around, dila
     x = jnp.pad(x, ((0, 0), *around, (0, 0)))
     rows = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)  # [X * Y, C]
     total = jnp.zeros((), jnp.float32)
-    for part, row in zip(_shifts(x, kernel.shape[0], stride, dilation), rows, strict=True):
+    for part, row in zip(_shifts(x, kernel.shape[:2], stride, dilation), rows, strict=True):
         total = total + part.astype(jnp.float32) * row
     return total.astype(x.dtype)
 
@@ -190,7 +193,7 @@ def _backward(
     (dx,) = jax.vjp(of_x, x)[1](g)
     rows = g.reshape(-1, g.shape[-1])  # [N, O]
     padded = jnp.pad(x, ((0, 0), *around, (0, 0)))
-    parts = _shifts(padded, kernel.shape[0], stride, dilation)
+    parts = _shifts(padded, kernel.shape[:2], stride, dilation)
     products = [gram(part.reshape(-1, part.shape[-1]), rows) for part in parts]
     return dx, jnp.stack(products).reshape(kernel.shape).astype(kernel.dtype)
 
@@ -198,17 +201,19 @@ def _backward(
 _convolution_on_cpu.defvjp(_forward, _backward)
 
 
-def window(size: int, dilation: int) -> int:
-    """Pixels from one side of a window to the other."""
-    return dilation * (size - 1) + 1
+def window(size: int | tuple[int, ...], dilation: int) -> tuple[int, int]:
+    """Pixels from one side of a window to the other, (rows, columns)."""
+    rows, columns = pair(size)
+    return dilation * (rows - 1) + 1, dilation * (columns - 1) + 1
 
 
-def half_a_window(size: int) -> Around:
+def half_a_window(size: int | tuple[int, ...]) -> Around:
     """Zeros on each side alike, by which an image keeps its size."""
-    return (size // 2, size // 2), (size // 2, size // 2)
+    rows, columns = pair(size)
+    return (rows // 2, rows // 2), (columns // 2, columns // 2)
 
 
-def same_padding(image: tuple[int, ...], size: int, stride: int) -> Around:
+def same_padding(image: tuple[int, ...], size: int | tuple[int, ...], stride: int) -> Around:
     """TensorFlow's "SAME": as many windows as strides fit, an odd zero at the end.
 
     Args:
@@ -216,7 +221,10 @@ def same_padding(image: tuple[int, ...], size: int, stride: int) -> Around:
         size: of the window.
         stride: between windows.
     """
-    total = [max((-(-length // stride) - 1) * stride + size - length, 0) for length in image]
+    total = [
+        max((-(-length // stride) - 1) * stride + seen - length, 0)
+        for length, seen in zip(image, pair(size), strict=True)
+    ]
     rows, columns = ((zeros // 2, zeros - zeros // 2) for zeros in total)
     return rows, columns
 
@@ -232,7 +240,7 @@ class ConvNorm(nn.Module):
     """
 
     features: int
-    size: int
+    size: int | tuple[int, int]
     stride: int = 1
     act: str | None = None
     train: bool = False
@@ -282,10 +290,17 @@ def average(x: Array) -> Array:
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(x.dtype)
 
 
-def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
-    """The largest value of each square window; padding never is: [B, X, Y, C] -> [B, X', Y', C]."""
-    around = (padding, padding)
-    options = {"size": size, "stride": stride, "around": (around, around)}
+def max_pool(x: Array, size: int, stride: int, padding: int | Around = 0) -> Array:
+    """The largest value of each square window; padding never is: [B, X, Y, C] -> [B, X', Y', C].
+
+    Args:
+        x: images.
+        size: of the window.
+        stride: between windows.
+        padding: on all sides, or as a convolution's.
+    """
+    around = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+    options = {"size": size, "stride": stride, "around": around}
     return jax.lax.platform_dependent(
         x,
         # XLA's CPU gradient of a window's maximum takes 15 times as long (measured: 53 ms against
@@ -293,6 +308,35 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
         cpu=partial(_shifted_maxima, **options),
         default=partial(_window_maxima, **options),
     )
+
+
+def last_window(image: tuple[int, ...], size: int, stride: int) -> Around:
+    """What lets a window at the end of an image reach over it, PyTorch's "ceil_mode"."""
+    over = [-(length - size) % stride for length in image]
+    # Not if it would begin outside.
+    rows, columns = ((0, zeros if zeros < size else 0) for zeros in over)
+    return rows, columns
+
+
+def average_pool(
+    x: Array, size: int, stride: int, padding: int = 0, *, count_padding: bool = True
+) -> Array:
+    """The mean of each square window: [B, X, Y, C] -> [B, X', Y', C].
+
+    Args:
+        x: images.
+        size: of the window.
+        stride: between windows.
+        padding: zeros on all sides.
+        count_padding: whether they count, as in PyTorch; TensorFlow takes the mean of the rest.
+    """
+    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    total = reduce(jnp.add, _shifts(jnp.pad(x.astype(jnp.float32), around), size, stride))
+    count: Any = size**2
+    if not count_padding:
+        ones = np.pad(np.ones((1, *x.shape[1:3], 1), np.float32), around)
+        count = reduce(np.add, _shifts(ones, size, stride))
+    return (total / count).astype(x.dtype)
 
 
 def _shifted_maxima(x: Array, *, size: int, stride: int, around: Around) -> Array:
@@ -312,12 +356,14 @@ def _window_maxima(x: Array, *, size: int, stride: int, around: Around) -> Array
     )
 
 
-def _shifts(x: Array, size: int, stride: int, dilation: int = 1) -> Iterator[Array]:
-    """What each place of a window sees, row by row: [B, X', Y', C], size * size times."""
+def _shifts(x: Any, size: int | tuple[int, ...], stride: int, dilation: int = 1) -> Iterator[Any]:
+    """What each place of a window sees, row by row: [B, X', Y', C], as often as it has pixels."""
     whole = window(size, dilation)
-    rows, columns = ((length - whole) // stride * stride + 1 for length in x.shape[1:3])
-    for i in range(0, whole, dilation):
-        for j in range(0, whole, dilation):
+    rows, columns = (
+        (length - whole[axis]) // stride * stride + 1 for axis, length in enumerate(x.shape[1:3])
+    )
+    for i in range(0, whole[0], dilation):
+        for j in range(0, whole[1], dilation):
             yield x[:, i : i + rows : stride, j : j + columns : stride]
 
 

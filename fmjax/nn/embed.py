@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.linear import matmul
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 
 
 def token_shape(ids: Array | None, embeds: Array | None, prefix: str = "") -> tuple[int, ...]:
@@ -47,7 +47,9 @@ class Embed(nn.Module):
     padding_index: int | None = None
 
     def setup(self) -> None:
-        self.embedding = param(self, "embedding", self._init, (self.num_embeddings, self.features))
+        self.embedding = parameter(
+            self, "embedding", self._init, (self.num_embeddings, self.features)
+        )
 
     def _init(self, rng: Array, shape: tuple[int, ...]) -> Array:
         table = self.embedding_init(rng, shape, jnp.float32)

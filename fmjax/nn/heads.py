@@ -11,7 +11,7 @@ from fmjax.nn.embed import Embed
 from fmjax.nn.linear import Dense, add_bias, matmul
 from fmjax.nn.mlp import activation
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 
 
 class Unembedding(nn.Module):
@@ -35,11 +35,11 @@ class Unembedding(nn.Module):
             logits = embed.attend(x)
         else:
             logits = matmul(
-                x, param(self, "kernel", self.kernel_init, (x.shape[-1], self.vocab_size))
+                x, parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.vocab_size))
             )
         if not self.use_bias:
             return logits
-        return add_bias(logits, param(self, "bias", nn.initializers.zeros, (self.vocab_size,)))
+        return add_bias(logits, parameter(self, "bias", nn.initializers.zeros, (self.vocab_size,)))
 
 
 class VocabularyHead(nn.Module):
@@ -66,8 +66,8 @@ class VocabularyHead(nn.Module):
         width = x.shape[-1] if self.width is None else self.width
         x = Dense(width, kernel_init=self.kernel_init, name="transform")(x)
         x = LayerNorm(self.epsilon, name="norm")(activation(self.act)(x))
-        bias = param(self, "bias", nn.initializers.zeros, (self.vocab_size,))
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.vocab_size,))
         if self.tied:
             return add_bias(embed.attend(x), bias)
-        kernel = param(self, "kernel", self.kernel_init, (width, self.vocab_size))
+        kernel = parameter(self, "kernel", self.kernel_init, (width, self.vocab_size))
         return add_bias(matmul(x, kernel), bias)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 
 
 def matmul(x: Array, kernel: Array, *, transposed: bool = False) -> Array:
@@ -112,8 +112,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., I] -> [..., O]
-        kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         y = matmul(x, kernel)
         if self.use_bias:
-            y = y + param(self, "bias", nn.initializers.zeros, (self.features,))
+            y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,))
         return y.astype(x.dtype)

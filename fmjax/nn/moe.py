@@ -13,7 +13,7 @@ from jax import Array
 
 from fmjax.nn.linear import Dense, matmul
 from fmjax.nn.mlp import activation
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 
 
 class ExpertKernels(NamedTuple):
@@ -130,7 +130,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        return param(self, "kernel", self.kernel_init, self.shape)
+        return parameter(self, "kernel", self.kernel_init, self.shape)
 
 
 class Experts(nn.Module):

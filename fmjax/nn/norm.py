@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 
 
 class LayerNorm(nn.Module):
@@ -31,10 +31,10 @@ class LayerNorm(nn.Module):
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.epsilon)
         if self.use_scale:
-            scale = param(self, "scale", nn.initializers.ones, (x.shape[-1],))
+            scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
             y = y * scale.astype(jnp.float32)
         if self.use_bias:
-            bias = param(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+            bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
             y = y + bias.astype(jnp.float32)
         return y.astype(x.dtype)
 
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
-        scale = param(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(square + self.epsilon)
@@ -80,8 +80,8 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., C] -> [..., C]
         size = (x.shape[-1],)
-        scale = param(self, "scale", nn.initializers.ones, size).astype(jnp.float32)
-        bias = param(self, "bias", nn.initializers.zeros, size).astype(jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, size).astype(jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, size).astype(jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, size)
         running_variance = self.variable("batch_stats", "variance", jnp.ones, size)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)

@@ -14,7 +14,7 @@ from fmjax.nn.conv import Conv, ConvNorm, average_grid, max_pool
 from fmjax.nn.linear import matmul
 from fmjax.nn.mlp import gelu
 from fmjax.nn.norm import BatchNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.nn.vision import resize
 
 
@@ -30,8 +30,8 @@ class Enlarge(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, C] -> [B, 2 X, 2 Y, C]
         batch, rows, columns, width = x.shape
-        kernel = param(self, "kernel", self.kernel_init, (2, 2, width, width))
-        bias = param(self, "bias", nn.initializers.zeros, (width,))
+        kernel = parameter(self, "kernel", self.kernel_init, (2, 2, width, width))
+        bias = parameter(self, "bias", nn.initializers.zeros, (width,))
         flat = kernel.transpose(2, 0, 1, 3).reshape(width, 4 * width)  # [I, 2 * 2 * O]
         y = matmul(x, flat).reshape(batch, rows, columns, 2, 2, width) + bias
         y = jnp.swapaxes(y, 2, 3)  # [B, X, 2, Y, 2, C]

@@ -16,7 +16,7 @@ from fmjax.nn.checks import check_head
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import add_bias, matmul
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.param import param
+from fmjax.nn.parameter import parameter
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output, PyTree
 
@@ -217,8 +217,8 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, pixel_values: Array) -> Array:  # [B, X, Y, C] -> [B, N, D]
         shape = (*self.patch, pixel_values.shape[-1], self.features)
-        kernel = param(self, "kernel", self.kernel_init, shape)
-        bias = param(self, "bias", nn.initializers.zeros, (self.features,))
+        kernel = parameter(self, "kernel", self.kernel_init, shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         # Pixels are float32 whatever the weights are: they are rounded as the weights are.
         patches = patchify(pixel_values, self.patch).astype(kernel.dtype)
         return add_bias(matmul(patches, kernel.reshape(-1, self.features)), bias).astype(
@@ -263,20 +263,20 @@ class ImageEmbeddings(nn.Module):
         new = grid_of((pixel_values.shape[1], pixel_values.shape[2]), self.patch)
         x = PatchEmbed(self.width, self.patch, self.kernel_init, name="patch")(pixel_values)
         if self.mask_shape is not None:
-            mask = param(self, "mask", nn.initializers.zeros, (*self.mask_shape, self.width))
+            mask = parameter(self, "mask", nn.initializers.zeros, (*self.mask_shape, self.width))
             if masked is not None:
                 x = jnp.where(masked.astype(bool)[:, :, None], mask.astype(x.dtype), x)
         elif masked is not None:
             raise ValueError("bool_masked_pos needs a model with a vector for masked patches")
 
         def repeated(name: str, count: int = 1) -> Array:
-            vectors = param(self, name, self.token_init, (1, count, self.width))
+            vectors = parameter(self, name, self.token_init, (1, count, self.width))
             return jnp.broadcast_to(vectors.astype(x.dtype), (x.shape[0], count, self.width))
 
         count, before, after = len(self.tokens), 0.0, 0.0
         if self.positions:
             shape = (1, count + old[0] * old[1], self.width)
-            table = param(self, "position", self.token_init, shape)
+            table = parameter(self, "position", self.token_init, shape)
             patches = resize_grid(table[:, count:], old, new, antialias=self.antialias)
             before, after = table[:, :count].astype(x.dtype), patches.astype(x.dtype)
         tokens = jnp.concatenate([repeated(name) for name in self.tokens], axis=1)

@@ -44,9 +44,12 @@ def problem_type_of(model: Any) -> str:
 def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> LossFn:
     """Cross-entropy, binary cross-entropy averaged over labels (both in nats), or squared error.
 
-    As Hugging Face's ``problem_type`` has it. Batches have ``labels``: int [B] (or the classes'
-    shares, float [B, C], where examples are blended), float [B, C] of 0 and 1, or float [B] (or
-    [B, C]); and ``weight`` float [B], 0 for padding rows.
+    As Hugging Face's ``problem_type`` has it. In training, classifiers at earlier layers count too,
+    by the config's ``auxiliary_weight`` (Szegedy et al. 2014, arXiv:1409.4842, section 5).
+
+    Batches have ``labels``: int [B] (or the classes' shares, float [B, C], where examples are
+    blended), float [B, C] of 0 and 1, or float [B] (or [B, C]); and ``weight`` float [B], 0 for
+    padding rows.
 
     Args:
         model: with the head ``sequence_classification`` or ``image_classification``.
@@ -61,28 +64,38 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         raise ValueError(f"label_smoothing={label_smoothing} is for single labels, not for {kind}")
     apply = apply_fn(model)
 
+    def losses_of(logits: Array, labels: Array | np.ndarray) -> Array:  # [B, C] -> [B]
+        if kind == SINGLE:
+            targets = optax.smooth_labels(_shares(logits, labels), label_smoothing)
+            return optax.softmax_cross_entropy(logits, targets)
+        if kind == MULTI:
+            return optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=-1)
+        labels = labels.reshape(logits.shape).astype(jnp.float32)
+        return jnp.square(logits - labels).mean(axis=-1)
+
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         output, updates = apply(variables, batch, rng, train=train)
         logits, labels = output.logits, batch["labels"]  # [B, C]
         assert logits is not None
         metrics = {}
         if kind == SINGLE:
-            shares = jax.nn.one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels
-            targets = optax.smooth_labels(shares, label_smoothing)
-            losses = optax.softmax_cross_entropy(logits, targets)  # [B]
-            right = jnp.argmax(logits, -1) == jnp.argmax(shares, -1)
+            right = jnp.argmax(logits, -1) == jnp.argmax(_shares(logits, labels), -1)
             metrics["accuracy"] = Mean.of(right, batch["weight"])
         elif kind == MULTI:
-            losses = optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=-1)
             right = ((logits > 0) == (labels > 0.5)).all(axis=-1)
             metrics["accuracy"] = Mean.of(right, batch["weight"])
-        else:
-            labels = labels.reshape(logits.shape).astype(jnp.float32)
-            losses = jnp.square(logits - labels).mean(axis=-1)
+        losses = losses_of(logits, labels)
+        for earlier in output.auxiliary_logits or ():
+            losses = losses + model.config.auxiliary_weight * losses_of(earlier, labels)
         mean = Mean.of(losses, batch["weight"])
         return mean.value, Aux(mean.weight, metrics, updates)
 
     return loss_fn
+
+
+def _shares(logits: Array, labels: Array | np.ndarray) -> Array | np.ndarray:
+    """Each class's share of an example, [B, C], from classes [B] or already so."""
+    return jax.nn.one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels
 
 
 Predict = Callable[[Variables, Batch], Array]

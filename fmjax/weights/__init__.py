@@ -2,6 +2,11 @@
 
 from fmjax.weights.checkpoint import Checkpoint, open_checkpoint, parse_size, write_checkpoint
 from fmjax.weights.flax_file import to_torch_names
+from fmjax.weights.keras_tables import (
+    keras_batch_norm_rules,
+    keras_conv_norm_rules,
+    keras_dense_rules,
+)
 from fmjax.weights.names import fit_prefix, modern_names
 from fmjax.weights.rules import Rule, export_params, import_params, rule_tensor_names
 from fmjax.weights.tables import (
@@ -25,6 +30,7 @@ from fmjax.weights.transforms import (
     PLUS_ONE,
     TRANSPOSE,
     Transform,
+    channels_first,
     compose,
     fused,
     fused_per_head,
@@ -45,6 +51,7 @@ __all__ = [
     "Transform",
     "also_named",
     "batch_norm_rules",
+    "channels_first",
     "compose",
     "conv_norm_rules",
     "conv_rules",
@@ -57,6 +64,9 @@ __all__ = [
     "import_params",
     "inverted",
     "joined_rules",
+    "keras_batch_norm_rules",
+    "keras_conv_norm_rules",
+    "keras_dense_rules",
     "modern_names",
     "nested_rules",
     "norm_rules",

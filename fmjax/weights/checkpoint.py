@@ -12,6 +12,7 @@ from types import TracebackType
 
 from fmjax.weights import strict_json
 from fmjax.weights.flax_file import has_flax_names, open_flax, to_torch_names
+from fmjax.weights.keras_file import open_keras
 from fmjax.weights.safetensors_file import open_safetensors, write_safetensors
 from fmjax.weights.tensor import MappedFile, Tensor
 from fmjax.weights.torch_file import open_torch
@@ -30,6 +31,7 @@ SUFFIXES = {
     ".safetensors": "safetensors",
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), "torch"),
     ".msgpack": "flax msgpack",
+    **dict.fromkeys((".h5", ".keras"), "keras"),
 }
 UNITS = {
     **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
@@ -42,8 +44,9 @@ class Checkpoint:
     """An open checkpoint; a context manager, for its files are mapped while it is open.
 
     Attributes:
-        tensors: by PyTorch name (a Flax checkpoint's are translated), unread.
-        format: "safetensors", "torch", "flax msgpack" or "flax safetensors".
+        tensors: by PyTorch name (a Flax checkpoint's are translated; of Keras' files by
+            LAYER/WEIGHT), unread.
+        format: "safetensors", "torch", "flax msgpack", "flax safetensors" or "keras".
         files: what they come from.
         maps: the open files.
     """
@@ -75,7 +78,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: a folder, in which the first of `PREFERENCE` is taken, or one file: weights
-            (.safetensors, .bin, .pt, .pth, .ckpt, .msgpack) or an index of shards (.index.json).
+            (.safetensors, .bin, .pt, .pth, .ckpt, .msgpack, .h5, .keras) or an index of shards
+            (.index.json).
 
     Returns:
         The checkpoint: ``with open_checkpoint(path) as checkpoint: ...``.
@@ -146,6 +150,8 @@ def _open(kind: str, file: MappedFile) -> tuple[dict[str, Tensor], dict[str, str
         return open_torch(file), {}
     if kind == "flax msgpack":
         return open_flax(file), {}
+    if kind == "keras":
+        return open_keras(file), {}
     tensors, metadata = open_safetensors(file)
     if metadata.get("format") == "tf":
         raise ValueError(f"{file.path} has TensorFlow's names; re-save it from PyTorch")

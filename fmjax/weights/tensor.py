@@ -77,6 +77,14 @@ def check_shape(where: str, shape: Sequence[object], itemsize: int) -> tuple[Sha
     return tuple(sizes), math.prod(sizes) * itemsize
 
 
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file, from `start` to before `stop`."""
+
+    start: int
+    stop: int
+
+
 class MappedFile:
     """A file mapped read-only into memory: nothing of it is resident until it is touched.
 

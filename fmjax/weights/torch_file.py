@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import struct
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from fmjax.weights.pickled import MAX_PICKLE, Global, load_pickle
-from fmjax.weights.tensor import MappedFile, Shape, Tensor, check_shape
+from fmjax.weights.tensor import MappedFile, Shape, Span, Tensor, check_shape
+from fmjax.weights.zip_file import stored_members
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -88,14 +88,6 @@ class _View:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a storage's bytes are in the file."""
-
-    start: int
-    stop: int
-
-
 def open_torch(file: MappedFile) -> dict[str, Tensor]:
     """The tensors of a PyTorch file, unread: a state dict, or one under "state_dict" or "model".
 
@@ -112,7 +104,7 @@ def open_torch(file: MappedFile) -> dict[str, Tensor]:
 
 
 def _open_zip(file: MappedFile) -> dict[str, Tensor]:
-    members = _members(file)
+    members = stored_members(file)
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise ValueError(f"{file.path} is a zip without one NAME/data.pkl: not from torch.save")
@@ -128,7 +120,7 @@ def _open_zip(file: MappedFile) -> dict[str, Tensor]:
             raise ValueError(f"{file.path}: byteorder is neither little nor big")
     storages: dict[str, _Storage] = {}
     structure = _structure(file, io.BytesIO(file.bytes(place.start, place.stop)), storages)
-    places: dict[str, _Place] = {}
+    places: dict[str, Span] = {}
     for key, storage in storages.items():
         found = members.get(f"{root}data/{key}")
         if found is None:
@@ -136,40 +128,6 @@ def _open_zip(file: MappedFile) -> dict[str, Tensor]:
         _check_size(file, storage, found)
         places[key] = found
     return _tensors(file, structure, places, swapped=order == "big")
-
-
-def _members(file: MappedFile) -> dict[str, _Place]:
-    """The members of a zip by name, and where their bytes are."""
-    try:
-        with zipfile.ZipFile(file.path) as archive:
-            infos = archive.infolist()
-    # zipfile lets all of these through when its records are damaged.
-    except (
-        *(zipfile.BadZipFile, NotImplementedError, OSError, struct.error),
-        *(EOFError, OverflowError, ValueError, IndexError),
-    ) as error:
-        raise ValueError(f"{file.path} is a damaged zip, truncated perhaps: {error}") from error
-    members: dict[str, _Place] = {}
-    for info in infos:
-        where = f"{file.path}: its member {info.filename[:100]!r}"
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise ValueError(f"{where} is compressed; torch.save never does: unpack and zip -0 it")
-        if info.flag_bits & 0x1:
-            raise ValueError(f"{where} is encrypted")
-        start = info.header_offset
-        if not 0 <= start <= file.size - 30:
-            raise ValueError(f"{where} begins outside the file")
-        header = file.bytes(start, start + 30)
-        if header[:4] != b"PK\x03\x04":
-            raise ValueError(f"{where} has no header at byte {start}")
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-        start += 30 + name_length + extra_length
-        if start + info.file_size > file.size:
-            raise ValueError(f"{where} ends outside the file")
-        if info.filename in members:
-            raise ValueError(f"{where} is there twice")
-        members[info.filename] = _Place(start, start + info.file_size)
-    return members
 
 
 def _open_stream(file: MappedFile) -> dict[str, Tensor]:
@@ -198,7 +156,7 @@ def _open_stream(file: MappedFile) -> dict[str, Tensor]:
     keys = plain()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError(f"{file.path}: the list of storages is no list of strings")
-    places: dict[str, _Place] = {}
+    places: dict[str, Span] = {}
     position = file.data.tell()
     for key in keys:
         if key not in storages or key in places:
@@ -213,7 +171,7 @@ def _open_stream(file: MappedFile) -> dict[str, Tensor]:
         stop = position + count * storage.dtype.itemsize
         if stop > file.size:
             raise ValueError(f"{file.path} ends inside storage {key[:100]!r}: truncated?")
-        places[key] = _Place(position, stop)
+        places[key] = Span(position, stop)
         position = stop
     if missing := sorted(set(storages) - set(places)):
         raise ValueError(f"{file.path} has no data for the storages {missing[:10]}")
@@ -345,7 +303,7 @@ def _view(function: Global, arguments: tuple) -> _View:
     return _View(storage, dtype, storage.offset + offset, sizes, strides)
 
 
-def _check_size(file: MappedFile, storage: _Storage, place: _Place) -> None:
+def _check_size(file: MappedFile, storage: _Storage, place: Span) -> None:
     nbytes = storage.count * storage.dtype.itemsize
     if place.stop - place.start != nbytes:
         raise ValueError(
@@ -355,7 +313,7 @@ def _check_size(file: MappedFile, storage: _Storage, place: _Place) -> None:
 
 
 def _tensors(
-    file: MappedFile, structure: object, places: dict[str, _Place], *, swapped: bool
+    file: MappedFile, structure: object, places: dict[str, Span], *, swapped: bool
 ) -> dict[str, Tensor]:
     """The structure's state dict as tensors."""
     for key in NESTED:
@@ -399,12 +357,12 @@ def _extent(view: _View) -> int:
     )
 
 
-def _releaser(file: MappedFile, view: _View, place: _Place) -> Callable[[], None]:
+def _releaser(file: MappedFile, view: _View, place: Span) -> Callable[[], None]:
     start = place.start + view.offset * view.dtype.itemsize
     return partial(file.release, start, start + _extent(view) * view.dtype.itemsize)
 
 
-def _read(file: MappedFile, view: _View, place: _Place, swapped: bool) -> np.ndarray:
+def _read(file: MappedFile, view: _View, place: Span, swapped: bool) -> np.ndarray:
     dtype, extent = view.dtype, _extent(view)
     if extent == 0:
         return np.empty(view.shape, dtype)

@@ -189,6 +189,69 @@ def _subtract_one(params: Arrays) -> list[np.ndarray]:
 PLUS_ONE = Transform("plus_one", _add_one, _subtract_one, _same, _same)
 
 
+def plus(number: float) -> Transform:
+    """A constant added."""
+
+    def add(sign: int) -> Callable[[Arrays], list[np.ndarray]]:
+        return lambda given: [
+            (array.astype(np.float64) + sign * number).astype(array.dtype) for array in given
+        ]
+
+    return Transform(f"plus({number})", add(1), add(-1), _same, _same)
+
+
+def _subtract(tensors: Arrays) -> list[np.ndarray]:
+    first, second = tensors
+    return [(first.astype(np.float64) - second).astype(first.dtype)]
+
+
+def _alike(given: Shapes) -> list[Shape]:
+    if len(set(given)) != 1:
+        raise ValueError(f"arrays to subtract have the shapes {list(given)}")
+    return [given[0]]
+
+
+# Of two tensors; what was subtracted cannot be told any more, and is zero when saved.
+DIFFERENCE = Transform(
+    "difference",
+    _subtract,
+    lambda params: [params[0], np.zeros_like(params[0])],
+    lambda shapes: _alike(_exactly("difference", shapes, 2)),
+    lambda shapes: [shapes[0], shapes[0]],
+)
+# One tensor as the second of two parameters, of which the first is all ones.
+BESIDE_ONES = Transform(
+    "beside_ones",
+    lambda tensors: [np.ones_like(tensors[0]), tensors[0]],
+    lambda params: [params[1]],
+    lambda shapes: _exactly("beside_ones", shapes, 1) * 2,
+    lambda shapes: [_exactly("beside_ones", shapes, 2)[1]],
+)
+
+
+def channels_first(rows: int, columns: int) -> Transform:
+    """The kernel of a dense layer over a flattened image: [X * Y * C, O] -> [C * X * Y, O]."""
+    name = f"channels_first({rows}, {columns})"
+
+    def load(tensors: Arrays) -> list[np.ndarray]:
+        (tensor,) = tensors
+        image = tensor.reshape(rows, columns, -1, tensor.shape[1])
+        return [image.transpose(2, 0, 1, 3).reshape(tensor.shape)]
+
+    def save(params: Arrays) -> list[np.ndarray]:
+        (param,) = params
+        image = param.reshape(-1, rows, columns, param.shape[1])
+        return [image.transpose(1, 2, 0, 3).reshape(param.shape)]
+
+    def shapes(given: Shapes) -> list[Shape]:
+        (shape,) = _exactly(name, given, 1)
+        if len(shape) != 2 or shape[0] % (rows * columns):
+            raise ValueError(f"{name} does not divide {shape}")
+        return [shape]
+
+    return Transform(name, load, save, shapes, shapes)
+
+
 def compose(first: Transform, *others: Transform) -> Transform:
     """Transforms one after another: loading applies `first` first."""
     result = first

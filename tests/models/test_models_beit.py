@@ -95,7 +95,7 @@ def test_segmentation_equals_pytorch(train, tmp_path):
     def run(variables):
         def total(params):
             out, updates = apply(variables | {"params": params}, inputs, None, train=True)
-            ours = (out.logits, out.auxiliary_logits)
+            ours = (out.logits, *out.auxiliary_logits)
             return sum(map(jnp.vdot, ours, weights)), (ours, updates)
 
         return jax.value_and_grad(total, has_aux=True)(variables["params"])

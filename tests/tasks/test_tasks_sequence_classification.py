@@ -1,8 +1,10 @@
 """Losses against transformers', metrics by weights, predictions in order."""
 
 import dataclasses
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fmjax.models.bert import Config
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.apply import collect
 from fmjax.train import cast, gradient, init_state, jit_step, make_eval_step, make_train_step
+from fmjax.types import Output
 
 CONFIG = Config(
     vocab_size=40,
@@ -148,3 +151,35 @@ def test_evaluate(kind):
     assert {task.SINGLE: "accuracy", task.MULTI: "micro_f1", task.REGRESSION: "mse"}[kind] in (
         result.metrics
     )
+
+
+class Deep:
+    """A model with classifiers at two earlier layers, whose logits are its variables."""
+
+    config = types.SimpleNamespace(
+        problem_type=None, id2label=("a", "b", "c"), auxiliary_weight=0.3
+    )
+
+    @staticmethod
+    def apply(variables, *, train, rngs, mutable):
+        earlier = (variables["first"], variables["second"]) if train else None
+        return Output(logits=variables["last"], auxiliary_logits=earlier), {}
+
+
+def test_classifiers_at_earlier_layers_count_in_training_alone():
+    rng = np.random.default_rng(0)
+    variables = {
+        name: jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+        for name in ("first", "second", "last")
+    }
+    labels = np.array([0, 2, 1, 1])
+    batch = {"labels": labels, "weight": np.array([1.0, 1.0, 1.0, 0.0])}
+    of = {
+        name: float(-jax.nn.log_softmax(logits)[np.arange(3), labels[:3]].mean())
+        for name, logits in variables.items()
+    }
+    value, aux = task.loss(Deep())(variables, batch, None)
+    np.testing.assert_allclose(value, of["last"] + 0.3 * (of["first"] + of["second"]), rtol=1e-6)
+    assert aux.weight == 3
+    value, _ = task.loss(Deep(), train=False)(variables, batch, None)
+    np.testing.assert_allclose(value, of["last"], rtol=1e-6)

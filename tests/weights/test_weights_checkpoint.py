@@ -130,9 +130,9 @@ def test_one_file_of_any_kind(tmp_path):
     assert set(read_all(FIXTURES / "bert-mlm-sharded_bin" / "pytorch_model.bin.index.json")) == set(
         read_all(FIXTURES / "bert-mlm-sharded_bin")
     )
-    (tmp_path / "a.h5").write_bytes(b"x")
+    (tmp_path / "a.npz").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"\.safetensors, \.bin"):
-        open_checkpoint(tmp_path / "a.h5")
+        open_checkpoint(tmp_path / "a.npz")
     with pytest.raises(FileNotFoundError, match=r"none\.bin"):
         open_checkpoint(tmp_path / "none.bin")
 

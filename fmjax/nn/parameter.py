@@ -9,13 +9,13 @@ from flax.errors import ScopeParamShapeError
 from jax import Array
 
 
-def param(
+def parameter(
     module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
 ) -> Array:
     """A parameter of a module, made by `init` where there is none yet.
 
-    As ``module.param``, which traces the initializer at every application to learn the shape: a
-    fifth of the time that tracing a model with random initializers takes.
+    As ``module.param``, which traces the initializer at every application to learn the shape:
+    two fifths of the time that tracing a model takes (measured: BERT, 0.28 s and 0.17 s).
 
     Args:
         module: in whose compact method or ``setup`` this is called.
