@@ -150,7 +150,7 @@ def _products_backward(
     nothing = (0, 0, 0)
     edges = [(start, end, stride - 1) for start, end in zip(before, after, strict=True)]
     spread = jax.lax.pad(g, jnp.zeros((), g.dtype), [nothing, *edges, nothing])
-    dx = _shifted_products(spread, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)), dilation)
+    dx: Array = _shifted_products(spread, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)), dilation)
     # Of the kernel: the sum over what each of its places saw.
     padded = jnp.pad(x, ((0, 0), *around, (0, 0)))
     seen = (x.shape[0], *spans, x.shape[-1])
