@@ -116,6 +116,10 @@ class Output:
         mc_logits: [B, N], which of N choices, beside the vocabulary's logits.
         start_logits, end_logits: [B, T], question answering.
         cls_logits, distillation_logits: [B, C], of the class and the distillation token.
+        pred_boxes: [B, N, 4], of N objects: centre, width and height as shares of the image.
+        auxiliary_logits, auxiliary_boxes: [L - 1, B, N, C] and [L - 1, B, N, 4], what the heads say
+            of every layer but the last.
+        intermediate_hidden_states: [L, B, N, D], normed, of a decoder of objects.
         reconstruction: [B, X, Y, C], pixels of images that were partly masked.
         mask: [B, N], 1 for patches that the encoder did not see.
         ids_restore: int [B, N], where each patch stands in the order in which the seen ones come
@@ -141,6 +145,10 @@ class Output:
     end_logits: Array | None = None
     cls_logits: Array | None = None
     distillation_logits: Array | None = None
+    pred_boxes: Array | None = None
+    auxiliary_logits: Array | None = None
+    auxiliary_boxes: Array | None = None
+    intermediate_hidden_states: Array | None = None
     reconstruction: Array | None = None
     mask: Array | None = None
     ids_restore: Array | None = None

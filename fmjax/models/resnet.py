@@ -1,5 +1,7 @@
 """ResNet (He et al. 2015, arXiv:1512.03385): residual stages of convolutions. HF "resnet".
 
+Also what other families need that have one as their backbone.
+
 The stride of a bottleneck is in its 3 x 3 convolution ("v1.5", as torchvision and Hugging Face have
 it), or in the first one as published, with ``downsample_in_bottleneck``.
 """
@@ -7,17 +9,20 @@ it), or in the first one as published, with ``downsample_in_bottleneck``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.config import config_to_json, parse_config
 from fmjax.models import config_alone
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import ConvNorm, max_pool
 from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import activation
+from fmjax.nn.norm import BatchNorm
 from fmjax.nn.vision import check_pixels
 from fmjax.types import Output
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, dense_rules
@@ -84,23 +89,33 @@ class Place:
         features: O, at its end.
         stride: by which it makes the image smaller.
         shortcut: whether the residual is a convolution too.
+        dilation: of its 3 x 3 convolutions.
     """
 
     features: int
     stride: int
     shortcut: bool
+    dilation: int = 1
 
 
-def places(config: Config) -> Iterator[tuple[Place, ...]]:
-    """The blocks of each stage."""
+def places(config: Config, dilated: bool = False) -> Iterator[tuple[Place, ...]]:
+    """The blocks of each stage.
+
+    Args:
+        config: the sizes.
+        dilated: whether the last stage keeps the image's size: what would be its stride is the
+            dilation of the blocks behind its first.
+    """
     width = config.embedding_size
     for stage, (features, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
         stride = 2 if stage or config.downsample_in_first_stage else 1
+        wide = dilated and stage == len(config.depths) - 1
         yield tuple(
             Place(
                 features,
-                1 if block else stride,
+                1 if block or wide else stride,
                 not block and (stride != 1 or width != features),
+                stride if block and wide else 1,
             )
             for block in range(depth)
         )
@@ -122,17 +137,22 @@ class Block(nn.Module):
     config: Config
     place: Place
     train: bool
+    norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
         config, place = self.config, self.place
         layers = convolutions(config, place)
+        options = {"train": self.train, "norm": self.norm}
         y = x
-        for number, layer in enumerate(layers):
+        for number, (features, size, stride) in enumerate(layers):
             act = "relu" if number < len(layers) - 1 else None  # whatever hidden_act, as in PyTorch
-            y = ConvNorm(*layer, act, self.train, name=f"conv_{number}")(y)
+            dilation = place.dilation if size > 1 else 1
+            y = ConvNorm(
+                features, size, stride, act, dilation=dilation, name=f"conv_{number}", **options
+            )(y)
         if place.shortcut:
-            x = ConvNorm(place.features, 1, place.stride, train=self.train, name="shortcut")(x)
+            x = ConvNorm(place.features, 1, place.stride, name="shortcut", **options)(x)
         return activation(config.hidden_act)(x + y)
 
 
@@ -143,12 +163,13 @@ class Stage(nn.Module):
     places: tuple[Place, ...]
     train: bool
     remat: bool
+    norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
         block = nn.remat(Block) if self.remat else Block
         for number, place in enumerate(self.places):
-            x = block(self.config, place, self.train, name=f"blocks_{number}")(x)
+            x = block(self.config, place, self.train, self.norm, name=f"blocks_{number}")(x)
         return x
 
 
@@ -160,12 +181,16 @@ class Model(nn.Module):
         head: a key of `HEADS`.
         scan: has no effect: blocks differ in shape.
         remat: blocks are recomputed in the backward pass.
+        norm: makes the normalisations; see `ConvNorm`. Backbones have others.
+        dilated: see `places`.
     """
 
     config: Config
     head: str = "model"
     scan: bool = False
     remat: bool = False
+    norm: Callable[..., nn.Module] = BatchNorm
+    dilated: bool = False
 
     @nn.compact
     def __call__(
@@ -192,13 +217,14 @@ class Model(nn.Module):
         config = self.config
         check_head(self, HEADS)
         check_pixels(pixel_values, config.num_channels)
-        x = ConvNorm(config.embedding_size, 7, 2, config.hidden_act, train, name="embed")(
-            pixel_values
+        stem = ConvNorm(
+            config.embedding_size, 7, 2, config.hidden_act, train, norm=self.norm, name="embed"
         )
+        x = stem(pixel_values)
         x = max_pool(x, 3, 2, 1)
         states = [x]
-        for stage, blocks in enumerate(places(config)):
-            x = Stage(config, blocks, train, self.remat, name=f"stages_{stage}")(x)
+        for stage, blocks in enumerate(places(config, self.dilated)):
+            x = Stage(config, blocks, train, self.remat, self.norm, name=f"stages_{stage}")(x)
             states.append(x)
         hidden_states = tuple(states) if output_hidden_states else None
         pooled = jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(x.dtype)  # [B, C]
@@ -259,3 +285,101 @@ def _also(table: list[Rule], module: str) -> list[Rule]:
         return f"{module}.{rule.tensors[0].rpartition('.')[2]}"
 
     return [dataclasses.replace(rule, aliases=(alias(rule),)) for rule in table]
+
+
+TIMM = {f"resnet{depth}": depth for depth in ("18", "26", "34", "50", "101", "152")}
+"""timm's names of backbones, as keys of `VARIANTS`."""
+FEATURES_ONLY = {
+    "model_type": "timm_backbone",
+    "features_only": True,
+    "out_indices": [1, 2, 3, 4],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TimmBackbone:
+    """A ResNet under timm's names, as most published checkpoints have it.
+
+    Args:
+        backbone: a key of `TIMM`.
+        num_channels: of the images.
+        output_stride: 16 for a last stage that is dilated instead of strided; None for 32.
+    """
+
+    backbone: str = "resnet50"
+    num_channels: int = 3
+    output_stride: int | None = None
+
+
+def read_backbone(data: Any) -> TimmBackbone | Config | None:
+    """A config of a backbone, by its ``model_type``.
+
+    Raises:
+        ValueError: it is none of ours, or its features are not those of the last stage.
+    """
+    if data is None:
+        return None
+    kind = data.get("model_type") if isinstance(data, Mapping) else None
+    if kind == "timm_backbone":
+        fixed = dict.fromkeys(
+            ("use_pretrained_backbone", "freeze_batch_norm_2d", "problem_type"), ...
+        )
+        fixed |= {"out_features": None, "id2label": ..., **FEATURES_ONLY}
+        return parse_config(TimmBackbone, data, fixed)
+    if kind != "resnet":
+        raise ValueError('must be an object with model_type "resnet" or "timm_backbone"')
+    config = parse_config(Config, data, FIXED)
+    last = len(config.depths)
+    named = data.get("out_features") or [f"stage{last}"]
+    numbered = data.get("out_indices") or [last]
+    if named[-1] != f"stage{last}" or numbered[-1] not in (last, -1):
+        raise ValueError(f"must have the features of the last stage, stage{last}, as its last ones")
+    return config
+
+
+def write_backbone(config: TimmBackbone | Config) -> dict[str, Any]:
+    """The inverse of `read_backbone`."""
+    if isinstance(config, TimmBackbone):
+        return {**dataclasses.asdict(config), **FEATURES_ONLY, "use_pretrained_backbone": False}
+    stages = [f"stage{stage + 1}" for stage in range(len(config.depths))]
+    return config_to_json(config, {"model_type": "resnet", "out_features": stages})
+
+
+def backbone_problems(config: Any, dilated: bool) -> list[str]:
+    """What is wrong with a config's ``backbone_config``, beside a ``dilation`` of its own."""
+    if isinstance(config, Config):
+        return ["dilation=True needs a timm backbone"] if dilated else []
+    if not isinstance(config, TimmBackbone):
+        return [f"backbone_config={config!r} must be a resnet.Config or a resnet.TimmBackbone"]
+    problems = []
+    if config.backbone not in TIMM:
+        problems.append(f"backbone={config.backbone!r} must be one of {list(TIMM)}")
+    if config.output_stride not in ((16,) if dilated else (None, 32)):
+        problems.append(
+            f"output_stride={config.output_stride} must be 16 with dilation=True and else 32"
+        )
+    return problems
+
+
+def sizes_of(config: TimmBackbone | Config) -> Config:
+    """A backbone's sizes."""
+    if isinstance(config, Config):
+        return config
+    return dataclasses.replace(VARIANTS[TIMM[config.backbone]], num_channels=config.num_channels)
+
+
+def backbone_rules(config: TimmBackbone | Config) -> list[Rule]:
+    """The rules of a backbone with `fmjax.nn.norm.FrozenBatchNorm`.
+
+    A file of either library's names is read; the one that the config is of is written.
+    """
+    table = []
+    for rule in rules(sizes_of(config), "model"):
+        (param,), names = rule.params, (*rule.tensors, *rule.aliases)
+        if param.endswith("/count"):
+            continue
+        if param.endswith(("/scale", "/bias")):
+            param = param.replace("params/", "batch_stats/", 1)
+        first, *rest = reversed(names) if isinstance(config, TimmBackbone) else names
+        table.append(dataclasses.replace(rule, param=param, tensor=first, aliases=tuple(rest)))
+    return table
