@@ -129,7 +129,7 @@ def read_images(
     images = []
     for path, _ in files:
         try:
-            images.append(_decoded(path, size))
+            images.append(decoded(path, size))
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
             problems.append(f"{path.relative_to(root)}: {error}")
     if len(sizes := {image.shape[:2] for image in images}) > 1:
@@ -141,7 +141,7 @@ def read_images(
     return ImageExamples(np.stack(images), labels, names)
 
 
-def _decoded(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+def decoded(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     """uint8 [X, Y, 3]; transparent pixels are white."""
     from PIL import Image, ImageOps
 
