@@ -60,6 +60,19 @@ def test_equals_pytorch(head, tmp_path):
     )  # fmt: skip
 
 
+def test_auxiliary_outputs_are_those_of_a_model_with_fewer_layers():
+    config = dataclasses.replace(SMALL, encoder_layers=1)
+    model, variables = fmjax.create("detr", config, head="object_detection", rng=jax.random.key(0))
+    shorter = detr.Model(dataclasses.replace(config, decoder_layers=1), head="object_detection")
+    pixels = masked_images(config)["pixel_values"][:, :16, :16]
+    out = jax.jit(lambda v: model.apply(v, pixels, output_intermediate=True))(variables)
+    first = jax.jit(lambda v: shorter.apply(v, pixels))(variables)
+    assert out.auxiliary_logits.shape[0] == 1
+    np.testing.assert_allclose(out.auxiliary_logits[0], first.logits, atol=1e-5)
+    np.testing.assert_allclose(out.auxiliary_boxes[0], first.pred_boxes, atol=1e-5)
+    assert np.abs(out.logits - first.logits).max() > 1e-3
+
+
 def test_published_sizes():
     """As PyTorch's with a backbone of transformers' own: timm's has the same parameters."""
     for variant, depth in (("resnet-50", "50"), ("resnet-101", "101"), ("resnet-50-dc5", "50")):
