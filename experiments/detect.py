@@ -2,6 +2,9 @@
 
     python experiments/detect.py --output runs/detect
 
+Not measured in full yet: with --scenes 1600 --epochs 20 the average precision of validation scenes
+at IoU 0.5 rises from 0.01 after 100 steps to 0.16 after 800.
+
 Scenes of 64 x 64 pixels with one to three objects of four classes, made from a seed; validation and
 test have other emoji and other parts of the photographs. An interrupted run is continued by the
 same command. The folder gets checkpoints, metrics.jsonl, TensorBoard events, report.html (with
@@ -44,12 +47,12 @@ class Settings(Training):
     """Rows and columns of a scene."""
     objects: int = 3
     """The most in a scene."""
-    widths: tuple[int, ...] = (48, 96)
+    widths: tuple[int, ...] = (32, 64)
     """Of the ResNet's stages; each but the first makes the image smaller by 2, the first stands
     behind a stem that makes it smaller by 4."""
-    width: int = 96
-    """Of the Transformer, whose heads have 24."""
-    layers: tuple[int, int] = (2, 3)
+    width: int = 64
+    """Of the Transformer, whose heads have 32."""
+    layers: tuple[int, int] = (1, 2)
     """Of the encoder and of the decoder."""
     queries: int = 8
     """How many objects can be found in a scene."""
@@ -59,7 +62,9 @@ class Settings(Training):
     """The least score of a box that is drawn."""
     epochs: float = 12.0
     """Passes over the training scenes."""
-    learning_rate: float = 5e-4
+    batch_size: int = 16
+    """Scenes a step, over all devices."""
+    learning_rate: float = 1e-3
     """Peak of a schedule that warms up and then falls linearly to 0."""
     evaluations: int = 1
     """Evaluations an epoch; each may set the best checkpoint."""
@@ -67,7 +72,7 @@ class Settings(Training):
 
 def model_config(settings: Settings, label_names: tuple[str, ...]) -> detr.Config:
     """The detector's sizes. Without dropout: no scene is seen often."""
-    heads = max(1, settings.width // 24)
+    heads = max(1, settings.width // 32)
     return detr.Config(
         backbone_config=resnet.Config(
             embedding_size=settings.widths[0],

@@ -342,7 +342,7 @@ def test_detect(tmp_path, capsys, monkeypatch):
     experiment("detect").main(
         [
             *("--output", str(run), "--scenes", "32", "--size", "16", "--objects", "2"),
-            *("--widths", "8", "--width", "24", "--layers", "1", "1", "--queries", "4"),
+            *("--widths", "8", "--width", "16", "--layers", "1", "1", "--queries", "4"),
             *("--epochs", "1", "--batch-size", "8", "--threshold", "0.1"),
         ]
     )
