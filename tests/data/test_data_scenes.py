@@ -1,9 +1,11 @@
 """Scenes: boxes and masks are what is seen, splits share nothing, numbers are reproducible."""
 
+import jax
 import numpy as np
 import pytest
 
 from fmjax.data import assets
+from fmjax.data.augment import flip_objects
 from fmjax.data.objects import ObjectExamples
 from fmjax.data.scenes import (
     LEAST_SEEN,
@@ -80,6 +82,18 @@ def test_regions_share_no_pixel():
         parts = [region(turned, split) for split in ("train", "val", "test")]
         assert sum(part.size for part in parts) == turned.size
         assert len(np.unique(np.concatenate([part.ravel() for part in parts]))) == turned.size
+
+
+def test_mirrored_scenes_have_mirrored_boxes():
+    scene = make_scene(0, SETTINGS, drawn_parts())
+    batch = {"pixel_values": scene.image[None], "boxes": scene.boxes[None]}
+    mirrored = flip_objects(1.0)(jax.random.key(0), batch)
+    np.testing.assert_array_equal(mirrored["pixel_values"][0], scene.image[:, ::-1])
+    np.testing.assert_allclose(mirrored["boxes"][0, :, 0], 1 - scene.boxes[:, 0])
+    np.testing.assert_array_equal(mirrored["boxes"][0, :, 1:], scene.boxes[:, 1:])
+    same = flip_objects(0.0)(jax.random.key(0), batch)
+    for name, value in batch.items():
+        np.testing.assert_array_equal(same[name], value)
 
 
 def test_bad_settings_and_boxes_are_all_listed():
