@@ -118,6 +118,9 @@ class Output:
         start_logits, end_logits: [B, T], question answering.
         cls_logits, distillation_logits: [B, C], of the class and the distillation token.
         auxiliary_logits: as `logits`, of heads at earlier layers that training counts besides.
+        pred_boxes: [B, N, 4], of N objects: centre, width and height as shares of the image.
+        auxiliary_boxes: [B, N, 4] each, of the layers of `auxiliary_logits`.
+        intermediate_hidden_states: [L, B, N, D], normed, of a decoder of objects.
         reconstruction: [B, X, Y, C], pixels of images that were partly masked.
         mask: [B, N], 1 for patches that the encoder did not see.
         ids_restore: int [B, N], where each patch stands in the order in which the seen ones come
@@ -145,6 +148,9 @@ class Output:
     cls_logits: Array | None = None
     distillation_logits: Array | None = None
     auxiliary_logits: tuple[Array, ...] | None = None
+    pred_boxes: Array | None = None
+    auxiliary_boxes: tuple[Array, ...] | None = None
+    intermediate_hidden_states: Array | None = None
     reconstruction: Array | None = None
     mask: Array | None = None
     ids_restore: Array | None = None

@@ -37,6 +37,8 @@ OUTPUTS = (
     "start_logits",
     "end_logits",
     "encoder_last_hidden_state",
+    "pred_boxes",
+    "intermediate_hidden_states",
     "reconstruction",
 )
 LAYERS = (
@@ -84,8 +86,14 @@ def logits_biases(twin):
 
 
 def running_statistics(twin):
-    """Means and variances of batch normalisation, which move without gradients."""
-    return [buffer for name, buffer in twin.named_buffers() if ".running_" in name]
+    """Means and variances of batch normalisation, which move without gradients, and the scales and
+    biases of a frozen one.
+    """
+    return [
+        buffer
+        for name, buffer in twin.named_buffers()
+        if ".running_" in name or (".normalization." in name and buffer.is_floating_point())
+    ]
 
 
 def text_inputs(config, head, *, seed=0, length=9, pad_id=None):
@@ -163,7 +171,9 @@ def torch_outputs(twin, inputs, *, attentions=True):
     named: dict[str, Any] = dict(out)
     if images:
         named = {
-            name: value if name == "attentions" else jax.tree.map(channels_last, value)
+            name: value
+            if name.endswith("attentions") or name == "intermediate_hidden_states"
+            else jax.tree.map(channels_last, value)
             for name, value in named.items()
         }
         if "pooler_output" in named:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fmjax
+
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 sys.path.append(str(FOLDER))  # as when a script is run
 
@@ -320,3 +322,38 @@ def test_pretrain_mae(stripes, tmp_path, capsys):
     for name in ("reconstructions.png", "report.html", "export/preprocessor_config.json"):
         assert (run / name).exists(), name
     assert "linear probe" in capsys.readouterr().out
+
+
+def test_detect(tmp_path, capsys, monkeypatch):
+    """Of disks in two colours instead of emoji, which would have to be fetched."""
+    from fmjax.data import scenes
+    from fmjax.report.markup import picture
+
+    def disks(split, label_names):
+        rows, columns = np.mgrid[:16, :16] - 7.5
+        alpha = np.where(rows**2 + columns**2 < 49, 255, 0).astype(np.uint8)[..., None]
+        colours = np.uint8([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])
+        pictures = [np.concatenate([np.tile(c, (16, 16, 1)), alpha], -1) for c in colours]
+        photograph = np.full((40, 60, 3), 100, np.uint8)
+        return scenes.SceneParts(split, (photograph,), tuple((one,) for one in pictures))
+
+    monkeypatch.setattr(scenes, "load_parts", disks)
+    run = tmp_path / "run"
+    experiment("detect").main(
+        [
+            *("--output", str(run), "--scenes", "32", "--size", "16", "--objects", "2"),
+            *("--widths", "8", "--width", "16", "--layers", "1", "1", "--queries", "4"),
+            *("--epochs", "1", "--batch-size", "8", "--threshold", "0.1"),
+        ]
+    )
+    assert "test mAP" in capsys.readouterr().out
+    results = json.loads((run / "results.json").read_text())
+    assert 0 <= results["test"]["map"] <= results["test"]["map_50"] <= 1
+    samples = json.loads((run / "samples.json").read_text())
+    assert len(samples["rows"]) == 4
+    for row in samples["rows"]:
+        assert all(map(picture, row))
+        assert row[0] in (run / "report.html").read_text()
+    _, variables = fmjax.load(run / "export")
+    moved = variables["batch_stats"]["backbone"]["embed"]["norm"]["mean"]
+    assert np.abs(moved).max() > 0.01

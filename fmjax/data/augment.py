@@ -61,6 +61,23 @@ def flip(share: float = 0.5) -> ImageFn:
     return of_image
 
 
+def flip_objects(share: float = 0.5) -> BatchFn:
+    """Left becomes right for a share of the pictures, and of the ``boxes`` [B, M, 4] with them."""
+    check_share("share", share)
+
+    def of_batch(rng: Array, batch: Batch) -> Batch:
+        images, boxes = jnp.asarray(batch["pixel_values"]), jnp.asarray(batch["boxes"])
+        chosen = jax.random.bernoulli(rng, share, (len(images),))
+        turned = boxes.at[..., 0].set(1 - boxes[..., 0])
+        return {
+            **batch,
+            "pixel_values": jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images),
+            "boxes": jnp.where(chosen[:, None, None], turned, boxes),
+        }
+
+    return of_batch
+
+
 def shift_crop(padding: int) -> ImageFn:
     """The picture moved by up to `padding` pixels in each direction, zeros behind it.
 

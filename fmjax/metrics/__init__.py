@@ -7,6 +7,7 @@ from fmjax.metrics.classification import (
     probabilities_from_logits,
     reliability_bins,
 )
+from fmjax.metrics.detection import detection_metrics
 from fmjax.metrics.language_modelling import bits_per_byte, perplexity
 from fmjax.metrics.regression import regression_metrics
 from fmjax.metrics.retrieval import retrieval_metrics
@@ -18,6 +19,7 @@ from fmjax.metrics.translation import translation_metrics
 __all__ = [
     "bits_per_byte",
     "classification_metrics",
+    "detection_metrics",
     "entity_metrics",
     "expected_calibration_error",
     "multi_label_metrics",

@@ -6,12 +6,13 @@ import importlib
 from types import ModuleType
 
 
-def text_library(module: str, package: str) -> ModuleType:
-    """A library of the extra ``fmjax[text]``.
+def optional_library(module: str, package: str, extra: str) -> ModuleType:
+    """A library of one of the package's extras.
 
     Args:
       module: its name in Python, e.g. "rouge_score.rouge_scorer".
       package: its name on the package index.
+      extra: "text" or "vision", as in ``fmjax[text]``.
 
     Raises:
       ImportError: it is not installed; the message says how to.
@@ -20,5 +21,10 @@ def text_library(module: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"this metric is {package}'s, which is not installed: pip install 'fmjax[text]'"
+            f"this metric is {package}'s, which is not installed: pip install 'fmjax[{extra}]'"
         ) from error
+
+
+def text_library(module: str, package: str) -> ModuleType:
+    """A library of the extra ``fmjax[text]``; see `optional_library`."""
+    return optional_library(module, package, "text")

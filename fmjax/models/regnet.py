@@ -5,6 +5,8 @@ narrow, with grouped convolutions; "y" with squeeze-and-excitation. HF "regnet".
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 from flax import linen as nn
 from jax import Array
@@ -15,6 +17,7 @@ from fmjax.nn.checks import refuse
 from fmjax.nn.conv import KAIMING, ConvNorm, squeeze_excite
 from fmjax.nn.convnet import stage_problems
 from fmjax.nn.mlp import activation
+from fmjax.nn.norm import BatchNorm
 from fmjax.weights import Rule, also_named, conv_norm_rules, conv_rules, dense_rules
 
 __all__ = ["IGNORED", "inputs"]
@@ -98,19 +101,21 @@ class Block(nn.Module):
     config: Config
     place: Place
     train: bool
+    norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
         config, train = self.config, self.train
         features, stride, act = self.place.features, self.place.stride, config.hidden_act
-        y = ConvNorm(features, 1, 1, act, train, name="conv_0")(x)
+        conv_norm = partial(ConvNorm, train=train, norm=self.norm)
+        y = conv_norm(features, 1, 1, act, name="conv_0")(x)
         groups = config.groups(features)
-        y = ConvNorm(features, 3, stride, act, train, groups=groups, name="conv_1")(y)
+        y = conv_norm(features, 3, stride, act, groups=groups, name="conv_1")(y)
         if config.layer_type == "y":
             y = squeeze_excite(y, max(1, round(x.shape[-1] / 4)), "relu", KAIMING)
-        y = ConvNorm(features, 1, train=train, name="conv_2")(y)
+        y = conv_norm(features, 1, name="conv_2")(y)
         if self.place.shortcut:
-            x = ConvNorm(features, 1, stride, train=train, name="shortcut")(x)
+            x = conv_norm(features, 1, stride, name="shortcut")(x)
         return activation(act)(x + y)
 
 
@@ -122,9 +127,10 @@ class Model(resnet.Model):
 
     def stem(self, pixel_values: Array, train: bool) -> Array:
         config = self.config
-        return ConvNorm(config.embedding_size, 3, 2, config.hidden_act, train, name="embed")(
-            pixel_values
+        stem = ConvNorm(
+            config.embedding_size, 3, 2, config.hidden_act, train, norm=self.norm, name="embed"
         )
+        return stem(pixel_values)
 
 
 PREFIX = "regnet."

@@ -1,5 +1,7 @@
 """ResNet (He et al. 2015, arXiv:1512.03385): residual stages of convolutions. HF "resnet".
 
+Also what other families need that have one as their backbone.
+
 The stride of a bottleneck is in its 3 x 3 convolution ("v1.5", as torchvision and Hugging Face have
 it), or in the first one as published, with ``downsample_in_bottleneck``.
 """
@@ -7,18 +9,20 @@ it), or in the first one as published, with ``downsample_in_bottleneck``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.config import config_to_json, parse_config
 from fmjax.models import config_alone
 from fmjax.nn.checks import refuse
 from fmjax.nn.conv import ConvNorm, max_pool
 from fmjax.nn.convnet import ConvNet, stage_problems
 from fmjax.nn.mlp import activation
+from fmjax.nn.norm import BatchNorm
 from fmjax.weights import (
     Rule,
     also_named,
@@ -82,23 +86,33 @@ class Place:
         features: O, at its end.
         stride: by which it makes the image smaller.
         shortcut: whether the residual is a convolution too.
+        dilation: of its 3 x 3 convolutions.
     """
 
     features: int
     stride: int
     shortcut: bool
+    dilation: int = 1
 
 
-def places(config: Any) -> Iterator[tuple[Place, ...]]:
-    """The blocks of each stage."""
+def places(config: Any, dilated: bool = False) -> Iterator[tuple[Place, ...]]:
+    """The blocks of each stage.
+
+    Args:
+        config: the sizes.
+        dilated: whether the last stage keeps the image's size: what would be its stride is the
+            dilation of the blocks behind its first.
+    """
     width = config.embedding_size
     for stage, (features, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
         stride = 2 if stage or config.downsample_in_first_stage else 1
+        wide = dilated and stage == len(config.depths) - 1
         yield tuple(
             Place(
                 features,
-                1 if block else stride,
+                1 if block or wide else stride,
                 not block and (stride != 1 or width != features),
+                stride if block and wide else 1,
             )
             for block in range(depth)
         )
@@ -120,17 +134,22 @@ class Block(nn.Module):
     config: Config
     place: Place
     train: bool
+    norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
         config, place = self.config, self.place
         layers = convolutions(config, place)
+        options = {"train": self.train, "norm": self.norm}
         y = x
-        for number, layer in enumerate(layers):
+        for number, (features, size, stride) in enumerate(layers):
             act = "relu" if number < len(layers) - 1 else None  # whatever hidden_act, as in PyTorch
-            y = ConvNorm(*layer, act, self.train, name=f"conv_{number}")(y)
+            dilation = place.dilation if size > 1 else 1
+            y = ConvNorm(
+                features, size, stride, act, dilation=dilation, name=f"conv_{number}", **options
+            )(y)
         if place.shortcut:
-            x = ConvNorm(place.features, 1, place.stride, train=self.train, name="shortcut")(x)
+            x = ConvNorm(place.features, 1, place.stride, name="shortcut", **options)(x)
         return activation(config.hidden_act)(x + y)
 
 
@@ -141,11 +160,12 @@ class Stage(nn.Module):
     config: Any
     places: tuple[Place, ...]
     train: bool
+    norm: Callable[..., nn.Module] = BatchNorm
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
         for number, place in enumerate(self.places):
-            x = self.block(self.config, place, self.train, name=f"blocks_{number}")(x)
+            x = self.block(self.config, place, self.train, self.norm, name=f"blocks_{number}")(x)
         return x
 
 
@@ -153,7 +173,14 @@ class Model(ConvNet):
     """ResNet with one head; see `fmjax.nn.convnet.ConvNet`.
 
     Hidden states are the stem's output and each stage's.
+
+    Args:
+        norm: makes the normalisations; see `ConvNorm`. Backbones have others.
+        dilated: see `places`.
     """
+
+    norm: Callable[..., nn.Module] = BatchNorm
+    dilated: bool = False
 
     heads = HEADS
     block: ClassVar[type[nn.Module]] = Block
@@ -166,16 +193,17 @@ class Model(ConvNet):
     def stem(self, pixel_values: Array, train: bool) -> Array:
         """[B, X, Y, C] -> [B, X', Y', O]; called in a compact method, a module named "embed"."""
         config = self.config
-        x = ConvNorm(config.embedding_size, 7, 2, config.hidden_act, train, name="embed")(
-            pixel_values
+        stem = ConvNorm(
+            config.embedding_size, 7, 2, config.hidden_act, train, norm=self.norm, name="embed"
         )
-        return max_pool(x, 3, 2, 1)
+        return max_pool(stem(pixel_values), 3, 2, 1)
 
     def features(self, pixel_values: Array, train: bool) -> tuple[Array, Sequence[Array]]:
         x = self.stem(pixel_values, train)
         states, block = [x], self.recomputed(self.block)
-        for number, blocks in enumerate(places(self.config)):
-            x = Stage(block, self.config, blocks, train, name=f"stages_{number}")(x)
+        for number, blocks in enumerate(places(self.config, self.dilated)):
+            stage = Stage(block, self.config, blocks, train, self.norm, name=f"stages_{number}")
+            x = stage(x)
             states.append(x)
         return x, states
 
@@ -245,3 +273,101 @@ def keras_rules(config: Config, head: str) -> list[Rule]:
             if place.shortcut:
                 table += layer(f"{here}/shortcut", f"{there}_0")
     return table + (keras_dense_rules("head", "predictions") if head != "model" else [])
+
+
+TIMM = {f"resnet{depth}": depth for depth in ("18", "26", "34", "50", "101", "152")}
+"""timm's names of backbones, as keys of `VARIANTS`."""
+FEATURES_ONLY = {
+    "model_type": "timm_backbone",
+    "features_only": True,
+    "out_indices": [1, 2, 3, 4],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TimmBackbone:
+    """A ResNet under timm's names, as most published checkpoints have it.
+
+    Args:
+        backbone: a key of `TIMM`.
+        num_channels: of the images.
+        output_stride: 16 for a last stage that is dilated instead of strided; None for 32.
+    """
+
+    backbone: str = "resnet50"
+    num_channels: int = 3
+    output_stride: int | None = None
+
+
+def read_backbone(data: Any) -> TimmBackbone | Config | None:
+    """A config of a backbone, by its ``model_type``.
+
+    Raises:
+        ValueError: it is none of ours, or its features are not those of the last stage.
+    """
+    if data is None:
+        return None
+    kind = data.get("model_type") if isinstance(data, Mapping) else None
+    if kind == "timm_backbone":
+        fixed = dict.fromkeys(
+            ("use_pretrained_backbone", "freeze_batch_norm_2d", "problem_type"), ...
+        )
+        fixed |= {"out_features": None, "id2label": ..., **FEATURES_ONLY}
+        return parse_config(TimmBackbone, data, fixed)
+    if kind != "resnet":
+        raise ValueError('must be an object with model_type "resnet" or "timm_backbone"')
+    config = parse_config(Config, data, FIXED)
+    last = len(config.depths)
+    named = data.get("out_features") or [f"stage{last}"]
+    numbered = data.get("out_indices") or [last]
+    if named[-1] != f"stage{last}" or numbered[-1] not in (last, -1):
+        raise ValueError(f"must have the features of the last stage, stage{last}, as its last ones")
+    return config
+
+
+def write_backbone(config: TimmBackbone | Config) -> dict[str, Any]:
+    """The inverse of `read_backbone`."""
+    if isinstance(config, TimmBackbone):
+        return {**dataclasses.asdict(config), **FEATURES_ONLY, "use_pretrained_backbone": False}
+    stages = [f"stage{stage + 1}" for stage in range(len(config.depths))]
+    return config_to_json(config, {"model_type": "resnet", "out_features": stages})
+
+
+def backbone_problems(config: Any, dilated: bool) -> list[str]:
+    """What is wrong with a config's ``backbone_config``, beside a ``dilation`` of its own."""
+    if isinstance(config, Config):
+        return ["dilation=True needs a timm backbone"] if dilated else []
+    if not isinstance(config, TimmBackbone):
+        return [f"backbone_config={config!r} must be a resnet.Config or a resnet.TimmBackbone"]
+    problems = []
+    if config.backbone not in TIMM:
+        problems.append(f"backbone={config.backbone!r} must be one of {list(TIMM)}")
+    if config.output_stride not in ((16,) if dilated else (None, 32)):
+        problems.append(
+            f"output_stride={config.output_stride} must be 16 with dilation=True and else 32"
+        )
+    return problems
+
+
+def sizes_of(config: TimmBackbone | Config) -> Config:
+    """A backbone's sizes."""
+    if isinstance(config, Config):
+        return config
+    return dataclasses.replace(VARIANTS[TIMM[config.backbone]], num_channels=config.num_channels)
+
+
+def backbone_rules(config: TimmBackbone | Config) -> list[Rule]:
+    """The rules of a backbone with `fmjax.nn.norm.FrozenBatchNorm`.
+
+    A file of either library's names is read; the one that the config is of is written.
+    """
+    table = []
+    for rule in rules(sizes_of(config), "model"):
+        (param,), names = rule.params, (*rule.tensors, *rule.aliases)
+        if param.endswith("/count"):
+            continue
+        if param.endswith(("/scale", "/bias")):
+            param = param.replace("params/", "batch_stats/", 1)
+        first, *rest = reversed(names) if isinstance(config, TimmBackbone) else names
+        table.append(dataclasses.replace(rule, param=param, tensor=first, aliases=tuple(rest)))
+    return table

@@ -231,6 +231,7 @@ class Attention(nn.Module):
         bias: Array | None = None,
         rotary: Rotary | None = None,
         others: Array | None = None,
+        keys: Array | None = None,
         fixed: Cache | None = None,
         cache: Cache | None = None,
         start: Array | int = 0,
@@ -243,6 +244,7 @@ class Attention(nn.Module):
             bias: added to the scores, broadcastable to [B, H, T, S].
             rotary: tables for the positions of x, by which queries and keys are rotated.
             others: what the keys and values are made of; None is x.
+            keys: what the keys alone are made of, [B, S, D]; None is what the values are.
             fixed: keys and values that an earlier call made of `others`, in its place.
             cache: keys and values of earlier positions; x's are written at `start`.
             start: how many positions the cache holds.
@@ -273,7 +275,8 @@ class Attention(nn.Module):
         query = project(x, self.num_heads, "query")
         if fixed is None:
             source = x if others is None else others
-            key = jnp.swapaxes(project(source, groups, "key"), 1, 2)  # [B, G, S, K]
+            keyed = source if keys is None else keys
+            key = jnp.swapaxes(project(keyed, groups, "key"), 1, 2)  # [B, G, S, K]
             value = jnp.swapaxes(project(source, groups, "value"), 1, 2)
         else:
             key, value = fixed

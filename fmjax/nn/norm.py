@@ -25,18 +25,24 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
-        x32 = x.astype(jnp.float32)
-        mean = jnp.mean(x32, axis=-1, keepdims=True)
-        centred = x32 - mean
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon)
-        if self.use_scale:
-            scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
-            y = y * scale.astype(jnp.float32)
-        if self.use_bias:
-            bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
-            y = y + bias.astype(jnp.float32)
-        return y.astype(x.dtype)
+        size = (x.shape[-1],)
+        scale = parameter(self, "scale", nn.initializers.ones, size) if self.use_scale else None
+        bias = parameter(self, "bias", nn.initializers.zeros, size) if self.use_bias else None
+        return layer_norm(x, scale, bias, self.epsilon)
+
+
+def layer_norm(x: Array, scale: Array | None, bias: Array | None, epsilon: float) -> Array:
+    """`LayerNorm` as a function of its parameters [D]: [..., D] -> [..., D]."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    centred = x32 - mean
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(variance + epsilon)
+    if scale is not None:
+        y = y * scale.astype(jnp.float32)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -80,30 +86,69 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., C] -> [..., C]
         size = (x.shape[-1],)
-        scale = parameter(self, "scale", nn.initializers.ones, size).astype(jnp.float32)
-        bias = parameter(self, "bias", nn.initializers.zeros, size).astype(jnp.float32)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, size)
-        running_variance = self.variable("batch_stats", "variance", jnp.ones, size)
+        scale = parameter(self, "scale", nn.initializers.ones, size)
+        bias = parameter(self, "bias", nn.initializers.zeros, size)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        x32 = x.astype(jnp.float32)
-        if self.train:
-            values = x.size // x.shape[-1]
-            if values < 2:
-                raise ValueError(
-                    f"batch normalisation of {x.shape} in training has {values} value a channel, "
-                    "which has no variance; use more examples or larger images"
-                )
-            axes = tuple(range(x.ndim - 1))
-            mean, variance = jnp.mean(x32, axes), jnp.var(x32, axes)
-            if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-                count.value = count.value + 1
-                unbiased = variance * (values / (values - 1))
-                for running, value in ((running_mean, mean), (running_variance, unbiased)):
-                    old = running.value.astype(jnp.float32)
-                    new = (1 - self.momentum) * old + self.momentum * value
-                    running.value = new.astype(running.value.dtype)
-        else:
-            mean = running_mean.value.astype(jnp.float32)
-            variance = running_variance.value.astype(jnp.float32)
-        factor = jax.lax.rsqrt(variance + self.epsilon) * scale
-        return ((x32 - mean) * factor + bias).astype(x.dtype)
+        if self.train and _moves(self):
+            count.value = count.value + 1
+        return _batch_normalised(self, x, scale, bias, self.train)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation whose scale and bias are constants, and in training its statistics too.
+
+    Detectors have it in their backbones, since their batches are too small to estimate statistics
+    from. All four arrays are in the collection ``batch_stats``, so that nothing trains them.
+
+    Args:
+        train, epsilon, momentum: see `BatchNorm`.
+        moving: whether the statistics behave as `BatchNorm`'s: for a backbone that starts from
+            random weights, whose statistics are not known yet.
+    """
+
+    train: bool
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+    moving: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [..., C] -> [..., C]
+        size = (x.shape[-1],)
+        scale = self.variable("batch_stats", "scale", jnp.ones, size).value
+        bias = self.variable("batch_stats", "bias", jnp.zeros, size).value
+        return _batch_normalised(self, x, scale, bias, self.train and self.moving)
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether running statistics are to be changed."""
+    return module.is_mutable_collection("batch_stats") and not module.is_initializing()
+
+
+def _batch_normalised(
+    module: BatchNorm | FrozenBatchNorm, x: Array, scale: Array, bias: Array, own: bool
+) -> Array:
+    """x by the batch's own statistics, which move the running ones, or by the running ones."""
+    size = (x.shape[-1],)
+    running_mean = module.variable("batch_stats", "mean", jnp.zeros, size)
+    running_variance = module.variable("batch_stats", "variance", jnp.ones, size)
+    x32 = x.astype(jnp.float32)
+    if own:
+        values = x.size // x.shape[-1]
+        if values < 2:
+            raise ValueError(
+                f"batch normalisation of {x.shape} in training has {values} value a channel, "
+                "which has no variance; use more examples or larger images"
+            )
+        axes = tuple(range(x.ndim - 1))
+        mean, variance = jnp.mean(x32, axes), jnp.var(x32, axes)
+        if _moves(module):
+            unbiased = variance * (values / (values - 1))
+            for running, value in ((running_mean, mean), (running_variance, unbiased)):
+                old = running.value.astype(jnp.float32)
+                new = (1 - module.momentum) * old + module.momentum * value
+                running.value = new.astype(running.value.dtype)
+    else:
+        mean = running_mean.value.astype(jnp.float32)
+        variance = running_variance.value.astype(jnp.float32)
+    factor = jax.lax.rsqrt(variance + module.epsilon) * scale.astype(jnp.float32)
+    return ((x32 - mean) * factor + bias.astype(jnp.float32)).astype(x.dtype)

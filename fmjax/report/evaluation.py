@@ -1,6 +1,5 @@
 """The report's sections on predictions: confusion, classes, calibration, the worst mistakes."""
 
-import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from fmjax.report.markup import (
     figure,
     folded,
     paragraph,
+    picture,
     score,
     table,
 )
@@ -23,7 +23,6 @@ from fmjax.report.run_folder import Predictions, Run
 _MAX_MATRIX = 20  # classes up to which a confusion matrix fits a page
 _MAX_MISTAKES = 20
 _MAX_TEXT = 280  # characters of a text that are shown at once
-_PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 
 
 def evaluated_split(run: Run) -> str | None:
@@ -302,8 +301,8 @@ def _text(text: str) -> Markup:
 
     A picture, as `data:` URL of a PNG, is shown.
     """
-    if _PICTURE.fullmatch(text):
-        return Markup(f'<img class="picture" src="{text}" alt="picture">')
+    if (shown := picture(text)) is not None:
+        return shown
     if len(text) <= _MAX_TEXT:
         return Markup(f'<span dir="auto">{escape(text)}</span>')
     return folded(

@@ -1,6 +1,7 @@
 """Small builders of HTML: whatever is not already Markup is escaped, so nothing slips through."""
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -25,6 +26,16 @@ def paragraph(text: Any, *, kind: str = "") -> Markup:
     """A <p>, with the CSS class `kind` if given."""
     attribute = f' class="{kind}"' if kind else ""
     return Markup(f"<p{attribute}>{escape(text)}</p>")
+
+
+_PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
+
+
+def picture(text: str) -> Markup | None:
+    """An <img> of a text that is the `data:` URL of a PNG; None of any other."""
+    if not _PICTURE.fullmatch(text):
+        return None
+    return Markup(f'<img class="picture" src="{text}" alt="picture">')
 
 
 def table(
