@@ -19,6 +19,7 @@ import transformers
 
 import fmjax
 from fmjax.config import config_to_json, parse_config
+from fmjax.tasks.apply import apply_fn
 from fmjax.tree import count_parameters, flatten, is_running, split, unflatten
 from fmjax.weights import export_params
 
@@ -260,6 +261,58 @@ def check_round_trip(model, variables, torch_class, tmp_path, *, unused=()) -> N
     flat = flatten(variables_again)
     for path, leaf in flatten(variables).items():
         np.testing.assert_array_equal(flat[path], leaf, err_msg=path)
+
+
+def check_training(
+    family, config, head: str, tmp_path: Path, inputs: dict[str, np.ndarray], *, tolerance=2e-5
+) -> None:
+    """The batch's own statistics, what they do to gradients, and the running ones they leave.
+
+    Args:
+        family: a module of fmjax.models.
+        config: its Config, without dropout, which no two libraries draw alike.
+        head: a key of its HEADS, with logits.
+        tmp_path: an empty folder.
+        inputs: by Hugging Face's names.
+        tolerance: of gradients, relative to a tensor's largest or to a hundredth of the model's.
+    """
+    twin = torch_twin(family, config, head)
+    twin.save_pretrained(tmp_path / "before")
+    model, variables = fmjax.load(tmp_path / "before")
+    twin = twin.double().train()
+    logits = torch_outputs(twin, inputs, attentions=False)["logits"]
+    weights = np.random.default_rng(1).normal(size=tuple(logits.shape))
+    (logits * torch.tensor(weights)).sum().backward()
+    apply = apply_fn(model)
+
+    @jax.jit
+    def run(variables):
+        def total(params):
+            out, updates = apply(variables | {"params": params}, inputs, None, train=True)
+            return jnp.vdot(out.logits, weights), (out.logits, updates)
+
+        return jax.value_and_grad(total, has_aux=True)(variables["params"])
+
+    (_, (ours, updates)), grads = run(variables)
+    assert_near(ours, logits.detach(), "logits")
+    twin.save_pretrained(tmp_path / "after")
+    _, after = fmjax.load(tmp_path / "after")
+    moved = flatten(updates)
+    assert moved.keys() == {key for key in flatten(after) if key.startswith("batch_stats/")}
+    for path, value in moved.items():
+        assert_near(value, flatten(after)[path], path)
+        assert np.abs(value - flatten(variables)[path]).max() > 1e-4, path
+    for parameter in twin.parameters():
+        assert parameter.grad is not None
+        parameter.data = parameter.grad
+    twin.save_pretrained(tmp_path / "gradients")
+    _, read = fmjax.load(tmp_path / "gradients")
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(read["params"]))
+    for path, theirs in flatten(read["params"]).items():
+        # A kernel before a norm over few pixels has gradients that nearly cancel.
+        scale = max(float(jnp.abs(theirs).max()), 1e-2 * largest)
+        error = float(jnp.abs(flatten(grads)[path] - theirs).max()) / scale
+        assert error < tolerance, f"{path}: {error}"
 
 
 SKIPPED = ("loss", "logits_from_labels", "past_key_values")

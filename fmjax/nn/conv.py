@@ -66,15 +66,16 @@ class Conv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each feature by itself, without bias, in its kernel's dtype.
+    """A convolution of each feature by itself, in its kernel's dtype.
 
     Args:
-        size, stride, kernel_init, around: see `Conv`; the kernel is [X, Y, 1, C].
+        size, stride, kernel_init, use_bias, around: see `Conv`; the kernel is [X, Y, 1, C].
     """
 
     size: int
     stride: int = 1
     kernel_init: Callable[..., Array] = KAIMING
+    use_bias: bool = False
     around: Around | None = None
 
     @nn.compact
@@ -82,13 +83,17 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, 1, x.shape[-1]))
         around = half_a_window(self.size) if self.around is None else self.around
         options = {"stride": self.stride, "around": around}
-        return jax.lax.platform_dependent(
+        y = jax.lax.platform_dependent(
             x.astype(kernel.dtype),
             kernel,
             # XLA's CPU convolution of many groups takes them one by one.
             cpu=partial(_shifted_products, **options),
             default=partial(_convolution, **options, groups=x.shape[-1]),
         )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+            y = add_bias(y.astype(jnp.float32), bias).astype(y.dtype)
+        return y
 
 
 def _shifted_products(x: Array, kernel: Array, *, stride: int, around: Around) -> Array:
@@ -239,11 +244,20 @@ def average_grid(x: Array, size: tuple[int, int]) -> Array:
     """
     if x.shape[1:3] == size:
         return x
-    rows, columns = (
-        jnp.asarray(_windows(*sizes), jnp.float32) for sizes in zip(x.shape[1:3], size, strict=True)
-    )
-    pooled = jnp.einsum("xX,yY,BXYC->BxyC", rows, columns, x.astype(jnp.float32))
-    return pooled.astype(x.dtype)
+    rows, columns = (_windows(*sizes) for sizes in zip(x.shape[1:3], size, strict=True))
+    return resample(x, rows, columns)
+
+
+def resample(x: Array, rows: Array | np.ndarray, columns: Array | np.ndarray) -> Array:
+    """Images whose pixels are sums of others': [B, X, Y, C] -> [B, X', Y', C], by two products.
+
+    Args:
+        x: [B, X, Y, C].
+        rows: their weights [X', X].
+        columns: theirs, [Y', Y].
+    """
+    rows, columns = (jnp.asarray(matrix, jnp.float32) for matrix in (rows, columns))
+    return jnp.einsum("xX,yY,BXYC->BxyC", rows, columns, x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _windows(old: int, new: int) -> np.ndarray:

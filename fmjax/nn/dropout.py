@@ -10,15 +10,19 @@ from flax import linen as nn
 from jax import Array
 
 
-def dropout(rng: Array, x: Array, rate: float) -> Array:
+def dropout(rng: Array, x: Array, rate: float | Array) -> Array:
     """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014).
 
     Args:
         rng: a typed key.
         x: any shape and floating dtype.
-        rate: in [0, 1).
+        rate: in [0, 1); an array [] where layers that are scanned differ in it.
     """
-    keep = random_bits(rng, x.shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    if isinstance(rate, Array):
+        limit = (rate * 2.0**32).astype(jnp.uint32)
+    else:
+        limit = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    keep = random_bits(rng, x.shape) >= limit
     return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
@@ -63,13 +67,13 @@ class DropPath(nn.Module):
     whole examples, and scaled by 1 / (1 - rate) for the others.
 
     Args:
-        rate: share of examples, in [0, 1); a rate of 0 draws nothing.
+        rate: share of examples, in [0, 1); a plain 0 draws nothing.
     """
 
-    rate: float
+    rate: float | Array
 
     def __call__(self, x: Array, train: bool) -> Array:  # [B, ...] -> [B, ...]
-        if not train or self.rate == 0.0:
+        if not train or (not isinstance(self.rate, Array) and self.rate == 0.0):
             return x
         ones = jnp.ones((x.shape[0], *(1 for _ in x.shape[1:])), x.dtype)
         return x * dropout(self.make_rng("dropout"), ones, self.rate)

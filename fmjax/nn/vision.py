@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.checks import check_head
+from fmjax.nn.conv import resample
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import add_bias, matmul
 from fmjax.nn.norm import LayerNorm
@@ -115,6 +116,26 @@ def cubic_resampling(old: int, new: int, *, antialias: bool = False) -> np.ndarr
     return matrix / matrix.sum(axis=1, keepdims=True)
 
 
+def bilinear_resampling(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] of bilinear resampling along one axis, as PyTorch's ``interpolate``.
+
+    Pixels are areas (``align_corners=False``) and the border is repeated; nothing is smoothed where
+    the image gets smaller.
+
+    Args:
+        old, new: sizes.
+    """
+    centers = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    return np.maximum(0.0, 1.0 - np.abs(centers[:, None] - np.arange(old)))
+
+
+def resize_bilinearly(x: Array, size: tuple[int, int]) -> Array:
+    """Images of another size, see `bilinear_resampling`: [B, X, Y, C] -> [B, *size, C]."""
+    if x.shape[1:3] == size:
+        return x
+    return resample(x, *map(bilinear_resampling, x.shape[1:3], size))
+
+
 def resize_grid(
     table: Array, old: tuple[int, int], new: tuple[int, int], *, antialias: bool = False
 ) -> Array:
@@ -127,13 +148,9 @@ def resize_grid(
     """
     if old == new:
         return table
-    rows, columns = (
-        jnp.asarray(cubic_resampling(*sizes, antialias=antialias), jnp.float32)
-        for sizes in zip(old, new, strict=True)
-    )
-    grid = table.reshape(*old, table.shape[-1]).astype(jnp.float32)
-    grid = jnp.einsum("xX,yY,XYD->xyD", rows, columns, grid)
-    return grid.reshape(1, new[0] * new[1], -1).astype(table.dtype)
+    matrices = (cubic_resampling(*s, antialias=antialias) for s in zip(old, new, strict=True))
+    grid = resample(table.reshape(1, *old, table.shape[-1]), *matrices)
+    return grid.reshape(1, new[0] * new[1], -1)
 
 
 class PatchEmbed(nn.Module):

@@ -8,21 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from parity import (
-    assert_near,
     check_defaults,
     check_fixture,
     check_head,
     check_old_file,
     check_sizes,
-    torch_twin,
+    check_training,
 )
 
 import fmjax
 from fmjax.models import resnet
 from fmjax.tasks import sequence_classification
-from fmjax.tasks.apply import apply_fn
 from fmjax.train import (
     accumulate,
     cast,
@@ -63,48 +60,9 @@ def test_equals_pytorch(head, name, tmp_path):
 
 @pytest.mark.parametrize("name", ["bottleneck", "basic"])
 def test_training_equals_pytorch(name, tmp_path):
-    """The batch's own statistics, what they do to gradients, and the running ones they leave."""
     config = CONFIGS[name]
-    twin = torch_twin(resnet, config, "image_classification")
-    twin.save_pretrained(tmp_path / "before")
-    model, variables = fmjax.load(tmp_path / "before")
-    pixels = images(config)
-    weights = np.random.default_rng(1).normal(size=(2, 3))
-    twin = twin.double().train()
-    logits = twin(torch.tensor(pixels).double().movedim(-1, 1)).logits
-    (logits * torch.tensor(weights)).sum().backward()
-    apply = apply_fn(model)
-
-    @jax.jit
-    def run(variables):
-        def total(params):
-            out, updates = apply(
-                variables | {"params": params}, {"pixel_values": pixels}, None, train=True
-            )
-            return jnp.vdot(out.logits, weights), (out.logits, updates)
-
-        return jax.value_and_grad(total, has_aux=True)(variables["params"])
-
-    (_, (ours, updates)), grads = run(variables)
-    assert_near(ours, logits.detach(), "logits")
-    twin.save_pretrained(tmp_path / "after")
-    _, after = fmjax.load(tmp_path / "after")
-    moved = flatten(updates)
-    assert moved.keys() == {key for key in flatten(after) if key.startswith("batch_stats/")}
-    for path, value in moved.items():
-        assert_near(value, flatten(after)[path], path)
-        assert np.abs(value - flatten(variables)[path]).max() > 1e-4, path
-    for parameter in twin.parameters():
-        assert parameter.grad is not None
-        parameter.data = parameter.grad
-    twin.save_pretrained(tmp_path / "gradients")
-    _, read = fmjax.load(tmp_path / "gradients")
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(read["params"]))
-    for path, theirs in flatten(read["params"]).items():
-        # A kernel before a norm over few pixels has gradients that nearly cancel.
-        scale = max(float(jnp.abs(theirs).max()), 1e-2 * largest)
-        error = float(jnp.abs(flatten(grads)[path] - theirs).max()) / scale
-        assert error < 2e-5, f"{path}: {error}"
+    inputs = {"pixel_values": images(config)}
+    check_training(resnet, config, "image_classification", tmp_path, inputs)
 
 
 def test_the_flax_fixture_equals_pytorch():
