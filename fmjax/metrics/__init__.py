@@ -10,6 +10,7 @@ from fmjax.metrics.classification import (
 from fmjax.metrics.language_modelling import bits_per_byte, perplexity
 from fmjax.metrics.regression import regression_metrics
 from fmjax.metrics.retrieval import retrieval_metrics
+from fmjax.metrics.segmentation import segmentation_confusion, segmentation_metrics
 from fmjax.metrics.spans import squad_metrics
 from fmjax.metrics.summarisation import summarisation_metrics
 from fmjax.metrics.tagging import entity_metrics, tag_accuracy
@@ -26,6 +27,8 @@ __all__ = [
     "regression_metrics",
     "reliability_bins",
     "retrieval_metrics",
+    "segmentation_confusion",
+    "segmentation_metrics",
     "squad_metrics",
     "summarisation_metrics",
     "tag_accuracy",
