@@ -60,13 +60,21 @@ def load_emoji(split: str, *, size: int = SIDE) -> ImageExamples:
     """
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; there are {list(SPLITS)}")
-    rows = read_split(prepared(EmojiPictures), split, ("image", "category"))
-    component = CATEGORIES.index("Component")
-    rows = [row for row in rows if row["category"] != component]
     names = tuple(name for name in CATEGORIES if name != "Component")
-    labels = [row["category"] - (row["category"] > component) for row in rows]
-    images = [resized(on_white(row["image"]), (size, size)) for row in rows]
+    found = [(image, name) for image, name in emoji_pictures(split) if name in names]
+    labels = [names.index(name) for _, name in found]
+    images = [resized(on_white(image), (size, size)) for image, _ in found]
     return ImageExamples(np.stack(images), np.array(labels, np.int32), names)
+
+
+def emoji_pictures(split: str) -> list[tuple[np.ndarray, str]]:
+    """The pictures of a split, uint8 [64, 64, 4] with transparency, each with its category.
+
+    Raises:
+      OSError: the asset cannot be downloaded.
+    """
+    rows = read_split(prepared(EmojiPictures), split, ("image", "category"))
+    return [(row["image"], CATEGORIES[row["category"]]) for row in rows]
 
 
 class EmojiPictures(tfds.core.GeneratorBasedBuilder):
