@@ -107,7 +107,8 @@ class Output:
     """What a model returns, under Hugging Face's names; a field is None where it does not apply.
 
     Args:
-        logits: float32; [B, C] per example, [B, T, C] per token, [B, T, V] over the vocabulary.
+        logits: float32; [B, C] per example, [B, T, C] per token, [B, T, V] over the vocabulary,
+            [B, X, Y, C] per pixel, on a coarser grid than the images'.
         last_hidden_state: [B, T, D].
         pooler_output: [B, D].
         prediction_logits: [B, T, V], pretraining head.

@@ -367,10 +367,9 @@ class Model(nn.Module):
             maps.append(x)
             layers += own
         last = x if config.reshape_last_stage else x.reshape(x.shape[0], -1, x.shape[-1])
-        out = Output(
-            hidden_states=(*maps[:-1], last) if output_hidden_states else None,
-            attentions=tuple(layer.attentions for layer in layers) if output_attentions else None,
-        )
+        out = Output(hidden_states=(*maps[:-1], last) if output_hidden_states else None)
+        if output_attentions:
+            out = dataclasses.replace(out, attentions=tuple(layer.attentions for layer in layers))
         if self.head == "model":
             return dataclasses.replace(out, last_hidden_state=last)
         if self.head == "semantic_segmentation":

@@ -129,8 +129,10 @@ def bilinear_resampling(old: int, new: int) -> np.ndarray:
     return np.maximum(0.0, 1.0 - np.abs(centers[:, None] - np.arange(old)))
 
 
-def resize_bilinearly(x: Array, size: tuple[int, int]) -> Array:
-    """Images of another size, see `bilinear_resampling`: [B, X, Y, C] -> [B, *size, C]."""
+def resize_bilinearly(x: Array, size: tuple[int, ...]) -> Array:
+    """Images of another size (rows and columns), see `bilinear_resampling`:
+    [B, X, Y, C] -> [B, *size, C].
+    """
     if x.shape[1:3] == size:
         return x
     return resample(x, *map(bilinear_resampling, x.shape[1:3], size))
