@@ -1,6 +1,5 @@
 """The report's sections on predictions: confusion, classes, calibration, the worst mistakes."""
 
-import re
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,13 @@ from fmjax.report.markup import (
     paragraph,
     score,
     table,
+    with_picture,
 )
 from fmjax.report.run_folder import Predictions, Run
 
 _MAX_MATRIX = 20  # classes up to which a confusion matrix fits a page
 _MAX_MISTAKES = 20
 _MAX_TEXT = 280  # characters of a text that are shown at once
-_PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 
 
 def evaluated_split(run: Run) -> str | None:
@@ -302,8 +301,8 @@ def _text(text: str) -> Markup:
 
     A picture, as `data:` URL of a PNG, is shown.
     """
-    if _PICTURE.fullmatch(text):
-        return Markup(f'<img class="picture" src="{text}" alt="picture">')
+    if isinstance(found := with_picture(text), Markup):
+        return found
     if len(text) <= _MAX_TEXT:
         return Markup(f'<span dir="auto">{escape(text)}</span>')
     return folded(

@@ -1,6 +1,7 @@
 """Small builders of HTML: whatever is not already Markup is escaped, so nothing slips through."""
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -14,6 +15,16 @@ class Markup(str):
 def escape(value: Any) -> Markup:
     """HTML for any value: Markup stays, everything else is turned into text and escaped."""
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
+
+
+_PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
+
+
+def with_picture(text: str) -> str | Markup:
+    """A picture, which is a `data:` URL of a PNG, as an <img>; any other text as it is."""
+    if _PICTURE.fullmatch(text):
+        return Markup(f'<img class="picture" src="{text}" alt="picture">')
+    return text
 
 
 def join(parts: Iterable[Any]) -> Markup:

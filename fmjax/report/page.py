@@ -14,8 +14,8 @@ from fmjax.report.samples import samples_section
 from fmjax.report.style import STYLE
 from fmjax.report.summary import headline_key, metric_name, scalars, summary_section
 
-# The page may use its own styles and nothing else: no scripts, no requests.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# The page may use its own styles and pictures and nothing else: no scripts, no requests.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run_folder: str | os.PathLike) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fmjax.report.markup import Section, table
+from fmjax.report.markup import Section, table, with_picture
 from fmjax.report.run_folder import Run, atomic_write
 
 NAME = "samples.json"
@@ -22,7 +22,7 @@ def save_samples(
     Args:
       folder: an existing run folder.
       columns: names such as ("source", "reference", "model").
-      rows: as many texts each as there are columns.
+      rows: as many texts each as there are columns; a `data:` URL of a PNG is shown as a picture.
 
     Raises:
       ValueError: rows of another length.
@@ -53,7 +53,7 @@ def samples_section(run: Run) -> Section | None:
         raise ValueError(f"{path} holds no table of samples: {error!r}") from error
     if not fits:
         raise ValueError(f"{path} has rows that do not fit its columns {columns}")
-    numbered = ([str(number), *row] for number, row in enumerate(rows, 1))
+    numbered = ([str(number), *map(with_picture, row)] for number, row in enumerate(rows, 1))
     body = table(
         ("", *columns), numbered, caption="Held-out examples and what the model made of them"
     )

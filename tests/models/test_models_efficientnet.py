@@ -21,7 +21,7 @@ from torch import nn
 import fmjax
 from fmjax.models import efficientnet, efficientnet_lite
 from fmjax.models.efficientnet import places
-from fmjax.nn.conv import _convolution, _shifted_products, same_padding
+from fmjax.nn.conv import _convolution, _depthwise_on_cpu, same_padding
 from fmjax.nn.vision import pair
 from fmjax.tasks.apply import apply_fn
 from fmjax.tree import count_parameters, flatten
@@ -72,15 +72,23 @@ def test_training_uses_the_batchs_statistics_and_keeps_most_of_the_running_ones(
 
 
 def test_depthwise_products_are_the_convolution():
+    """Their gradients too, with padding of any kind."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 9, 12, 3)).astype(np.float32)
-    for size, stride in ((3, 1), (5, 2), (3, 2)):
+    cases = [
+        (size, stride, same_padding((9, 12), size, stride)) for size, stride in ((3, 1), (3, 2))
+    ]
+    for size, stride, around in (*cases, (5, 2, ((2, 2), (1, 2))), (3, 3, ((0, 0), (0, 2)))):
         kernel = rng.normal(size=(size, size, 1, 3)).astype(np.float32)
-        around = same_padding(x.shape[1:3], size, stride)
-        ours = _shifted_products(x, kernel, stride=stride, around=around)
-        theirs = _convolution(x, kernel, stride=stride, around=around, groups=3)
-        assert ours.shape == (2, -(-9 // stride), -(-12 // stride), 3)
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        ours, pull_back = jax.vjp(
+            lambda *a, s=stride, z=around: _depthwise_on_cpu(*a, s, z), x, kernel
+        )
+        theirs, other = jax.vjp(
+            lambda *a, s=stride, z=around: _convolution(*a, stride=s, around=z, groups=3), x, kernel
+        )
+        g = rng.normal(size=theirs.shape).astype(np.float32)
+        for one, reference in zip((ours, *pull_back(g)), (theirs, *other(g)), strict=True):
+            np.testing.assert_allclose(one, reference, atol=2e-5)
 
 
 class Same(nn.Conv2d):

@@ -115,7 +115,7 @@ def test_the_page_asks_for_nothing(finished):
     policy = [
         a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
     ]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_texts_and_names_are_escaped(finished, example):
