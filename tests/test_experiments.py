@@ -320,3 +320,35 @@ def test_pretrain_mae(stripes, tmp_path, capsys):
     for name in ("reconstructions.png", "report.html", "export/preprocessor_config.json"):
         assert (run / name).exists(), name
     assert "linear probe" in capsys.readouterr().out
+
+
+def test_segment(tmp_path, monkeypatch, capsys):
+    """Disks of two colours on gray in place of emoji on photographs, which are a download."""
+    from fmjax.data import scenes
+
+    def parts(split, names):
+        rows, columns = np.mgrid[:16, :16] - 7.5
+        disk = np.where(rows**2 + columns**2 < 36, 255, 0).astype(np.uint8)
+        pictures = []
+        for channel in range(len(names)):
+            picture = np.zeros((16, 16, 4), np.uint8)
+            picture[..., channel], picture[..., 3] = 255, disk
+            pictures.append((picture,))
+        photograph = np.full((100, 150, 3), 100, np.uint8)
+        return scenes.SceneParts(split, (photograph,), tuple(pictures))
+
+    monkeypatch.setattr(scenes, "load_parts", parts)
+    run = tmp_path / "run"
+    experiment("segment").main(
+        [
+            *("--output", str(run), "--classes", "red", "green", "--image-size", "32"),
+            *("--train-scenes", "160", "--held-out-scenes", "10", "--width", "16", "--depth", "1"),
+            *("--stages", "1", "--epochs", "3", "--batch-size", "8", "--learning-rate", "1e-2"),
+            *("--drawings", "3"),
+        ]
+    )
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"]["mean_iou"] > 0.5  # of the background alone about 0.3
+    assert "green: test IoU 0." in capsys.readouterr().out
+    assert (run / "report.html").read_text().count("<img") == 9
+    assert (run / "export" / "preprocessor_config.json").exists()
