@@ -324,20 +324,26 @@ def test_pretrain_mae(stripes, tmp_path, capsys):
     assert "linear probe" in capsys.readouterr().out
 
 
-def test_detect(tmp_path, capsys, monkeypatch):
-    """Of disks in two colours instead of emoji, which would have to be fetched."""
+@pytest.fixture
+def disks(monkeypatch):
+    """Disks of one colour a class on gray, in place of emoji on photographs, a download."""
     from fmjax.data import scenes
-    from fmjax.report.markup import picture
 
-    def disks(split, label_names):
+    def parts(split, names):
         rows, columns = np.mgrid[:16, :16] - 7.5
         alpha = np.where(rows**2 + columns**2 < 49, 255, 0).astype(np.uint8)[..., None]
-        colours = np.uint8([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])
-        pictures = [np.concatenate([np.tile(c, (16, 16, 1)), alpha], -1) for c in colours]
-        photograph = np.full((40, 60, 3), 100, np.uint8)
+        colours = np.uint8([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])[: len(names)]
+        pictures = [np.concatenate([np.tile(c, (16, 16, 1)), alpha], axis=-1) for c in colours]
+        photograph = np.full((100, 150, 3), 100, np.uint8)
         return scenes.SceneParts(split, (photograph,), tuple((one,) for one in pictures))
 
-    monkeypatch.setattr(scenes, "load_parts", disks)
+    monkeypatch.setattr(scenes, "load_parts", parts)
+
+
+@pytest.mark.usefixtures("disks")
+def test_detect(tmp_path, capsys):
+    from fmjax.report.markup import picture
+
     run = tmp_path / "run"
     experiment("detect").main(
         [
@@ -357,3 +363,21 @@ def test_detect(tmp_path, capsys, monkeypatch):
     _, variables = fmjax.load(run / "export")
     moved = variables["batch_stats"]["backbone"]["embed"]["norm"]["mean"]
     assert np.abs(moved).max() > 0.01
+
+
+@pytest.mark.usefixtures("disks")
+def test_segment(tmp_path, capsys):
+    run = tmp_path / "run"
+    experiment("segment").main(
+        [
+            *("--output", str(run), "--classes", "red", "green", "--image-size", "32"),
+            *("--train-scenes", "160", "--held-out-scenes", "10", "--width", "16", "--depth", "1"),
+            *("--stages", "1", "--epochs", "3", "--batch-size", "8", "--learning-rate", "1e-2"),
+            *("--drawings", "3"),
+        ]
+    )
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"]["mean_iou"] > 0.5  # of the background alone about 0.3
+    assert "green: test IoU 0." in capsys.readouterr().out
+    assert (run / "report.html").read_text().count("<img") == 9
+    assert (run / "export" / "preprocessor_config.json").exists()

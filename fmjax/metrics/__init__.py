@@ -11,6 +11,7 @@ from fmjax.metrics.detection import detection_metrics
 from fmjax.metrics.language_modelling import bits_per_byte, perplexity
 from fmjax.metrics.regression import regression_metrics
 from fmjax.metrics.retrieval import retrieval_metrics
+from fmjax.metrics.segmentation import segmentation_confusion, segmentation_metrics
 from fmjax.metrics.spans import squad_metrics
 from fmjax.metrics.summarisation import summarisation_metrics
 from fmjax.metrics.tagging import entity_metrics, tag_accuracy
@@ -28,6 +29,8 @@ __all__ = [
     "regression_metrics",
     "reliability_bins",
     "retrieval_metrics",
+    "segmentation_confusion",
+    "segmentation_metrics",
     "squad_metrics",
     "summarisation_metrics",
     "tag_accuracy",

@@ -180,7 +180,7 @@ def resize_grid(
     return grid.reshape(1, new[0] * new[1], -1).astype(table.dtype)
 
 
-def resize(x: Array, size: tuple[int, int]) -> Array:
+def resize(x: Array, size: tuple[int, ...]) -> Array:
     """Images resampled bilinearly, as PyTorch's ``interpolate``: [B, X, Y, C] -> [B, *size, C].
 
     Pixels are areas (``align_corners=False``), and nothing is smoothed where they get fewer.

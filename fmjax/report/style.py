@@ -56,6 +56,7 @@ figcaption { font-size: .85rem; margin-top: .35rem; }
 .scroll { overflow-x: auto; margin: 0 0 1.1rem; }
 .scroll:last-child { margin-bottom: 0; }
 .picture { height: 3.5rem; image-rendering: pixelated; }
+#samples .picture { height: 8rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--muted); font-size: .85rem; padding: 0 0 .4rem; }
 /* The caption stays in view when a wide table is scrolled sideways. */

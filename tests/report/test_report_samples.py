@@ -30,9 +30,18 @@ def test_the_report_of_a_text_run(text_run, example):
     assert "Held-out examples" in page
     assert "eins" in page
     assert "<script>" not in page
+    assert "<img" not in page
     assert "2.2500" in page or "2.250" in page
     assert "no saved predictions" not in page
     assert "2.2 at step 80." in page  # the lowest value is the best one
+
+
+def test_pictures_among_the_samples_are_shown(text_run):
+    url = "data:image/png;base64,iVBORw0KGgo="
+    save_samples(text_run, ("picture", "model"), [(url, f"{url}'>"), ("plain", url)])
+    page = write_report(text_run).read_text()
+    assert page.count(f'<img class="picture" src="{url}"') == 2
+    assert page.count("<img") == 2
 
 
 def test_samples_that_do_not_fit(text_run):
