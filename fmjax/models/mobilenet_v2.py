@@ -19,7 +19,15 @@ from fmjax.nn.conv import Around, Conv, ConvNorm, average, half_a_window, same_p
 from fmjax.nn.convnet import ConvNet, divisible
 from fmjax.nn.dropout import Dropout
 from fmjax.types import Output
-from fmjax.weights import Rule, also_named, conv_norm_rules, conv_rules, dense_rules
+from fmjax.weights import (
+    Rule,
+    also_named,
+    conv_norm_rules,
+    conv_rules,
+    dense_rules,
+    keras_conv_norm_rules,
+    keras_dense_rules,
+)
 
 # Sandler et al. 2018, table 2, of each block after the first: its features and its stride.
 WIDTHS = (24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 320)
@@ -299,3 +307,30 @@ def rules(config: Config, head: str) -> list[Rule]:
             table += conv(f"head/{name}", f"segmentation_head.{module}")
         table += conv_rules("head/out", "segmentation_head.classifier.convolution", bias=True)
     return table
+
+
+def keras_config(config: Config) -> Config:
+    """The config of Keras' MobileNetV2: the same, where its first block adds nothing."""
+    if config.scaled(32) == config.scaled(16):
+        raise ValueError(
+            f"depth_multiplier={config.depth_multiplier}: the first block has {config.scaled(16)} "
+            "features before and after, which Keras' MobileNetV2 would add; it is another function"
+        )
+    return config
+
+
+def keras_rules(config: Config, head: str) -> list[Rule]:
+    """Parameters and the tensors they are in Keras' files."""
+    table = keras_conv_norm_rules("embed", "Conv1", "bn_Conv1")
+    for place in places(config):
+        here = f"blocks_{place.number}"
+        there = f"block_{place.number}" if place.number else "expanded_conv"
+        for name in ("expand", "depthwise", "project"):
+            if name != "expand" or place.expand:
+                table += keras_conv_norm_rules(
+                    f"{here}/{name}", f"{there}_{name}", f"{there}_{name}_BN",
+                    depthwise=name == "depthwise",
+                )  # fmt: skip
+    table += keras_conv_norm_rules("top", "Conv_1", "Conv_1_bn")
+    dense = keras_dense_rules("head", "predictions")
+    return table + (dense if head == "image_classification" else [])

@@ -10,7 +10,7 @@ import jax
 import keras
 import numpy as np
 import pytest
-from keras.src.applications import densenet, efficientnet, inception_v3, resnet, vgg16
+from keras.src.applications import densenet, efficientnet, inception_v3, mobilenet_v2, resnet, vgg16
 from keras.src.legacy.saving import legacy_h5_format
 from parity import assert_near
 
@@ -19,6 +19,7 @@ from fmjax.cli import main
 from fmjax.models import densenet as our_densenet
 from fmjax.models import efficientnet as our_efficientnet
 from fmjax.models import inception_v3 as our_inception_v3
+from fmjax.models import mobilenet_v2 as our_mobilenet_v2
 from fmjax.models import resnet as our_resnet
 from fmjax.models import vgg as our_vgg
 from fmjax.tree import flatten
@@ -136,6 +137,23 @@ def test_efficientnet(tmp_path):
     assert again == model
     for path, leaf in flatten(read).items():
         np.testing.assert_array_equal(leaf, flatten(variables)[path], err_msg=path)
+
+
+@pytest.mark.slow  # 17 blocks whatever the size, of the same rules as the others
+def test_mobilenet_v2(monkeypatch, tmp_path):
+    """Images of an odd size, which are padded on both sides."""
+    divisible = mobilenet_v2._make_divisible
+    monkeypatch.setattr(mobilenet_v2, "_make_divisible", lambda width, _: divisible(width, 2))
+    twin = mobilenet_v2.MobileNetV2(
+        alpha=0.125, weights=None, input_shape=(45, 45, 3), classes=3, classifier_activation=None
+    )
+    config = our_mobilenet_v2.Config(
+        depth_multiplier=0.125, depth_divisible_by=2, min_depth=2, classifier_dropout_prob=0.0
+    )
+    check(twin, "mobilenet_v2", config, tmp_path, 45)
+    small = our_mobilenet_v2.Config(depth_multiplier=0.1)
+    with pytest.raises(ValueError, match="has 8 features before and after"):
+        fmjax.load_weights(tmp_path / "old.h5", "mobilenet_v2", small)
 
 
 def test_what_keras_has_not_is_refused(tmp_path, capsys):
