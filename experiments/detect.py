@@ -25,6 +25,7 @@ from fmjax.data.scenes import Scenes, SceneSettings, load_scenes
 from fmjax.metrics import detection_metrics
 from fmjax.models import detr, resnet
 from fmjax.recipes.image_classification import data_url, pixel_statistics
+from fmjax.recipes.pictures import drawn
 from fmjax.recipes.texts import evaluation_batches
 from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
 from fmjax.report.samples import save_samples
@@ -32,7 +33,6 @@ from fmjax.tasks import object_detection as task
 from fmjax.tasks.pixels import augmented, normalised
 from fmjax.types import TrainState
 
-COLOURS = ("red", "lime", "blue", "magenta", "orange", "cyan", "yellow", "white")
 SHOWN = 24
 ZOOM = 3
 
@@ -141,7 +141,10 @@ def run(settings: Settings) -> dict[str, Any]:
     results |= {split: measure(state, split) for split in ("val", "test")}
     test = scenes["test"].select(np.arange(min(SHOWN, counts["test"])))
     rows = [
-        (data_url(drawn(image, true, names)), data_url(drawn(image, said, names)))
+        (
+            data_url(drawn(image, true, names, zoom=ZOOM)),
+            data_url(drawn(image, said, names, zoom=ZOOM)),
+        )
         for image, true, said in zip(
             test.images,
             [
@@ -179,22 +182,6 @@ def truths(scenes: Scenes) -> list[tuple[np.ndarray, np.ndarray]]:
 def above(found: task.Detections, threshold: float) -> task.Detections:
     """Detections of at least a score."""
     return task.Detections(*(values[found.scores >= threshold] for values in found))
-
-
-def drawn(image: np.ndarray, found: task.Detections, names: tuple[str, ...]) -> np.ndarray:
-    """An enlarged picture with the boxes and names of what was found in it."""
-    from PIL import Image, ImageDraw
-
-    size = (image.shape[1] * ZOOM, image.shape[0] * ZOOM)
-    picture = Image.fromarray(image).resize(size, Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(picture)
-    for box, score, label in zip(*found, strict=True):
-        colour = COLOURS[label % len(COLOURS)]
-        left, top, right, bottom = (float(end) * ZOOM for end in box)
-        pen.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
-        text = names[label].split(" ")[0] + (f" {score:.2f}" if score < 1 else "")
-        pen.text((left + 3, top + 1), text, fill=colour, stroke_width=1, stroke_fill="black")
-    return np.asarray(picture)
 
 
 def image_processor(settings: Settings, mean: list[float], std: list[float]) -> Any:

@@ -231,6 +231,22 @@ class Classify:
 
 
 @dataclasses.dataclass(frozen=True)
+class Detect:
+    """Find objects in pictures: class, score and box (left, top, right, bottom) in pixels."""
+
+    model: ModelArg
+    """A folder or hub id of a detector."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """The files."""
+    threshold: float = 0.5
+    """The least score of an object."""
+    out: Path | None = None
+    """A folder for the pictures with the boxes drawn, NAME.png each."""
+    json: bool = False
+    """Print one JSON object a line."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Write a run's report.html again."""
 
@@ -433,7 +449,7 @@ def translate(args: Translate) -> None:
 
 
 def classify(args: Classify) -> None:
-    from fmjax.recipes.classify import classify_images
+    from fmjax.recipes.pictures import classify_images
 
     if not args.images:
         raise ValueError("no pictures; write them after the model: fmjax classify MODEL a.png")
@@ -448,6 +464,28 @@ def classify(args: Classify) -> None:
         print(path)
         for name, score in scores.items():
             print(f"  {score:.4f}\t{name}")
+
+
+def detect(args: Detect) -> None:
+    from fmjax.recipes.pictures import detect_images, save_drawn
+
+    if not args.images:
+        raise ValueError("no pictures; write them after the model: fmjax detect MODEL a.png")
+    names, rows = detect_images(args.model, args.images, threshold=args.threshold)
+    for path, found in zip(args.images, rows, strict=True):
+        objects = [
+            {"label": names[label], "score": round(float(score), 6), "box": box.round(1).tolist()}
+            for box, score, label in zip(*found, strict=True)
+        ]
+        if args.json:
+            print(json.dumps({"image": str(path), "objects": objects}, ensure_ascii=False))
+            continue
+        print(path)
+        for thing in objects:
+            corners = " ".join(f"{end:.1f}" for end in thing["box"])
+            print(f"  {thing['score']:.4f}\t{thing['label']}\t{corners}")
+    if args.out is not None:
+        save_drawn(args.out, args.images, rows, names)
 
 
 def report(args: Report) -> None:
@@ -483,6 +521,7 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Answer, sub("answer")]
         | Annotated[Translate, sub("translate")]
         | Annotated[Classify, sub("classify")]
+        | Annotated[Detect, sub("detect")]
         | Annotated[Report, sub("report")],
         prog="fmjax",
         description="Foundation models as pure functions in JAX.",
@@ -514,6 +553,8 @@ def main(argv: list[str] | None = None) -> int:
                 translate(args)
             case Classify():
                 classify(args)
+            case Detect():
+                detect(args)
             case Report():
                 report(args)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

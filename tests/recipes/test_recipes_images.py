@@ -1,16 +1,18 @@
 """`fmjax classify`, and pictures of a folder as a checkpoint's processor has them."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+from parity import shuffled
 from PIL import Image
 
 import fmjax
 from fmjax.cli import main
 from fmjax.data.image_processor import load_image_processor, parse_image_processor
-from fmjax.models import cnn
+from fmjax.models import cnn, detr
 from fmjax.recipes import image_classification as recipe
 
 NAMES = ("cat", "dog", "owl")
@@ -128,3 +130,69 @@ def test_a_folder_is_read_as_the_checkpoint_says(classifier, tmp_path):
     new = recipe.Settings(output=tmp_path, data=str(tmp_path), model="cnn/tiny")
     with pytest.raises(ValueError, match="the pictures have 2 sizes"):
         recipe.load_images(new)
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A folder with a tiny detector of four objects, all of which it is told to be sure of."""
+    folder = tmp_path_factory.mktemp("detector")
+    config = dataclasses.replace(detr.VARIANTS["tiny"], num_queries=4, id2label=NAMES)
+    model, variables = fmjax.create("detr", config, head="object_detection", rng=jax.random.key(0))
+    variables = jax.tree.map(jax.numpy.asarray, shuffled(variables))
+    processor = parse_image_processor(
+        {
+            "image_processor_type": "DetrImageProcessor",
+            "size": {"shortest_edge": 32, "longest_edge": 48},
+        }
+    )
+    return fmjax.save(folder, model, variables, processor)
+
+
+def test_detect(detector, tmp_path, capsys):
+    """The objects that PyTorch finds in the same pictures, which are padded to one size."""
+    import torch
+    from transformers import AutoImageProcessor, DetrForObjectDetection
+
+    paths = [str(tmp_path / f"{seed}.png") for seed in range(2)]
+    pictures = [picture(seed, size) for seed, size in enumerate(((40, 60), (64, 50)))]
+    for path, one in zip(paths, pictures, strict=True):
+        one.save(path)
+    options = ["--threshold", "0.2", "--out", str(tmp_path / "drawn")]
+    assert main(["detect", str(detector), *paths, *options, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    processor = AutoImageProcessor.from_pretrained(detector, backend="pil")
+    peer = DetrForObjectDetection.from_pretrained(detector).eval()
+    with torch.no_grad():
+        outputs = peer(**processor(pictures, return_tensors="pt"))
+    sizes = [one.size[::-1] for one in pictures]
+    expected = processor.post_process_object_detection(outputs, 0.2, target_sizes=sizes)
+    assert sum(len(one["scores"]) for one in expected) >= 3
+    for path, row, theirs in zip(paths, rows, expected, strict=True):
+        assert row["image"] == path
+        order = np.argsort(-theirs["scores"].numpy(), kind="stable")
+        assert [one["label"] for one in row["objects"]] == [
+            NAMES[i] for i in theirs["labels"].numpy()[order]
+        ]
+        ours = np.array([[one["score"], *one["box"]] for one in row["objects"]])
+        both = np.concatenate([theirs["scores"].numpy()[:, None], theirs["boxes"].numpy()], axis=1)
+        np.testing.assert_allclose(ours, both[order], atol=0.06)  # corners have one decimal
+    for path, one in zip(("0.png", "1.png"), pictures, strict=True):
+        with Image.open(tmp_path / "drawn" / path) as shown:
+            assert shown.size == one.size
+            assert np.any(np.asarray(shown) != np.asarray(one))
+    assert main(["detect", str(detector), paths[0], "--threshold", "0.2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == paths[0]
+    assert len(lines) == 1 + len(expected[0]["scores"])
+
+
+def test_what_cannot_be_detected(classifier, detector, tmp_path, capsys):
+    picture(0).save(good := tmp_path / "good.png")
+    for argv, words in (
+        ((detector,), "no pictures"),
+        ((detector, good, "--threshold", "2"), "threshold=2.0 must be"),
+        ((classifier, good), "has the head 'image_classification'"),
+        ((detector, good, good, "--out", tmp_path), "some have one name"),
+    ):
+        assert main(["detect", *map(str, argv)]) == 2
+        assert words in capsys.readouterr().err
