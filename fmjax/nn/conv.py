@@ -18,6 +18,9 @@ from fmjax.nn.norm import BatchNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.vision import pair
 
+# Features of an image up to which the places of a window are put side by side: a product for each
+# would read the gradient as often, and have few rows.
+THIN = 4
 Around = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and after the rows, and before and after the columns."""
 # He et al. 2015, arXiv:1502.01852, eq. 10 with the number of outputs, as PyTorch's ResNets have it.
@@ -194,9 +197,11 @@ def _backward(
     (dx,) = jax.vjp(of_x, x)[1](g)
     rows = g.reshape(-1, g.shape[-1])  # [N, O]
     padded = jnp.pad(x, ((0, 0), *around, (0, 0)))
-    parts = _shifts(padded, kernel.shape[:2], stride, dilation)
+    parts = list(_shifts(padded, kernel.shape[:2], stride, dilation))
+    if x.shape[-1] <= THIN:
+        parts = [jnp.concatenate(parts, axis=-1)]
     products = [gram(part.reshape(-1, part.shape[-1]), rows) for part in parts]
-    return dx, jnp.stack(products).reshape(kernel.shape).astype(kernel.dtype)
+    return dx, jnp.concatenate(products).reshape(kernel.shape).astype(kernel.dtype)
 
 
 _convolution_on_cpu.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Which parity tests the plain suite leaves to `make test-all`."""
+"""Which tests of families the plain suite leaves to `make test-all`."""
 
 import pytest
 
@@ -15,6 +15,8 @@ FRAMES = {f"test_models_{name}.py" for name in ("bert", "gpt2", "llama", "bart",
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if "published_sizes" in item.name:  # which change only with the tables of variants
+            item.add_marker(pytest.mark.slow)
         callspec = getattr(item, "callspec", None)  # of parametrized tests only
         if (
             callspec is not None

@@ -117,7 +117,7 @@ def test_published_facts(family):
     check_sizes(family, dict.fromkeys(family.VARIANTS, family.HEADS["model"]))
 
 
-def test_sizes_of_the_papers():
+def test_published_sizes_of_the_papers():
     """Liu et al. 2019 section 2.4 and 3: 125 M, 355 M; Conneau et al. 2020 table 5: 270 M, 550 M.
 
     Their counts have no pooler, and XLM-RoBERTa's are rounded to tens.

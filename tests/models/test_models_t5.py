@@ -269,9 +269,12 @@ def test_longt5_files_without_output_matrix_are_tied(tmp_path):
         assert not again.config.scaled
 
 
-def test_siblings_sizes_and_defaults():
+def test_published_sizes_of_siblings():
     check_sizes(mt5, dict.fromkeys(mt5.VARIANTS, "MT5Model"))
     check_sizes(longt5, dict.fromkeys(longt5.VARIANTS, "LongT5Model"))
+
+
+def test_siblings_defaults():
     check_defaults(mt5, num_decoder_layers=8)
     check_defaults(longt5, num_decoder_layers=6, scale_decoder_outputs=True)
 

@@ -9,7 +9,7 @@ from parity import assert_near
 from fmjax.nn.conv import Conv, _convolution, half_a_window, same_padding, window
 
 KINDS = {  # I, O, size, stride, groups, dilation
-    "plain": (4, 6, 3, 2, 1, 1),
+    "plain": (8, 6, 3, 2, 1, 1),
     "dilated": (4, 6, 3, 1, 1, 2),
     "grouped": (4, 6, 3, 2, 2, 1),
     "grouped-dilated": (6, 6, 3, 1, 3, 2),
