@@ -115,6 +115,7 @@ def test_pretrain_gpt(corpus, tmp_path, capsys):
     assert (run / "export" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_pretrain_bert(corpus, tmp_path, capsys):
     write_tagged(tmp_path)
     run = tmp_path / "run"
@@ -340,6 +341,7 @@ def disks(monkeypatch):
     monkeypatch.setattr(scenes, "load_parts", parts)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("disks")
 def test_detect(tmp_path, capsys):
     from fmjax.report.markup import picture
@@ -365,6 +367,7 @@ def test_detect(tmp_path, capsys):
     assert np.abs(moved).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("disks")
 def test_segment(tmp_path, capsys):
     run = tmp_path / "run"

@@ -172,7 +172,11 @@ def test_other_decoders(family, config, tmp_path):
     check(twin, ours, inputs, beams=True, num_beams=2, eos_token_id=int(out.tokens[1, 1]))
 
 
-@pytest.mark.parametrize(("family", "config"), [(bart, BART), (t5, T5)], ids=["bart", "t5"])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [pytest.param(bart, BART, marks=pytest.mark.slow), (t5, T5)],
+    ids=["bart", "t5"],
+)
 def test_encoder_decoders(family, config, tmp_path):
     twin, ours = pair(family, config, "seq2seq_lm", tmp_path)
     rng = np.random.default_rng(0)

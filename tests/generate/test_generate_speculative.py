@@ -112,6 +112,7 @@ def test_acceptance_leaves_the_distribution():
         check(np.bincount(token[agreed == count][:, row], minlength=size), p[count, row])
 
 
+@pytest.mark.slow
 def test_sampled_texts_have_the_distribution():
     """Whole texts of two tokens and their frequencies against the exact probabilities."""
     size = 7
@@ -178,6 +179,7 @@ def test_what_does_not_fit_is_refused(large):
         fmjax.generate(*large, ids, draft=short, max_new_tokens=8)
 
 
+@pytest.mark.slow
 def test_to_the_last_position(large):
     """Drafts beyond the model's positions are dropped and spoil nothing."""
     ids = np.random.default_rng(1).integers(2, 41, (1, 30))

@@ -9,6 +9,7 @@ LABEL_HEADS = {
     "question_answering",
     "multiple_choice",
     "next_sentence_prediction",
+    "sequence_classification",
 }
 FRAMES = {f"test_models_{name}.py" for name in ("bert", "gpt2", "llama", "bart", "t5")}
 
@@ -18,9 +19,8 @@ def pytest_collection_modifyitems(items):
         if "published_sizes" in item.name:  # which change only with the tables of variants
             item.add_marker(pytest.mark.slow)
         callspec = getattr(item, "callspec", None)  # of parametrized tests only
-        if (
-            callspec is not None
-            and callspec.params.get("head") in LABEL_HEADS
-            and item.path.name not in FRAMES
-        ):
+        if callspec is None or item.path.name in FRAMES:
+            continue
+        # That a scan is the loop is seen for every family's blocks, and its cache for the frames'.
+        if callspec.params.get("head") in LABEL_HEADS or callspec.params == {"scan": True}:
             item.add_marker(pytest.mark.slow)

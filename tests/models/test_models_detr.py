@@ -67,7 +67,7 @@ def test_auxiliary_outputs_are_those_of_a_model_with_fewer_layers():
     pixels = masked_images(config)["pixel_values"][:, :16, :16]
     out = jax.jit(lambda v: model.apply(v, pixels, output_intermediate=True))(variables)
     first = jax.jit(lambda v: shorter.apply(v, pixels))(variables)
-    assert out.auxiliary_logits.shape[0] == 1
+    assert len(out.auxiliary_logits) == 1
     np.testing.assert_allclose(out.auxiliary_logits[0], first.logits, atol=1e-5)
     np.testing.assert_allclose(out.auxiliary_boxes[0], first.pred_boxes, atol=1e-5)
     assert np.abs(out.logits - first.logits).max() > 1e-3

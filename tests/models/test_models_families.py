@@ -10,6 +10,7 @@ from chex import assert_trees_all_close
 
 from fmjax import hub
 from fmjax.models import families, family_of
+from fmjax.nn.convnet import ConvNet
 from fmjax.nn.dropout import dropout, random_bits
 from fmjax.tree import flatten, stack_layers, unflatten, unstack_layers
 from fmjax.types import Output
@@ -29,10 +30,17 @@ def inherits(name):
     )
 
 
-# Ways to run are those of blocks: families without any of their own are for `make test-all`.
-WAYS = [
-    pytest.param(name, marks=pytest.mark.slow) if inherits(name) else name for name in families()
-]
+def less_to_see(name):
+    """Whether a family has no blocks of its own, or blocks that are not scanned, as ResNet's."""
+    return inherits(name) or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
+
+
+def slow_where(seen, names):
+    """The names, those of families with less to see left to `make test-all`."""
+    return [pytest.param(name, marks=pytest.mark.slow) if seen(name) else name for name in names]
+
+
+WAYS = slow_where(less_to_see, families())  # to run, which are those of blocks
 
 
 def small(family):
@@ -182,7 +190,7 @@ TEXT = [
 ]
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", slow_where(inherits, TEXT))
 def test_padding_changes_nothing(name):
     """Whatever stands in the padding leaves the other positions alone."""
     family = family_of(name)

@@ -85,6 +85,7 @@ def check(twin, model_type, config, tmp_path, size, *, tolerance=1e-5, logits=No
     return model, variables
 
 
+@pytest.mark.slow
 def test_vgg(narrow, tmp_path):
     """Two rows and columns are left to flatten."""
     narrow(vgg16, 16)
@@ -174,6 +175,7 @@ def test_what_keras_has_not_is_refused(tmp_path, capsys):
     assert "like=FAMILY/VARIANT" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_densenet(tmp_path):
     twin = densenet.DenseNet(
         [1, 2, 1, 1], weights=None, input_shape=(32, 32, 3), classes=3, classifier_activation=None
@@ -184,6 +186,7 @@ def test_densenet(tmp_path):
         fmjax.load_weights(tmp_path / "old.h5", "densenet", "tiny")
 
 
+@pytest.mark.slow
 def test_inception_v3(narrow, tmp_path):
     """Layers with numbers alone, averages without the zeros, no classifier but the last."""
     narrow(inception_v3, 32)

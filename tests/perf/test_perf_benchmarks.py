@@ -28,7 +28,7 @@ def benchmarks(monkeypatch):
     ("script", "case", "dtype"),
     [
         ("forward", "base-bfloat16", "bfloat16"),
-        ("vision", "step-resnet-50-float32", "float32"),
+        pytest.param("vision", "step-resnet-50-float32", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_script_writes_the_schema(benchmarks, tmp_path, capsys, script, case, dtype) -> None:
