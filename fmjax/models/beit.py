@@ -298,13 +298,13 @@ class Model(vit.Model):
         logits, auxiliary = self.segment(out.hidden_states, grid, train)
         states = out.hidden_states if output_hidden_states else None
         return dataclasses.replace(
-            out, logits=logits, auxiliary_logits=(auxiliary,), hidden_states=states
+            out, logits=logits, auxiliary_logits=auxiliary, hidden_states=states
         )
 
     def segment(
         self, states: tuple[Array, ...], grid: tuple[int, int], train: bool
-    ) -> tuple[Array, Array | None]:
-        """What the two heads say of each pixel."""
+    ) -> tuple[Array, tuple[Array, ...] | None]:
+        """What the head, and the auxiliary ones if there are any, say of each pixel."""
         config, classes = self.config, len(self.config.id2label)
         if len(config.places) != 4:
             raise ValueError(
@@ -319,17 +319,17 @@ class Model(vit.Model):
         options = {"kernel_init": self.kernel_init, "train": train}
         maps = Pyramid(name="pyramid", **options)(maps)
         head = UperHead(config.hidden_size, classes, config.pool_scales, name="head", **options)
-        auxiliary = None
-        if config.use_auxiliary_head:
-            auxiliary = FcnHead(
-                config.auxiliary_channels,
-                classes,
-                config.auxiliary_num_convs,
-                config.auxiliary_concat_input,
-                name="auxiliary_head",
-                **options,
-            )(maps[2])
-        return head(maps), auxiliary
+        if not config.use_auxiliary_head:
+            return head(maps), None
+        auxiliary = FcnHead(
+            config.auxiliary_channels,
+            classes,
+            config.auxiliary_num_convs,
+            config.auxiliary_concat_input,
+            name="auxiliary_head",
+            **options,
+        )
+        return head(maps), (auxiliary(maps[2]),)
 
 
 PREFIX = "beit."

@@ -27,6 +27,9 @@ def loss(
 ) -> LossFn:
     """Cross-entropy (nats) of each pixel's class, a mean over pixels that count.
 
+    Heads at earlier layers, if the model has any, add theirs, by the config's
+    ``auxiliary_loss_weight`` (Zhao et al. 2016, arXiv:1612.01105, section 4.3).
+
     A batch has ``labels`` int [B, X, Y], at the size of the images or any other, to which logits
     are enlarged; a label that is neither a class nor ignored makes the loss nan. And ``weight``
     float [B], 0 for padding rows.
@@ -62,6 +65,10 @@ def loss(
     apply = apply_fn(model)
     by_class = jnp.ones(classes) if class_weights is None else jnp.array(class_weights, jnp.float32)
 
+    def losses_of(logits: Array, true: Array) -> Array:  # -> [B, X, Y]
+        targets = (1 - label_smoothing) * true + label_smoothing / classes
+        return -jnp.sum(by_class * targets * jax.nn.log_softmax(logits), axis=-1)
+
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         labels = jnp.asarray(batch["labels"])
         if labels.ndim != 3:
@@ -70,8 +77,10 @@ def loss(
         assert output.logits is not None
         logits = resize(output.logits, labels.shape[1:3])  # [B, X, Y, C]
         true = labels[..., None] == jnp.arange(classes)
-        targets = (1 - label_smoothing) * true + label_smoothing / classes
-        losses = -jnp.sum(by_class * targets * jax.nn.log_softmax(logits), axis=-1)  # [B, X, Y]
+        losses = losses_of(logits, true)
+        for earlier in output.auxiliary_logits or ():
+            enlarged = resize(earlier, labels.shape[1:3])
+            losses = losses + model.config.auxiliary_loss_weight * losses_of(enlarged, true)
         losses = jnp.where(true.any(axis=-1), losses, jnp.nan)
         rows = jnp.asarray(batch.get("weight", jnp.ones(len(labels))), jnp.float32)
         counted = (labels != ignored) * rows[:, None, None]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fmjax
-from fmjax.models import segformer
+from fmjax.models import beit, segformer
 from fmjax.tasks import semantic_segmentation as task
 from fmjax.train import accumulate, gradient
+from fmjax.types import Output
 
 CONFIG = segformer.Config(
     num_encoder_blocks=1, depths=(1,), sr_ratios=(2,), hidden_sizes=(6,), patch_sizes=(3,),
@@ -16,6 +17,41 @@ CONFIG = segformer.Config(
     initializer_range=0.5, drop_path_rate=0.0, classifier_dropout_prob=0.0,
     semantic_loss_ignore_index=9, id2label=("a", "b", "c"),
 )  # fmt: skip
+
+
+class Said:
+    """A model whose two heads say what its variables hold."""
+
+    head = "semantic_segmentation"
+    config = beit.Config(
+        id2label=("a", "b", "c"), semantic_loss_ignore_index=9, auxiliary_loss_weight=0.3
+    )
+
+    def apply(self, variables, **inputs):
+        return Output(logits=variables["last"], auxiliary_logits=(variables["earlier"],)), {}
+
+
+def test_auxiliary_heads_add_their_loss(batch):
+    """As transformers' BEiT: 0.3 times the other head's, both enlarged to the labels' size."""
+    rng = np.random.default_rng(1)
+    variables = {
+        name: rng.normal(size=(4, *size, 3)).astype(np.float32)
+        for name, size in (("last", (6, 7)), ("earlier", (3, 4)))
+    }
+    loss, aux = task.loss(Said(), train=False)(variables, batch, None)
+    labels = torch.tensor(batch["labels"])
+    by_head = [
+        torch.nn.functional.cross_entropy(
+            torch.nn.functional.interpolate(
+                torch.tensor(variables[name]).movedim(-1, 1),
+                size=labels.shape[1:], mode="bilinear", align_corners=False,
+            ),
+            labels, ignore_index=9,
+        )
+        for name in ("last", "earlier")
+    ]  # fmt: skip
+    np.testing.assert_allclose(loss, by_head[0] + 0.3 * by_head[1], rtol=1e-5)
+    assert float(aux.weight) == (batch["labels"] != 9).sum()
 
 
 @pytest.fixture(scope="module")
