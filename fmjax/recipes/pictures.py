@@ -138,7 +138,7 @@ def drawn(
         # A box of a model in training may be thinner than a line.
         corners = (left, top, max(left, right - 1), max(top, bottom - 1))
         pen.rectangle(corners, outline=colour, width=2)
-        text = names[label].split(" ")[0] + (f" {score:.2f}" if score < 1 else "")
+        text = names[int(label)].split(" ")[0] + (f" {score:.2f}" if score < 1 else "")
         pen.text((left + 3, top + 1), text, fill=colour, stroke_width=1, stroke_fill="black")
     return np.asarray(picture)
 

@@ -87,6 +87,7 @@ def nearest(made, out):
     return distance.argmin(axis=1), distance.min(axis=1)
 
 
+@pytest.mark.slow
 def test_operations_are_drawn_evenly_and_both_ways():
     """Each picture is what an operation makes, or two in a row, all about as often as others."""
     # Not from 0 to 1, where stretching the contrast would do nothing, and with pixels enough to

@@ -16,7 +16,7 @@ FRAMES = {f"test_models_{name}.py" for name in ("bert", "gpt2", "llama", "bart",
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "published_sizes" in item.name:  # which change only with the tables of variants
+        if "published" in item.function.__name__:  # which change only with the tables of variants
             item.add_marker(pytest.mark.slow)
         callspec = getattr(item, "callspec", None)  # of parametrized tests only
         if callspec is None or item.path.name in FRAMES:

@@ -53,6 +53,7 @@ def test_script_writes_the_schema(benchmarks, tmp_path, capsys, script, case, dt
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_generate_writes_the_schema(benchmarks, tmp_path) -> None:
     _, record = benchmarks
     path = tmp_path / "out.json"

@@ -88,6 +88,7 @@ def start(tiny_bert, files, folder):
     )
 
 
+@pytest.mark.slow  # tests/train/test_train_resume.py kills the loop at each kind of moment
 def test_killed_and_restarted_is_bitwise_the_same(run, tiny_bert, sentence_files, tmp_path):
     """The real stream of batches, killed in the middle of training, against the run above."""
     folder = tmp_path / "killed"
