@@ -169,7 +169,13 @@ VOCABULARY = [
 ]
 
 
-@pytest.mark.parametrize(("name", "head"), VOCABULARY)
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        pytest.param(name, head, marks=pytest.mark.slow) if inherits(name) else (name, head)
+        for name, head in VOCABULARY
+    ],
+)
 def test_logits_come_from_the_hidden_states(name, head):
     """output_logits=False and unembed give the logits: what chunked losses build on."""
     family = family_of(name)
@@ -224,7 +230,7 @@ def test_padding_changes_nothing(name):
     np.testing.assert_allclose(outputs[0][keep], outputs[1][keep], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", slow_where(inherits, families()))
 def test_dropout_depends_on_the_key_alone(name):
     """Traced, not run: the same key gives the same draws, and with no dropout there are none."""
     family = family_of(name)
