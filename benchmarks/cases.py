@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from peer import Peer
+from record import named
 
 import fmjax
 from fmjax.models import bert, family_of, gpt2, resnet, vit
@@ -80,10 +81,7 @@ def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[
     Raises:
         ValueError: an unknown name.
     """
-    known = {case.name: case for case in cases}
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown cases {unknown}; choose from {list(known)}")
-    chosen = [known[name] for name in names] if names else list(cases)
+    chosen = named(cases, names)
     if smoke:
         chosen = [
             dataclasses.replace(

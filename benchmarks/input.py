@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import os
 import tempfile
@@ -30,7 +29,7 @@ import jax
 import numpy as np
 import optax
 import tyro
-from record import save
+from record import named, own_document, save
 from rich.console import Console
 from rich.table import Table
 
@@ -42,8 +41,7 @@ from fmjax.data.image_files import find_images, image_batches
 from fmjax.data.image_processor import ImageProcessor, Size
 from fmjax.data.images import ImageExamples
 from fmjax.models import family_of
-from fmjax.perf.device import describe_machine
-from fmjax.perf.timing import Timing, peak_memory_bytes, time_alternately
+from fmjax.perf.timing import Timing, time_alternately
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.pixels import augmented, normalised, to_floats
 from fmjax.train import gradient, init_state, jit_step, make_train_step
@@ -260,18 +258,6 @@ def ratios_of(rows: list[Row]) -> dict[str, dict[str, float]]:
     }
 
 
-def select(settings: Settings) -> list[Case]:
-    """The chosen cases.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    known = {case.name: case for case in CASES}
-    if unknown := [name for name in settings.cases if name not in known]:
-        raise ValueError(f"unknown cases {unknown}; choose from {list(known)}")
-    return [known[name] for name in settings.cases] if settings.cases else list(CASES)
-
-
 def show(doc: dict[str, Any]) -> None:
     """Print a document as a table."""
     machine = doc["machine"]
@@ -298,19 +284,16 @@ def show(doc: dict[str, Any]) -> None:
 def main(settings: Settings) -> None:
     """Run the chosen cases, print the table, write the JSON."""
     load = os.getloadavg()[0]
-    rows = [row for case in select(settings) for row in run_case(case, settings)]
-    doc = {
-        "schema": SCHEMA,
-        "benchmark": "input",
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "repeats": settings.repeats,
-        "smoke": settings.smoke,
-        "machine": describe_machine(),
-        "load_before": load,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "ratios": ratios_of(rows),
-        "peak_memory": peak_memory_bytes()._asdict(),
-    }
+    rows = [row for case in named(CASES, settings.cases) for row in run_case(case, settings)]
+    doc = own_document(
+        "input",
+        SCHEMA,
+        rows,
+        ratios_of(rows),
+        repeats=settings.repeats,
+        smoke=settings.smoke,
+        load=load,
+    )
     show(doc)
     if settings.json is not None or not settings.smoke:
         print(f"wrote {save(doc, settings.json)}")

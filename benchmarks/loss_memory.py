@@ -15,7 +15,6 @@ of 4 x 512 tokens are timed turn by turn. The two must give the same loss and gr
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +25,12 @@ import jax.numpy as jnp
 import optax
 import tyro
 from jax import Array
-from record import save
+from record import named, own_document, save
 from rich.console import Console
 from rich.table import Table
 
 from fmjax.nn.linear import matmul
-from fmjax.perf.device import describe_machine
-from fmjax.perf.timing import compile_time, peak_memory_bytes, time_alternately
+from fmjax.perf.timing import compile_time, time_alternately
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE, vocabulary_loss
 
 SCHEMA = 1  # of this benchmark's own document: the fields of `Row`, and `ratios_of` them
@@ -209,10 +207,7 @@ def select(settings: Settings) -> list[Case]:
     Raises:
         ValueError: an unknown name.
     """
-    known = {case.name: case for case in CASES}
-    if unknown := [name for name in settings.cases if name not in known]:
-        raise ValueError(f"unknown cases {unknown}; choose from {list(known)}")
-    chosen = [known[name] for name in settings.cases] if settings.cases else list(CASES)
+    chosen = named(CASES, settings.cases)
     if settings.smoke:
         tiny = {"vocab_size": 4096, "width": 16, "batch_size": 2, "length": 512}
         chosen = [dataclasses.replace(case, **tiny) for case in chosen]
@@ -267,18 +262,15 @@ def main(settings: Settings) -> None:
     """Run the chosen cases, print the table, write the JSON."""
     load = os.getloadavg()[0]
     rows = [row for case in select(settings) for row in run_case(case, settings)]
-    doc = {
-        "schema": SCHEMA,
-        "benchmark": "loss_memory",
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "repeats": settings.repeats,
-        "smoke": settings.smoke,
-        "machine": describe_machine(),
-        "load_before": load,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "ratios": ratios_of(rows),
-        "peak_memory": peak_memory_bytes()._asdict(),
-    }
+    doc = own_document(
+        "loss_memory",
+        SCHEMA,
+        rows,
+        ratios_of(rows),
+        repeats=settings.repeats,
+        smoke=settings.smoke,
+        load=load,
+    )
     show(doc)
     if settings.json is not None or not settings.smoke:
         print(f"wrote {save(doc, settings.json)}")

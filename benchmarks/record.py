@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -119,6 +119,40 @@ def measure_peaks(dtypes: set[str], *, smoke: bool) -> dict[str, float]:
     return {dtype: measure_matmul_peak(jnp.dtype(dtype), shapes=shapes) for dtype in sorted(dtypes)}
 
 
+def own_document(
+    benchmark: str,
+    schema: int,
+    rows: Sequence[Any],
+    ratios: Mapping[str, Any],
+    *,
+    repeats: int,
+    smoke: bool,
+    load: float,
+) -> dict[str, Any]:
+    """What a benchmark with rows of its own kind writes.
+
+    Args:
+        benchmark: its name.
+        schema: of its rows and ratios.
+        rows: dataclasses.
+        ratios: by case.
+        repeats, smoke: of its settings.
+        load: of the machine before it began.
+    """
+    return {
+        "schema": schema,
+        "benchmark": benchmark,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "repeats": repeats,
+        "smoke": smoke,
+        "machine": describe_machine(),
+        "load_before": load,
+        "rows": [json.loads(json.dumps(dataclasses.asdict(r))) for r in rows],
+        "ratios": ratios,
+        "peak_memory": peak_memory_bytes()._asdict(),
+    }
+
+
 def document(
     benchmark: str,
     rows: Sequence[Row],
@@ -130,23 +164,13 @@ def document(
 ) -> dict[str, Any]:
     """The JSON document of a run, in the schema above."""
     medians = {(r.case, r.side): r.seconds["median"] for r in rows}
-    return {
-        "schema": SCHEMA,
-        "benchmark": benchmark,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "repeats": repeats,
-        "smoke": smoke,
-        "machine": describe_machine(),
-        "load_before": load,
-        "matmul_peak": dict(matmul_peak),
-        "rows": [json.loads(json.dumps(dataclasses.asdict(r))) for r in rows],
-        "ratios": {
-            case: seconds / medians[case, "fmjax"]
-            for (case, side), seconds in medians.items()
-            if side == "torch"
-        },
-        "peak_memory": peak_memory_bytes()._asdict(),
+    ratios = {
+        case: seconds / medians[case, "fmjax"]
+        for (case, side), seconds in medians.items()
+        if side == "torch"
     }
+    doc = own_document(benchmark, SCHEMA, rows, ratios, repeats=repeats, smoke=smoke, load=load)
+    return doc | {"matmul_peak": dict(matmul_peak)}
 
 
 def check(doc: Mapping[str, Any]) -> None:
@@ -194,6 +218,28 @@ def write(doc: Mapping[str, Any], path: Path | None) -> Path:
     """Check a document and `save` it."""
     check(doc)
     return save(doc, path)
+
+
+class Named(Protocol):
+    """What is chosen by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyCase = TypeVar("AnyCase", bound=Named)
+
+
+def named(cases: Sequence[AnyCase], names: Sequence[str]) -> list[AnyCase]:
+    """The cases with these names, all if none are given.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    known = {case.name: case for case in cases}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown cases {unknown}; choose from {list(known)}")
+    return [known[name] for name in names] if names else list(cases)
 
 
 def save(doc: Mapping[str, Any], path: Path | None) -> Path:

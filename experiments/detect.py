@@ -21,6 +21,7 @@ import tyro
 import fmjax
 from fmjax.data.augment import flip_objects
 from fmjax.data.batches import batches
+from fmjax.data.image_processor import ImageProcessor, Size
 from fmjax.data.scenes import Scenes, SceneSettings, load_scenes
 from fmjax.metrics import detection_metrics
 from fmjax.models import detr, resnet
@@ -151,7 +152,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 task.Detections(boxes, np.ones(len(labels)), labels)
                 for boxes, labels in truths(test)
             ],
-            [above(one, settings.threshold) for one in found(state, "test")[: len(test)]],
+            [task.above(one, settings.threshold) for one in found(state, "test")[: len(test)]],
             strict=True,
         )
     ]
@@ -179,17 +180,15 @@ def truths(scenes: Scenes) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
-def above(found: task.Detections, threshold: float) -> task.Detections:
-    """Detections of at least a score."""
-    return task.Detections(*(values[found.scores >= threshold] for values in found))
-
-
-def image_processor(settings: Settings, mean: list[float], std: list[float]) -> Any:
-    """Hugging Face's processor of such scenes, for the folder that a run leaves."""
-    from transformers import DetrImageProcessorPil
-
-    size = {"height": settings.size, "width": settings.size}
-    return DetrImageProcessorPil(size=size, image_mean=mean, image_std=std)
+def image_processor(settings: Settings, mean: list[float], std: list[float]) -> ImageProcessor:
+    """The processor of such scenes, for the folder that a run leaves."""
+    return ImageProcessor(
+        "DetrImageProcessor",
+        size=Size(settings.size, settings.size),
+        image_mean=tuple(mean),
+        image_std=tuple(std),
+        do_pad=True,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from fmjax.config import config_to_json, default_labels, parse_config, read_config, write_json
 from fmjax.generation_config import GenerationConfig
-from fmjax.models import families, family_of
+from fmjax.models import families, family_for, family_of
 from fmjax.tree import flatten, layer_paths, stacked_place, unflatten, unstack_layers
 from fmjax.types import PyTree, Variables
 from fmjax.weights import (
@@ -140,12 +140,7 @@ def _abstract_scanned(model: Any) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...
 
 def _initial(model: Any, rng: Array) -> dict[str, Array]:
     """What a model's ``init`` gives, by path."""
-    return flatten(model.init(rng, **family_module(model).inputs(model.config, model.head)))
-
-
-def family_module(model: Any) -> ModuleType:
-    """The family a model belongs to."""
-    return family_of(type(model).__module__.rsplit(".", 1)[-1])
+    return flatten(model.init(rng, **family_for(model).inputs(model.config, model.head)))
 
 
 def load(
@@ -490,7 +485,7 @@ def save(
         ValueError: variables that are not this model's.
     """
     folder = Path(path).expanduser()
-    family = family_module(model)
+    family = family_for(model)
     leaves = flatten(unstack_layers(variables) if model.scan else variables)
     expected = flatten(abstract_variables(model.clone(scan=False)))
     wrong = [

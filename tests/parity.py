@@ -261,6 +261,7 @@ def check_training(
     tolerance: float = 1e-5,
     gradient_tolerance: float = 2e-5,
     prepare: Callable[[Any], None] = lambda twin: None,
+    earlier: Collection[str] = (),
 ) -> None:
     """The batch's own statistics, what they do to gradients, and the running ones they leave.
 
@@ -268,29 +269,35 @@ def check_training(
         family, config, head, tmp_path, tolerance, gradient_tolerance, prepare: see `check_head`;
             nothing is dropped.
         inputs: with "pixel_values".
+        earlier: PyTorch's modules whose outputs are our ``auxiliary_logits``.
     """
     twin = torch_twin(family, config, head)
     prepare(twin)
     twin.save_pretrained(tmp_path / "before")
     model, variables = fmjax.load(tmp_path / "before")
     twin = twin.double().train()
-    reference = channels_last(
-        twin(torch.tensor(inputs["pixel_values"]).double().movedim(-1, 1)).logits
-    )
-    weights = np.random.default_rng(1).normal(size=tuple(reference.shape))
-    (reference * torch.tensor(weights)).sum().backward()
+    seen = []
+    for name in earlier:
+        twin.get_submodule(name).register_forward_hook(lambda module, given, out: seen.append(out))
+    logits = twin(torch.tensor(inputs["pixel_values"]).double().movedim(-1, 1)).logits
+    references = [channels_last(x) for x in (logits, *seen)]
+    rng = np.random.default_rng(1)
+    weights = [rng.normal(size=tuple(x.shape)) for x in references]
+    sum((x * torch.tensor(w)).sum() for x, w in zip(references, weights, strict=True)).backward()
     apply = apply_fn(model)
 
     @jax.jit
     def run(variables):
         def total(params):
             out, updates = apply(variables | {"params": params}, inputs, None, train=True)
-            return jnp.vdot(out.logits, weights), (out.logits, updates)
+            ours = (out.logits, *(out.auxiliary_logits or ()))
+            return sum(map(jnp.vdot, ours, weights)), (ours, updates)
 
         return jax.value_and_grad(total, has_aux=True)(variables["params"])
 
     (_, (ours, updates)), grads = run(variables)
-    assert_near(ours, reference.detach(), "logits", tolerance)
+    for name, mine, other in zip(("logits", *earlier), ours, references, strict=True):
+        assert_near(mine, other.detach(), name, tolerance)
     twin.save_pretrained(tmp_path / "after")
     _, after = fmjax.load(tmp_path / "after")
     moved = flatten(updates)

@@ -5,13 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import torch
-from parity import assert_near
+from parity import assert_near, exported
 from torch import nn
 
 import fmjax
 from fmjax.tasks.apply import apply_fn
 from fmjax.tree import count_parameters, flatten
-from fmjax.weights import export_params
 
 LABELS = ("a", "b", "c")
 HEAD = "image_classification"
@@ -55,7 +54,7 @@ def check_twin(family, config, twin, pixels, tmp_path, *, gradient_tolerance=2e-
     model, variables = fmjax.load_weights(
         tmp_path / "twin.pth", family.MODEL_TYPE, config, head=HEAD
     )
-    named = by_torch_name(family, model, variables)
+    named = exported(family, model, variables)
     assert named.keys() == twin.state_dict().keys()
     for name, tensor in twin.state_dict().items():
         np.testing.assert_array_equal(named[name], tensor, err_msg=name)
@@ -66,12 +65,6 @@ def check_twin(family, config, twin, pixels, tmp_path, *, gradient_tolerance=2e-
     assert again == model
     for path, leaf in flatten(read).items():
         np.testing.assert_array_equal(leaf, flatten(variables)[path], err_msg=path)
-
-
-def by_torch_name(family, model, variables):
-    """A tree shaped as the variables, by PyTorch's names."""
-    table = family.rules(model.config, model.head)
-    return {tensor.name: tensor.read() for tensor in export_params(table, flatten(variables))}
 
 
 def check_logits(model, variables, twin, pixels):
@@ -106,13 +99,13 @@ def check_training(family, model, variables, twin, pixels, tolerance, floor):
     pairs = zip((logits, *earlier), weights, strict=True)
     sum((some * torch.tensor(weight)).sum() for some, weight in pairs).backward()
     statistics = variables.get("batch_stats", {})
-    ours = by_torch_name(family, model, {"batch_stats": statistics, "params": grads})
+    ours = exported(family, model, {"batch_stats": statistics, "params": grads})
     largest = max(float(parameter.grad.abs().max()) for parameter in twin.parameters())
     for name, parameter in twin.named_parameters():
         scale = max(float(parameter.grad.abs().max()), floor * largest)
         error = np.abs(ours[name] - parameter.grad.numpy()).max() / scale
         assert error < tolerance, f"gradient of {name}: {error}"
-    moved = by_torch_name(family, model, {"params": variables["params"], **updates})
+    moved = exported(family, model, {"params": variables["params"], **updates})
     for name, buffer in twin.named_buffers():
         assert_near(moved[name], buffer, name, 2e-5)
 

@@ -11,6 +11,7 @@ import numpy as np
 from fmjax.data.columns import Columns
 from fmjax.data.decoding import BROKEN, FILES, FORMATS, Picture, check_pixels, decode
 from fmjax.data.files import raise_problems
+from fmjax.data.images import class_files
 
 ANIMATED = (".gif", ".webp", ".png", ".apng")
 """Endings of files with several pictures."""
@@ -71,36 +72,23 @@ def read_clips(
     if frames < 1:
         raise ValueError(f"frames is {frames}; it must be positive")
     root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}")
-    found = sorted(path.name for path in root.iterdir() if path.is_dir())
-    names = tuple(found if label_names is None else label_names)
-    problems = [
-        f"the folder {name} is none of the classes {names}" for name in found if name not in names
-    ]
+    files, names, problems = class_files(
+        root, label_names, endings=ANIMATED, what="videos", folders=True
+    )
     pictures: list[np.ndarray] = []
-    labels = []
-    for name in found:
-        for path in sorted((root / name).iterdir()):
-            if not path.is_dir() and path.suffix.lower() not in ANIMATED:
-                continue
-            try:
-                pictures += _frames_of(path, frames, read)
-                labels.append(names.index(name) if name in names else -1)
-            except BROKEN as error:
-                problems.append(f"{path.relative_to(root)}: {error}")
-    if not labels and not problems:
-        problems.append(
-            f"there are no videos; they must be {root}/CLASS/*{{{','.join(ANIMATED)}}}, or folders "
-            "of pictures in their place"
-        )
+    for path, _ in files:
+        try:
+            pictures += _frames_of(path, frames, read)
+        except BROKEN as error:
+            problems.append(f"{path.relative_to(root)}: {error}")
     if len(sizes := {picture.shape for picture in pictures}) > 1:
         problems.append(
             f"the frames have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}; resize them"
         )
     raise_problems(str(root), problems)
-    clips = np.stack(pictures).reshape(len(labels), frames, *pictures[0].shape)
-    return ClipExamples(clips, np.array(labels, np.int32), names)
+    clips = np.stack(pictures).reshape(len(files), frames, *pictures[0].shape)
+    labels = np.array([names.index(name) for _, name in files], np.int32)
+    return ClipExamples(clips, labels, names)
 
 
 def _frames_of(path: Path, frames: int, read: Callable[[Picture], np.ndarray]) -> list[np.ndarray]:

@@ -115,9 +115,21 @@ def read_images(
 
 
 def class_files(
-    root: Path, label_names: Sequence[str] | None
+    root: Path,
+    label_names: Sequence[str] | None,
+    *,
+    endings: Sequence[str] = FILES,
+    what: str = "pictures",
+    folders: bool = False,
 ) -> tuple[list[tuple[Path, str]], tuple[str, ...], list[str]]:
     """The files of ``ROOT/CLASS/*`` with their classes, all classes, and what is wrong with them.
+
+    Args:
+      root: holds a folder for each class.
+      label_names: the classes; None for the folders'.
+      endings: of the files that are wanted.
+      what: they are, for errors.
+      folders: whether a folder may be in a file's place.
 
     Raises:
       OSError: there is no such folder.
@@ -130,13 +142,16 @@ def class_files(
         (path, name)
         for name in found
         for path in sorted((root / name).iterdir())
-        if path.suffix.lower() in FILES
+        if path.suffix.lower() in endings or (folders and path.is_dir())
     ]
     problems = [
-        f"the folder {name} is none of the classes {names}" for name in set(found) - {*names}
+        f"the folder {name} is none of the classes {names}" for name in found if name not in names
     ]
     if not files:
-        problems.append(f"there are no pictures; they must be {root}/CLASS/*{{{','.join(FILES)}}}")
+        also = ", or folders of pictures in their place" if folders else ""
+        problems.append(
+            f"there are no {what}; they must be {root}/CLASS/*{{{','.join(endings)}}}{also}"
+        )
     return files, names, problems
 
 

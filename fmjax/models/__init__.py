@@ -48,9 +48,9 @@ def config_alone(config: Config, head: str, names: Collection[str]) -> Config:
     return config
 
 
-def family_for(config: Any) -> ModuleType:
-    """The family that a config is of."""
-    return family_of(type(config).__module__.rpartition(".")[2])
+def family_for(thing: Any) -> ModuleType:
+    """The family that a config or a model is of."""
+    return family_of(type(thing).__module__.rpartition(".")[2])
 
 
 def fields_of(config: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from jax import Array
 from fmjax.models import config_alone
 from fmjax.nn.attention import Attention
 from fmjax.nn.checks import check_head, refuse
-from fmjax.nn.conv import Conv
+from fmjax.nn.conv import Conv, average
 from fmjax.nn.dropout import Dropout, DropPath
 from fmjax.nn.linear import Dense, matmul
 from fmjax.nn.mlp import activation
@@ -377,7 +377,7 @@ class Model(nn.Module):
         if self.head == "semantic_segmentation":
             logits = DecodeHead(config, train, name="head")(maps)
         else:
-            pooled = jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(x.dtype)  # [B, D]
+            pooled = average(x)  # [B, D]
             dense = Dense(len(config.id2label), kernel_init=kernel_init(config), name="head")
             logits = dense(pooled)
         return dataclasses.replace(out, logits=logits.astype(jnp.float32))

@@ -12,10 +12,9 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
-from fmjax.models.vit import inputs, layer_rules
+from fmjax.models.vit import draw_pixels, inputs, layer_rules
 from fmjax.nn.attention import Attention
 from fmjax.nn.checks import check_head, refuse
-from fmjax.nn.conv import Conv
 from fmjax.nn.dropout import Dropout, DropPath, layer_rate
 from fmjax.nn.embed import Embed
 from fmjax.nn.linear import Dense
@@ -34,7 +33,6 @@ from fmjax.nn.vision import (
     pair,
     patchify,
     resize_grid,
-    shuffle_pixels,
     unpatchify,
 )
 from fmjax.types import Output
@@ -394,10 +392,7 @@ class Model(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
         if self.head == "masked_image_modeling":
-            features = config.encoder_stride**2 * config.num_channels
-            x = hidden.reshape(hidden.shape[0], *grid, -1)
-            x = Conv(features, 1, kernel_init=init, use_bias=True, name="head")(x)
-            return Output(reconstruction=shuffle_pixels(x, config.encoder_stride))
+            return Output(reconstruction=draw_pixels(config, hidden, grid))
         pooled = jnp.mean(hidden.astype(jnp.float32), axis=1).astype(hidden.dtype)
         if self.head == "model":
             return Output(last_hidden_state=hidden, pooler_output=pooled)

@@ -203,11 +203,24 @@ class Model(VisionEncoder):
 
         [B, T, D] -> [B, X, Y, C].
         """
-        config, side = self.config, self.config.encoder_stride
-        features = side**2 * config.num_channels
-        x = hidden[:, self.tokens :].reshape(-1, *grid, hidden.shape[-1])
-        x = Conv(features, 1, kernel_init=self.kernel_init, use_bias=True, name="head")(x)
-        return shuffle_pixels(x, side)
+        return draw_pixels(self.config, hidden[:, self.tokens :], grid)
+
+
+def draw_pixels(config: Any, patches: Array, grid: tuple[int, int]) -> Array:
+    """Each patch's pixels, of its hidden state: [B, N, D] -> [B, X, Y, C].
+
+    Called in a compact method; the convolution is the module "head" there.
+
+    Args:
+        config: with ViT's names.
+        patches: [B, N, D].
+        grid: rows and columns of the patches.
+    """
+    init = nn.initializers.normal(config.initializer_range)
+    features = config.encoder_stride**2 * config.num_channels
+    x = patches.reshape(-1, *grid, patches.shape[-1])
+    x = Conv(features, 1, kernel_init=init, use_bias=True, name="head")(x)
+    return shuffle_pixels(x, config.encoder_stride)
 
 
 def inputs(config: Any, head: str) -> dict[str, Array]:

@@ -96,7 +96,7 @@ def _converted(
     """What was done, a line each."""
     return [
         f"read {source}: {kind}",
-        f"{hub.family_module(model).MODEL_TYPE} with head {model.head}: "
+        f"{hub.family_for(model).MODEL_TYPE} with head {model.head}: "
         f"{count_parameters(variables):,} parameters",
         f"wrote {target}: {', '.join(sorted(path.name for path in target.iterdir()))}",
     ]

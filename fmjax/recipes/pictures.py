@@ -100,19 +100,19 @@ def detect_images(
     module, variables, processor, batch = open_pictures(model, images, DETECTORS)
     predict = jax.jit(normalised(object_detection.predict(module), *processor.normalisation))
 
-    def of_batch(variables: Variables, batch: Batch) -> Iterable[Detections]:
-        found = {name: np.asarray(value) for name, value in predict(variables, batch).items()}
-        return map(Detections, found["boxes"], found["scores"], found["labels"])
+    def of_batch(variables: Variables, batch: Batch) -> Iterable[tuple[np.ndarray, ...]]:
+        found = predict(variables, batch)
+        return zip(
+            *(np.asarray(found[name]) for name in ("scores", "labels", "boxes")), strict=True
+        )
 
     stream = evaluation_batches(Columns((), batch), batch_size=min(batch_size, len(images)))
     shares = collect_ragged(of_batch, variables, stream, size=len(images))
     results = []
-    for path, (boxes, scores, labels) in zip(images, shares, strict=True):
+    for path, (scores, labels, boxes) in zip(images, shares, strict=True):
         rows, columns = decode(path).shape[:2]
-        order = np.argsort(-scores, kind="stable")
-        order = order[scores[order] >= threshold]
-        pixels = boxes[order] * np.array([columns, rows, columns, rows], np.float32)
-        results.append(Detections(pixels, scores[order], labels[order]))
+        found = object_detection.in_pixels(scores, labels, boxes, (rows, columns))
+        results.append(object_detection.above(found, threshold))
     return module.config.id2label, results
 
 

@@ -103,7 +103,7 @@ def describe_run(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": {
             "source": about["source"],
-            "model_type": hub.family_module(model).MODEL_TYPE,
+            "model_type": hub.family_for(model).MODEL_TYPE,
             "head": model.head,
             "num_params": count_parameters(weights_of(state)),
             "num_trainable": count(state.trainable),

@@ -206,12 +206,32 @@ def detect(
         for scores, labels, boxes in zip(
             found["scores"], found["labels"], found["boxes"], strict=True
         ):
-            order = np.argsort(-scores, kind="stable")
-            order = order[scores[order] > threshold]
-            pixels = boxes[order] * np.array([columns, rows, columns, rows], np.float32)
-            yield Detections(pixels, scores[order], labels[order])
+            some = scores > threshold
+            yield in_pixels(scores[some], labels[some], boxes[some], (rows, columns))
 
     return collect_ragged(of_batch, variables, batches, size=size)
+
+
+def in_pixels(
+    scores: np.ndarray, labels: np.ndarray, boxes: np.ndarray, size: tuple[int, int]
+) -> Detections:
+    """One image's row of `predict`, the likeliest first.
+
+    Args:
+        scores: [N].
+        labels: int [N].
+        boxes: [N, 4], corners as shares of the image.
+        size: its rows and columns.
+    """
+    rows, columns = size
+    order = np.argsort(-scores, kind="stable")
+    pixels = boxes[order] * np.array([columns, rows, columns, rows], np.float32)
+    return Detections(pixels, scores[order], labels[order])
+
+
+def above(found: Detections, threshold: float) -> Detections:
+    """Detections of at least a score."""
+    return Detections(*(values[found.scores >= threshold] for values in found))
 
 
 def _jitted_predict(model: Any) -> Callable[[Variables, Batch], dict[str, Array]]:

@@ -4,25 +4,20 @@ import dataclasses
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from parity import (
-    assert_near,
-    channels_last,
     check_defaults,
     check_head,
     check_old_file,
     check_sizes,
-    torch_twin,
+    check_training,
 )
 from pictures import images, without_labels
 
 import fmjax
 from fmjax.models import beit
-from fmjax.tasks.apply import apply_fn
-from fmjax.tree import count_parameters, flatten, stack_layers
+from fmjax.tree import count_parameters, stack_layers
 
 OWN = beit.Config(
     vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
@@ -74,51 +69,11 @@ def test_without_pooler_equals_pytorch(tmp_path):
 def test_segmentation_equals_pytorch(train, tmp_path):
     """Both heads, their gradients, and the running statistics they leave."""
     config = dataclasses.replace(SEGMENTS, drop_path_rate=0.0)
-    inputs = images(config, rows=20, columns=25)
-    if not train:
-        check_head(beit, config, "semantic_segmentation", tmp_path, inputs)
-        return
-    twin = torch_twin(beit, config, "semantic_segmentation")
-    twin.save_pretrained(tmp_path / "before")
-    model, variables = fmjax.load(tmp_path / "before")
-    twin = twin.double().train()
-    seen = []
-    twin.auxiliary_head.register_forward_hook(lambda module, given, out: seen.append(out))
-    logits = twin(torch.tensor(inputs["pixel_values"]).double().movedim(-1, 1)).logits
-    theirs = [channels_last(x) for x in (logits, seen[0])]
-    rng = np.random.default_rng(1)
-    weights = [rng.normal(size=tuple(x.shape)) for x in theirs]
-    sum((x * torch.tensor(w)).sum() for x, w in zip(theirs, weights, strict=True)).backward()
-    apply = apply_fn(model)
-
-    @jax.jit
-    def run(variables):
-        def total(params):
-            out, updates = apply(variables | {"params": params}, inputs, None, train=True)
-            ours = (out.logits, *out.auxiliary_logits)
-            return sum(map(jnp.vdot, ours, weights)), (ours, updates)
-
-        return jax.value_and_grad(total, has_aux=True)(variables["params"])
-
-    (_, (ours, updates)), grads = run(variables)
-    for name, mine, other in zip(("logits", "auxiliary"), ours, theirs, strict=True):
-        assert_near(mine, other.detach(), name)
-    twin.save_pretrained(tmp_path / "after")
-    after = flatten(fmjax.load(tmp_path / "after")[1])
-    moved = flatten(updates)
-    assert moved.keys() == {key for key in after if key.startswith("batch_stats/")}
-    for path, value in moved.items():
-        assert_near(value, after[path], path)
-    for parameter in twin.parameters():
-        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    twin.save_pretrained(tmp_path / "gradients")
-    read = flatten(fmjax.load(tmp_path / "gradients")[1]["params"])
-    largest = max(float(jnp.abs(leaf).max()) for leaf in read.values())
-    for path, leaf in read.items():
-        # Kernels before a norm over few pixels have gradients that nearly cancel.
-        scale = max(float(jnp.abs(leaf).max()), 1e-2 * largest)
-        error = float(jnp.abs(flatten(grads)[path] - leaf).max()) / scale
-        assert error < 2e-5, f"{path}: {error}"
+    inputs, head = images(config, rows=20, columns=25), "semantic_segmentation"
+    if train:
+        check_training(beit, config, head, tmp_path, inputs, earlier=("auxiliary_head",))
+    else:
+        check_head(beit, config, head, tmp_path, inputs)
 
 
 def test_files_of_version_4_load(tmp_path):

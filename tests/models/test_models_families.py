@@ -35,9 +35,10 @@ def less_to_see(name):
     return inherits(name) or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
 
 
-def slow_where(seen, names):
-    """The names, those of families with less to see left to `make test-all`."""
-    return [pytest.param(name, marks=pytest.mark.slow) if seen(name) else name for name in names]
+def slow_where(seen, cases):
+    """The cases, each begun by a family, those of families seen elsewhere for `make test-all`."""
+    parts = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.slow] * bool(seen(case[0]))) for case in parts]
 
 
 def small(family):
@@ -169,13 +170,7 @@ VOCABULARY = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "head"),
-    [
-        pytest.param(name, head, marks=pytest.mark.slow) if inherits(name) else (name, head)
-        for name, head in VOCABULARY
-    ],
-)
+@pytest.mark.parametrize(("name", "head"), slow_where(inherits, VOCABULARY))
 def test_logits_come_from_the_hidden_states(name, head):
     """output_logits=False and unembed give the logits: what chunked losses build on."""
     family = family_of(name)
