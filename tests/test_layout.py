@@ -1,6 +1,7 @@
 """The house: a file imports only from lower floors or its own folder, and stays readable."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,29 @@ def test_import_is_light():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_nothing_but_methods_knows_methods():
+    """No file outside methods/ imports a method or has something named as one."""
+    methods = {path.stem for path in FILES if place(path) == "methods"} - {"__init__"}
+    for path in FILES:
+        if place(path) in ("methods", "recipes", "cli"):
+            continue
+        assert not [name for name in imports(path) if name.startswith("fmjax.methods")], path
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {node.id for node in nodes if isinstance(node, ast.Name)}
+        names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        names |= {node.arg for node in nodes if isinstance(node, ast.arg | ast.keyword)}
+        names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert not names & methods, f"{path} names {names & methods}"
+
+
+def test_methods_say_where_they_attach():
+    for path in FILES:
+        if place(path) != "methods" or path.stem == "__init__":
+            continue
+        module = importlib.import_module(f"fmjax.methods.{path.stem}")
+        arrows = {"variables", "loss", "gradient", "update", "program"}
+        assert set(module.ATTACHES) <= arrows, path
+        assert module.ATTACHES, path
+        assert module.__doc__, path

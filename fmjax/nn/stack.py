@@ -69,7 +69,7 @@ def run_stack(
     if scan:
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "adapters": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=num_layers,

@@ -39,7 +39,7 @@ from fmjax.train.optim import ema_of, track_ema
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
-from fmjax.types import LossFn, TrainState, Variables
+from fmjax.types import GradFn, LossFn, TrainState, Variables
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 STOPPED = {"stopped": True}
@@ -126,6 +126,8 @@ def train(
     mode: Literal["min", "max"],
     about: Mapping[str, Any],
     is_trainable: Callable[[str], bool] = is_param,
+    differentiate: Callable[[LossFn], GradFn] | None = None,
+    through: Callable[[optax.GradientTransformation], optax.GradientTransformation] | None = None,
     elsewhere: tuple[str, ...] = (),
 ) -> TrainState | None:
     """Trains (or goes on training) and returns the state of the best evaluation.
@@ -144,6 +146,9 @@ def train(
             ``splits``; of a classifier also ``label_names`` and ``problem_type``), see
             `fmjax.report.run_folder`.
         is_trainable: by leaf path; see `init_state`.
+        differentiate: LossFn -> GradFn; None is `gradient`, accumulated over the settings'
+            microbatches.
+        through: what makes of the settings' optimizer another one; None leaves it.
         elsewhere: settings that a continued run may have otherwise, beside its folder.
 
     Returns:
@@ -162,11 +167,16 @@ def train(
         settings.learning_rate, steps=steps, warmup=int(settings.warmup * steps)
     )
     tx = OPTIMIZERS[settings.optimizer](schedule, weight_decay=settings.weight_decay)
+    if through is not None:
+        tx = through(tx)
     if settings.ema is not None:
         tx = optax.chain(tx, track_ema(settings.ema))
     if settings.precision == "bfloat16":
         loss = cast(loss, jnp.bfloat16)
-    grad_fn = accumulate(gradient(loss), settings.microbatches)
+    if differentiate is None:
+        grad_fn = accumulate(gradient(loss), settings.microbatches)
+    else:
+        grad_fn = differentiate(loss)
     mesh = make_mesh(data=jax.device_count()) if jax.device_count() > 1 else None
     step = jit_step(make_train_step(grad_fn, tx), mesh)
     state = init_state(variables, tx, jax.random.key(settings.seed), is_trainable)

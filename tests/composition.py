@@ -1,0 +1,64 @@
+"""What every composition of methods must do, whatever it is composed of."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax.train import gradient, init_state, is_param, jit_step, make_train_step
+from fmjax.train.checkpoint import Checkpoints
+from fmjax.train.loop import Memory
+from fmjax.tree import flatten
+
+
+def check_trains(
+    variables,
+    loss,
+    tx,
+    batch,
+    *,
+    is_trainable=is_param,
+    differentiate=gradient,
+    mesh=None,
+    steps=8,
+    falls_to=0.9,
+    folder=None,
+):
+    """Trains on one batch: compiled once, a lower loss, frozen leaves as they were.
+
+    Args:
+        falls_to: share of the first loss that the last one must be below.
+        folder: where given, the state is saved half way, restored, and must end bitwise the same.
+
+    Returns:
+        The last state and the losses.
+    """
+    # Compiled steps donate the state: the caller keeps its arrays.
+    variables = jax.tree.map(jnp.copy, variables)
+    state = init_state(variables, tx, jax.random.key(7), is_trainable)
+    frozen = {path: np.asarray(leaf) for path, leaf in flatten(state.non_trainable).items()}
+    step = jit_step(chex.assert_max_traces(make_train_step(differentiate(loss), tx), 1), mesh)
+    losses = []
+    half = None
+    for number in range(steps):
+        if number == steps // 2 and folder is not None:
+            with Checkpoints(folder, settings={}) as checkpoints:
+                checkpoints.save(state, {}, Memory())
+            half = jax.eval_shape(lambda state=state: state)
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"].value))
+    assert np.isfinite(losses).all(), losses
+    assert losses[-1] < falls_to * losses[0], losses
+    for path, leaf in flatten(state.non_trainable).items():
+        if not path.startswith("batch_stats/"):
+            np.testing.assert_array_equal(leaf, frozen[path], err_msg=path)
+    if half is not None:
+        with Checkpoints(folder, settings={}) as checkpoints:
+            restored = checkpoints.restore_last(half)
+        assert restored is not None
+        again = restored.state
+        for _ in range(steps - steps // 2):
+            again, _ = step(again, batch)
+        chex.assert_trees_all_equal(again.trainable, state.trainable)
+        chex.assert_trees_all_equal(again.opt_state, state.opt_state)
+    return state, losses
