@@ -66,7 +66,7 @@ class Settings(Training):
     batch_size: int = 16
     """Scenes a step, over all devices."""
     learning_rate: float = 1e-3
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     evaluations: int = 1
     """Evaluations an epoch; each may set the best checkpoint."""
 

@@ -45,7 +45,7 @@ class Settings(Base):
     epochs: float = 8.0
     """Passes over the training pictures."""
     learning_rate: float = 1e-3
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     shift: int = 8
     """Pixels that pictures are moved by at most, in each direction."""
     evaluations: int = 1

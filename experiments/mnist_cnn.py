@@ -30,7 +30,7 @@ class Settings(Base):
     batch_size: int = 128
     """Pictures a step, over all devices."""
     learning_rate: float = 2e-3
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     evaluations: int = 1
     """Evaluations an epoch; each may set the best checkpoint."""
 

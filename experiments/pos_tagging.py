@@ -58,7 +58,7 @@ class Settings(Training):
     epochs: float = 1.0
     """Passes over the training sentences."""
     learning_rate: float = 3e-4
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     evaluations: int = 1
     """Evaluations an epoch; each may set the best checkpoint."""
 

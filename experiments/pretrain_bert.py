@@ -58,7 +58,7 @@ class Settings(Corpus, Training):
     batch_size: int = 32
     """Pairs a step, over all devices."""
     learning_rate: float = 1e-3
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     evaluations: int = 2
     """Evaluations an epoch; each may set the best checkpoint."""
     tagged: str = "brown"

@@ -55,10 +55,10 @@ class Settings(Corpus, Training):
     """Passes over the training text."""
     batch_size: int = 8
     """Rows a step, over all devices."""
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: Literal["adamw", "muon", "lamb", "adafactor", "lion"] = "muon"
     """Muon learns from fewer tokens, at more computation a step."""
     learning_rate: float = 2e-3
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     weight_decay: float = 0.1
     """Of kernels and embeddings."""
     warmup: float = 0.05

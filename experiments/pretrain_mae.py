@@ -55,7 +55,7 @@ class Settings(Base):
     batch_size: int = 128
     """Pictures a step, over all devices."""
     learning_rate: float = 1.5e-3
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     weight_decay: float = 0.05
     """Of kernels."""
     evaluations: int = 1

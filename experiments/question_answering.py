@@ -65,7 +65,7 @@ class Settings(Training):
     batch_size: int = 16
     """Windows a step, over all devices."""
     learning_rate: float = 2e-4
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
 
 
 def make_questions(glosses: TextPairs, count: int, entries: int, seed: int) -> Questions:

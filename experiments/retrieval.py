@@ -60,7 +60,7 @@ class Settings(Files, Training):
     batch_size: int = 128
     """Pairs a step, over all devices; each one's negatives are the others."""
     learning_rate: float = 1e-4
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     evaluations: int = 1
     """Evaluations an epoch; each may set the best checkpoint."""
 

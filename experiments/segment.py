@@ -70,7 +70,7 @@ class Settings(Training):
     epochs: float = 8.0
     """Passes over the training scenes."""
     learning_rate: float = 2e-3
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     weight_decay: float = 0.05
     """Of kernels."""
     evaluations: int = 1

@@ -50,7 +50,7 @@ class Settings(Files, PairTraining):
     batch_size: int = 32
     """Pairs a step, over all devices."""
     learning_rate: float = 1e-3
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     max_target_length: int = 24
     """Tokens a summary is cut to, and that are written."""
     first_words: int = 8

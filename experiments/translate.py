@@ -52,7 +52,7 @@ class Settings(Files, PairTraining):
     batch_size: int = 64
     """Pairs a step, over all devices."""
     learning_rate: float = 2e-3
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
     max_length: int = 64
     """Tokens a source is cut to."""
 

@@ -18,6 +18,7 @@ import optax
 import fmjax.hub as hub
 from fmjax.config import write_json
 from fmjax.data import BatchStream
+from fmjax.methods.optimizers import adafactor, lamb, lion, muon
 from fmjax.perf.device import describe_machine
 from fmjax.report import write_report
 from fmjax.train import (
@@ -26,12 +27,14 @@ from fmjax.train import (
     cast,
     gradient,
     init_state,
+    inverse_sqrt,
     is_param,
     jit_step,
     make_mesh,
     make_train_step,
-    muon,
+    warmup_cosine,
     warmup_linear,
+    warmup_stable_decay,
 )
 from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.loop import Memory, evaluation, fit
@@ -41,7 +44,13 @@ from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
 from fmjax.types import GradFn, LossFn, TrainState, Variables
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+OPTIMIZERS = {"adamw": adamw, "muon": muon, "lamb": lamb, "adafactor": adafactor, "lion": lion}
+SCHEDULES = {
+    "linear": warmup_linear,
+    "cosine": warmup_cosine,
+    "inverse_sqrt": inverse_sqrt,
+    "stable": warmup_stable_decay,
+}
 STOPPED = {"stopped": True}
 """The results of a run that a signal ended early; running again continues it."""
 
@@ -61,11 +70,14 @@ class Training:
     microbatches: int = 1
     """Pieces a batch is computed in, to save memory."""
     learning_rate: float = 5e-5
-    """Peak of a schedule that warms up and then falls linearly to 0."""
+    """Peak of the schedule."""
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "stable"] = "linear"
+    """After the warm-up: to 0 on a line or a cosine, with the square root of the step, or only in
+    the last fifth of the run."""
     warmup: float = 0.1
     """Share of the steps that warm up."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Muon learns from fewer tokens, at more computation a step."""
+    optimizer: Literal["adamw", "muon", "lamb", "adafactor", "lion"] = "adamw"
+    """Muon learns from fewer tokens, at more computation a step; Adafactor and Lion keep less."""
     weight_decay: float = 0.01
     """Of kernels and embeddings."""
     ema: float | None = None
@@ -163,7 +175,7 @@ def train(
     steps = max(1, math.ceil(settings.epochs * stream.batches_per_epoch))
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
-    schedule = warmup_linear(
+    schedule = SCHEDULES[settings.schedule](
         settings.learning_rate, steps=steps, warmup=int(settings.warmup * steps)
     )
     tx = OPTIMIZERS[settings.optimizer](schedule, weight_decay=settings.weight_decay)

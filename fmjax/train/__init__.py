@@ -3,8 +3,14 @@
 from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.compile import jit_step, pmap_step
 from fmjax.train.loop import Event, Memory, evaluation, fit
-from fmjax.train.optim import adamw, decays, ema_of, muon, track_ema, warmup_linear
+from fmjax.train.optim import adamw, decays, ema_of, track_ema
 from fmjax.train.recording import Recorder, progress, recording
+from fmjax.train.schedules import (
+    inverse_sqrt,
+    warmup_cosine,
+    warmup_linear,
+    warmup_stable_decay,
+)
 from fmjax.train.sharding import make_mesh, shardings
 from fmjax.train.signals import stop_signals
 from fmjax.train.step import (
@@ -35,12 +41,12 @@ __all__ = [
     "fit",
     "gradient",
     "init_state",
+    "inverse_sqrt",
     "is_param",
     "jit_step",
     "make_eval_step",
     "make_mesh",
     "make_train_step",
-    "muon",
     "pmap_step",
     "progress",
     "recording",
@@ -48,5 +54,7 @@ __all__ = [
     "shardings",
     "stop_signals",
     "track_ema",
+    "warmup_cosine",
     "warmup_linear",
+    "warmup_stable_decay",
 ]

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
-from optax.contrib import MuonDimensionNumbers
 
 from fmjax.tree import map_with_path
 from fmjax.types import PyTree, Variables
@@ -98,73 +96,4 @@ def adamw(
             weight_decay=weight_decay,
             mask=lambda params: map_with_path(lambda path, _: decay(path), params),
         ),
-    )
-
-
-def hidden_matrix(path: str) -> bool:
-    """Whether Muon updates a leaf: the kernels inside blocks, not embeddings, heads or biases."""
-    *place, name = path.split("/")
-    return name == "kernel" and any(part.startswith("layers") for part in place)
-
-
-def muon(
-    learning_rate: float | Callable,
-    *,
-    beta: float = 0.95,
-    weight_decay: float = 0.1,
-    max_grad_norm: float = 1.0,
-    matrix: Callable[[str], bool] = hidden_matrix,
-) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for the matrices of blocks, and `adamw` for all else.
-
-    The momentum of each matrix is orthogonalised. Updates are scaled to the size of AdamW's (Liu et
-    al. 2025, arXiv:2502.16982, section 2.2), so that one learning rate serves both.
-
-    Args:
-        learning_rate: a number or an Optax schedule of the step.
-        beta: of the momentum.
-        weight_decay: of the matrices, and of what else decays.
-        max_grad_norm: global norm the gradient is clipped to.
-        matrix: says by leaf path what Muon updates; of a leaf with more than two axes each matrix
-            of the last two, as of scanned layers, by itself.
-    """
-
-    def labels(params: PyTree) -> PyTree:
-        return map_with_path(lambda path, _: "muon" if matrix(path) else "adamw", params)
-
-    def axes(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), params)
-
-    rest = optax.adamw(
-        learning_rate,
-        weight_decay=weight_decay,
-        mask=lambda params: map_with_path(lambda path, _: decays(path), params),
-    )
-    matrices = optax.contrib.muon(
-        learning_rate,
-        beta=beta,
-        weight_decay=weight_decay,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=axes,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.partition({"muon": matrices, "adamw": rest}, labels),
-    )
-
-
-def warmup_linear(peak: float, *, steps: int, warmup: int) -> optax.Schedule:
-    """0 -> `peak` over `warmup` steps, then linearly to 0 at `steps` (Devlin et al. 2019, A.2).
-
-    Raises:
-        ValueError: `warmup` is not below `steps`.
-    """
-    if not 0 <= warmup < steps:
-        raise ValueError(f"warmup={warmup} must be at least 0 and below steps={steps}")
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup),
-            optax.linear_schedule(peak, 0.0, steps - warmup),
-        ],
-        [warmup],
     )
