@@ -109,3 +109,21 @@ def tiny_bert(tmp_path_factory):
     )
     model, variables = fmjax.create("bert", config, head="model", rng=jax.random.key(0))
     return fmjax.save(folder, model, variables, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory):
+    """A folder of gray pictures of two kinds of stripes."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("stripes")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 48), ("val", 8), ("test", 9)):
+        for kind in ("columns", "rows"):
+            folder = root / split / kind
+            folder.mkdir(parents=True)
+            for number in range(count):
+                stripes = np.tile(rng.permutation([0, 0, 0, 255, 255, 255, 60, 190]), (8, 1))
+                picture = (stripes if kind == "columns" else stripes.T).astype(np.uint8)
+                Image.fromarray(picture).save(folder / f"{number}.png")
+    return root

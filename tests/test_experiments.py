@@ -1,28 +1,12 @@
 """Every experiment, run on a few lines of data and a tiny model by its ordinary arguments."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import experiment
 
 import fmjax
-
-FOLDER = Path(__file__).resolve().parent.parent / "experiments"
-sys.path.append(str(FOLDER))  # as when a script is run
-
-
-def experiment(name):
-    """A script of experiments/ as a module."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_text_classification(tiny_bert, sentence_files, tmp_path, capsys):
@@ -244,24 +228,6 @@ def test_sequence_to_sequence(name, score, tmp_path, capsys):
     assert results["test"]["nll"] < 4  # about log(60) before training
     assert "test" in capsys.readouterr().out
     assert (run / "export" / "generation_config.json").exists()
-
-
-@pytest.fixture(scope="module")
-def stripes(tmp_path_factory):
-    """A folder of gray pictures of two kinds of stripes."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("stripes")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 48), ("val", 8), ("test", 9)):
-        for kind in ("columns", "rows"):
-            folder = root / split / kind
-            folder.mkdir(parents=True)
-            for number in range(count):
-                stripes = np.tile(rng.permutation([0, 0, 0, 255, 255, 255, 60, 190]), (8, 1))
-                picture = (stripes if kind == "columns" else stripes.T).astype(np.uint8)
-                Image.fromarray(picture).save(folder / f"{number}.png")
-    return root
 
 
 def test_mnist_cnn(stripes, tmp_path, capsys):
