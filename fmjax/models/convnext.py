@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -259,3 +260,90 @@ def body_rules(config: Any, head: str, prefix: str) -> list[Rule]:
     if head == "image_classification":
         modules.append((dense_rules("head", "classifier"), "head", "head.fc"))
     return [rule for module, *names in modules for rule in also_named(module, *names)]
+
+
+# What keras.applications calls its models, and with it their layers.
+KERAS_NAMES = (
+    "convnext",
+    *(f"convnext_{size}" for size in ("tiny", "small", "base", "large", "xlarge")),
+)
+
+
+def keras_config(config: Config) -> Config:
+    """The config of Keras' ConvNeXt: every norm has one epsilon.
+
+    Raises:
+        ValueError: Keras has no such model.
+    """
+    if config.num_stages != 4 or pair(config.patch_size) != (4, 4) or config.hidden_act != "gelu":
+        raise ValueError(
+            f"num_stages={config.num_stages}, patch_size={config.patch_size}, hidden_act="
+            f"{config.hidden_act!r}, but keras.applications' ConvNeXt has 4 stages, patches of 4 "
+            "and gelu"
+        )
+    return replace(config, layer_norm_eps=EPSILON)
+
+
+def keras_rules(config: Config, head: str) -> list[Rule]:
+    """Parameters and the tensors they are in Keras' files."""
+
+    def layer(param: str, name: str, weights: dict[str, str]) -> list[Rule]:
+        """Rules of a layer, whose weights are by the parameters' names."""
+        return [
+            Rule(
+                f"params/{param}/{ours}",
+                f"{KERAS_NAMES[0]}_{name}/{theirs}",
+                aliases=tuple(f"{model}_{name}/{theirs}" for model in KERAS_NAMES[1:]),
+            )
+            for ours, theirs in weights.items()
+        ]
+
+    def part(param: str, name: str, inner: str, kind: str, weights: dict[str, str]) -> list[Rule]:
+        """Rules of a layer inside a Sequential, for which each version of Keras has other names."""
+        return [
+            Rule(
+                f"params/{param}/{ours}",
+                f"{KERAS_NAMES[0]}_{name}/{KERAS_NAMES[0]}_{name}/{KERAS_NAMES[0]}_{inner}/{theirs}",
+                aliases=tuple(
+                    alias
+                    for model in KERAS_NAMES
+                    for alias in (
+                        f"{model}_{name}/{model}_{name}/{model}_{inner}/{theirs}",
+                        f"{model}_{name}/{model}_{inner}/{theirs}",
+                        f"{model}_{name}/layers/{kind}/vars/{number}",
+                    )
+                ),
+            )
+            for number, (ours, theirs) in enumerate(weights.items())
+        ]
+
+    dense = {"kernel": "kernel", "bias": "bias"}
+    norm = {"scale": "gamma", "bias": "beta"}
+    table = part("embed", "stem", "stem_conv", "conv2d", dense)
+    table += part("embed_norm", "stem", "stem_layernorm", "layer_normalization", norm)
+    for stage, depth in enumerate(config.depths):
+        here = f"stages_{stage}"
+        if stage:
+            outer, number = f"downsampling_block_{stage - 1}", stage - 1
+            inner = f"downsampling_layernorm_{number}"
+            table += part(f"{here}/norm", outer, inner, "layer_normalization", norm)
+            inner = f"downsampling_conv_{number}"
+            table += part(f"{here}/merge", outer, inner, "conv2d", dense)
+        for i in range(depth):
+            param, block = f"{here}/blocks_{i}", f"stage_{stage}_block_{i}"
+            table += layer(f"{param}/conv", f"{block}_depthwise_conv", dense)
+            table += layer(f"{param}/norm", f"{block}_layernorm", norm)
+            table += layer(f"{param}/mlp/up", f"{block}_pointwise_conv_1", dense)
+            table += layer(f"{param}/mlp/down", f"{block}_pointwise_conv_2", dense)
+            if config.layer_scale_init_value > 0:
+                table += layer(param, f"{block}_layer_scale", {"scale": "vars/0"})
+    table += [
+        # Without a classifier this norm has no name.
+        replace(rule, aliases=(*rule.aliases, f"layer_normalization_0/{theirs}"))
+        for rule, theirs in zip(
+            layer("final_norm", "head_layernorm", norm), norm.values(), strict=True
+        )
+    ]
+    if head == "image_classification":
+        table += layer("head", "head_dense", dense)
+    return table

@@ -51,6 +51,8 @@ AUTOMATIC = re.compile(rf"({'|'.join(VARIABLES)})(?:_(\d{{1,9}}))?", re.ASCII)
 # "block1_conv1_W_1:0" in the oldest files is kernel.
 OLDEST = re.compile(r".*_(W|b)(_\d+)?", re.ASCII)
 OLDEST_NAMES = {"W": "kernel", "b": "bias"}
+# A weight without a name of its own, as the newer layout calls a layer's first.
+UNNAMED = re.compile(r"[Vv]ariable(_\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,8 @@ class _Reader:
                 parent, _, weight = path.removesuffix(":0").rpartition("/")
                 if match := OLDEST.fullmatch(weight):
                     weight = OLDEST_NAMES[match[1]]
+                elif UNNAMED.fullmatch(weight):
+                    weight = "vars/0"
                 name = f"{layer}/{parent}/{weight}" if several else f"{layer}/{weight}"
                 yield self.tensor(name, self.child(group, path))
 

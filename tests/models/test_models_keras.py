@@ -10,12 +10,21 @@ import jax
 import keras
 import numpy as np
 import pytest
-from keras.src.applications import densenet, efficientnet, inception_v3, mobilenet_v2, resnet, vgg16
+from keras.src.applications import (
+    convnext,
+    densenet,
+    efficientnet,
+    inception_v3,
+    mobilenet_v2,
+    resnet,
+    vgg16,
+)
 from keras.src.legacy.saving import legacy_h5_format
 from parity import assert_near
 
 import fmjax
 from fmjax.cli import main
+from fmjax.models import convnext as our_convnext
 from fmjax.models import densenet as our_densenet
 from fmjax.models import efficientnet as our_efficientnet
 from fmjax.models import inception_v3 as our_inception_v3
@@ -198,3 +207,27 @@ def test_inception_v3(narrow, tmp_path):
     model, _ = check(twin, "inception_v3", config, tmp_path, 75)
     assert not model.config.aux_logits
     assert not model.config.count_include_pad
+
+
+def test_convnext(tmp_path):
+    """Layers inside layers, and a scale without a name."""
+    twin = convnext.ConvNeXt(
+        (1, 1, 2, 1), (4, 6, 8, 10), include_preprocessing=False, name="convnext_small",
+        input_shape=(32, 32, 3), classes=3, classifier_activation=None, layer_scale_init_value=0.5,
+    )  # fmt: skip
+    config = our_convnext.Config(depths=(1, 1, 2, 1), hidden_sizes=(4, 6, 8, 10))
+    model, _ = check(twin, "convnext", config, tmp_path, 32)
+    assert model.config.layer_norm_eps == 1e-6
+    with pytest.raises(ValueError, match="has 4 stages"):
+        fmjax.load_weights(tmp_path / "old.h5", "convnext", "tiny")
+    sizes = {"name": "mine", "include_top": False, "pooling": "avg", "include_preprocessing": False}
+    bare = convnext.ConvNeXt((1, 1, 1, 1), (4, 4, 4, 4), input_shape=(32, 32, 3), **sizes)
+    legacy_file(bare, tmp_path / "bare.h5")
+    config = our_convnext.Config(depths=(1, 1, 1, 1), hidden_sizes=(4, 4, 4, 4))
+    with pytest.raises(ValueError, match="mine_stem"):
+        fmjax.load_weights(tmp_path / "bare.h5", "convnext", config)
+    sizes["name"] = "convnext_base"
+    bare = convnext.ConvNeXt((1, 1, 1, 1), (4, 4, 4, 4), input_shape=(32, 32, 3), **sizes)
+    legacy_file(bare, tmp_path / "bare.h5")
+    _, body = fmjax.load_weights(tmp_path / "bare.h5", "convnext", config)
+    np.testing.assert_array_equal(body["params"]["final_norm"]["scale"], bare.weights[-2])
