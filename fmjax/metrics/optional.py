@@ -12,7 +12,7 @@ def optional_library(module: str, package: str, extra: str) -> ModuleType:
     Args:
       module: its name in Python, e.g. "rouge_score.rouge_scorer".
       package: its name on the package index.
-      extra: "text" or "vision", as in ``fmjax[text]``.
+      extra: of the package that has it, such as "text" in ``fmjax[text]``.
 
     Raises:
       ImportError: it is not installed; the message says how to.
@@ -21,7 +21,7 @@ def optional_library(module: str, package: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"this metric is {package}'s, which is not installed: pip install 'fmjax[{extra}]'"
+            f"this needs {package}, which is not installed: pip install 'fmjax[{extra}]'"
         ) from error
 
 
