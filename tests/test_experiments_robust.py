@@ -1,7 +1,8 @@
-"""Experiments on robustness, with a few pictures."""
+"""Experiments on robustness and on few examples, with a few of them."""
 
 import json
 
+import numpy as np
 import pytest
 from scripts import experiment
 
@@ -29,3 +30,31 @@ def test_adversarial_images(stripes, tmp_path, capsys):
     assert "| TRADES" in printed
     with pytest.raises(ValueError, match="other settings"):
         script.main([*arguments, "--seeds", "1", "--beta", "2.0"])
+
+
+def test_fewshot(tiny_bert, tmp_path, capsys, monkeypatch):
+    """Made-up domains, each with a word of its own."""
+    from conftest import BAD, GOOD, WORDS
+
+    from fmjax.data import TextExamples
+
+    words = [*WORDS, *GOOD, *BAD]
+    rng = np.random.default_rng(0)
+    labels = np.arange(150) % 15
+    texts = [" ".join([words[label], *rng.choice(words, 2)]) for label in labels]
+    names = tuple(map(str, range(15)))
+    script = experiment("fewshot")
+    made = TextExamples(texts=texts, labels=labels, label_names=names, ids=list(map(str, labels)))
+    monkeypatch.setattr(script, "load_domains", lambda split: made)
+    run = tmp_path / "run"
+    script.main(
+        [
+            *("--output", str(run), "--model", str(tiny_bert), "--ways", "2", "--shots", "2"),
+            *("--queries", "2", "--steps", "12", "--measured", "8", "--seeds", "1"),
+            *("--learning-rate", "2e-2", "--max-length", "8", "--inner-rate", "0.5"),
+        ]
+    )
+    runs = json.loads((run / "results.json").read_text())["runs"]
+    assert len(runs) == 4
+    assert runs["prototypes"]["0"]["accuracy"] > 0.7
+    assert "| Reptile" in capsys.readouterr().out
