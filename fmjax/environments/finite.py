@@ -132,7 +132,7 @@ class FiniteEnvironment:
 
     def reset(self, rng: Array) -> tuple[Place, Array]:
         """A state drawn from `starts`."""
-        number = jax.random.categorical(rng, jnp.log(jnp.asarray(self.starts))).astype(jnp.int32)
+        number = jax.random.categorical(rng, jnp.log(self.starts)).astype(jnp.int32)
         return Place(number, jnp.zeros((), jnp.int32)), self._observed(number)
 
     def step(self, state: Place, action: Array, rng: Array) -> Step:

@@ -124,6 +124,7 @@ def test_a_perceptron_learns_as_any_loss(tmp_path):
     assert int(state.non_trainable["temporal_difference"]["updates"]) == 8
 
 
+@pytest.mark.slow  # another network in the same loss
 def test_pixels_go_through_the_cnn():
     model, variables = fmjax.create(
         "cnn", cnn.VARIANTS["tiny"], head="image_classification", num_labels=2,

@@ -181,6 +181,7 @@ def test_ppo_finds_the_goal_and_resumes_bitwise(ppo_corridor, tmp_path):
     assert np.isnan(cut).all()
 
 
+@pytest.mark.slow  # the smoke test of experiments runs the same program
 def test_reinforce_finds_the_goal():
     policy, variables = networks(5, hidden=())
     tx = optax.adam(0.1)

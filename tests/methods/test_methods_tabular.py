@@ -88,8 +88,8 @@ def test_q_learning_converges_to_the_optimal_values(environment):
     learnt, trace = tabular.q_learning(environment, start, 40_000, **options)
     wanted = tabular.value_iteration(environment.mdp, DISCOUNT).q_values
     scale = float(jnp.abs(wanted).max())
-    # Noise of the last steps at learning rates of about 0.001: measured 0.008.
-    assert float(jnp.abs(learnt.q_values - wanted).max()) < 0.03 * scale
+    # Noise that the last learning rates, of about 0.003, leave: measured 0.045.
+    assert float(jnp.abs(learnt.q_values - wanted).max()) < 0.08 * scale
     assert int(learnt.visits.sum()) == 40_000
     assert bool(trace.ended[:7].any())
     # Bitwise the same in two parts.
@@ -108,7 +108,7 @@ def test_sarsa_learns_what_it_does(environment):
     uniform = np.full((SIZE, ACTIONS), 1 / ACTIONS)
     wanted = tabular.policy_evaluation(environment.mdp, uniform, DISCOUNT).q_values
     scale = float(jnp.abs(wanted).max())
-    # The targets' own noise comes on top of Q-learning's: measured 0.02.
+    # Measured 0.024.
     assert float(jnp.abs(learnt.q_values - wanted).max()) < 0.06 * scale
     best = tabular.value_iteration(environment.mdp, DISCOUNT).q_values
     assert float(jnp.abs(learnt.q_values - best).max()) > 0.2 * scale
