@@ -10,8 +10,10 @@ paths, policies and values are drawn.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,9 +21,8 @@ import optax
 import tyro
 from comparison import Settings as ComparisonSettings
 from comparison import compare, table
-from jax import Array
 
-from fmjax.environments import Maze
+from fmjax.environments import FiniteEnvironment, Maze
 from fmjax.environments.maze import MOVES, START, WALL
 from fmjax.methods import tabular
 from fmjax.methods.policies import boltzmann, epsilon_greedy
@@ -97,17 +98,11 @@ def walk(maze: Maze, q_values: np.ndarray, limit: int) -> list[int]:
     return path
 
 
-def learnt(settings: Settings, maze: Maze, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+@functools.cache
+def learnt(settings: Settings, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(Q-values [S, A], returns of the episodes in their order) of one learner."""
-    learn, choose = LEARNERS[name]
-    environment = maze.environment(settings.max_steps)
-    highest = settings.temperature if choose is boltzmann else 1.0
-    amount = optax.exponential_decay(highest, settings.steps // 2, 0.01, end_value=highest / 100)
-    explore = tabular.exploring(choose, amount)
-
-    def rate(visits: Array) -> float:
-        return settings.learning_rate
-
+    learn, _ = LEARNERS[name]
+    environment, explore, rate = learning(settings, name)
     start = tabular.begin(environment, explore, jax.random.key(seed))
     state, trace = learn(
         environment, start, settings.steps,
@@ -118,14 +113,34 @@ def learnt(settings: Settings, maze: Maze, name: str, seed: int) -> tuple[np.nda
     return np.asarray(state.q_values), np.diff(sums, prepend=0.0)
 
 
+@functools.cache
+def learning(settings: Settings, name: str) -> tuple[FiniteEnvironment, tabular.Explore, Any]:
+    """What a learner's program is compiled for, once for all seeds."""
+    _, choose = LEARNERS[name]
+    highest = settings.temperature if choose is boltzmann else 1.0
+    amount = optax.exponential_decay(highest, settings.steps // 2, 0.01, end_value=highest / 100)
+    environment = maze_of(settings).environment(settings.max_steps)
+    return environment, tabular.exploring(choose, amount), lambda visits: settings.learning_rate
+
+
+def maze_of(settings: Settings) -> Maze:
+    """The maze that the settings draw."""
+    return Maze(settings.drawing, slip=settings.slip)
+
+
+def best_return(settings: Settings, solution: tabular.Solution) -> float:
+    """Of the best policy, from where episodes start."""
+    starts = np.asarray(maze_of(settings).environment(settings.max_steps).starts)
+    return float(starts @ np.asarray(solution.values))
+
+
 def run(
     settings: Settings, maze: Maze, solution: tabular.Solution, name: str, seed: int
 ) -> Mapping[str, float]:
     """One row of the table."""
-    starts = np.asarray(maze.environment(settings.max_steps).starts)
-    best = float(starts @ np.asarray(solution.values))
+    best = best_return(settings, solution)
     if name in LEARNERS:
-        q_values, returns = learnt(settings, maze, name, seed)
+        q_values, returns = learnt(settings, name, seed)
         late = returns[-max(1, len(returns) // 10) :]
         numbers = {
             "regret": float((best - returns).sum()),
@@ -152,7 +167,7 @@ def draw(settings: Settings, maze: Maze, solution: tabular.Solution) -> None:
     axes = figure.subplots(2, 2).ravel()
     tables = {"value iteration": np.asarray(solution.q_values)}
     name = "Q-learning, softmax"
-    tables[name], _ = learnt(settings, maze, name, 0)
+    tables[name], _ = learnt(settings, name, 0)
     terminal = np.asarray(maze.mdp().terminal)
     for ax, (title, q_values) in zip(axes, tables.items(), strict=False):
         values = np.where(terminal, 0.0, q_values.max(-1))
@@ -175,11 +190,9 @@ def draw(settings: Settings, maze: Maze, solution: tabular.Solution) -> None:
             ax.scatter(columns, rows, marker="s", color="black", s=60)
         ax.set_title(f"{title}: {len(path) - 1} steps")
         ax.set_axis_off()
-    best = float(
-        np.asarray(maze.environment(settings.max_steps).starts) @ np.asarray(solution.values)
-    )
+    best = best_return(settings, solution)
     for name in LEARNERS:
-        _, returns = learnt(settings, maze, name, 0)
+        _, returns = learnt(settings, name, 0)
         axes[2].plot(np.cumsum(best - returns), label=name)
         axes[3].plot(-returns, label=name, linewidth=0.8)
     axes[2].set(xlabel="episode", ylabel="regret so far", title="steps beyond the best")
@@ -192,7 +205,7 @@ def draw(settings: Settings, maze: Maze, solution: tabular.Solution) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the experiment and prints its table."""
     settings = tyro.cli(Settings, description=__doc__, args=argv)
-    maze = Maze(settings.drawing, slip=settings.slip)
+    maze = maze_of(settings)
     solution = planned(maze)
     arms = {
         name: partial(run, settings, maze, solution, name)

@@ -41,7 +41,7 @@ def test_cartpole(arm, tmp_path, capsys):
         [
             *("--output", str(tmp_path), "--seeds", "1", "--width", "16", "--arms", arm),
             *("--episodes", "4", "--ppo-iterations", "12", "--dqn-iterations", "3"),
-            *("--reinforce-iterations", "12", "--max-steps", "200"),
+            *("--reinforce-iterations", "30", "--max-steps", "200"),
         ]
     )
     run = json.loads((tmp_path / "results.json").read_text())["runs"][arm]["0"]
