@@ -16,7 +16,7 @@ HOUSE = [
     {"tree"},
     {"config", "nn", "weights"},
     {"models", "generation_config"},
-    {"hub", "generate", "data", "metrics"},
+    {"hub", "generate", "data", "environments", "metrics"},
     {"tasks"},
     {"train"},
     {"methods", "perf", "report"},

@@ -1,0 +1,231 @@
+"""DQN, PPO and REINFORCE hold up the pole of CartPole-v1.
+
+    python experiments/cartpole.py --output runs/cartpole
+
+They learn in our own compiled environment and are judged, acting greedily, over 100 episodes of
+gymnasium's. The folder gets results.json, learning curves and each agent as a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from comparison import Settings as ComparisonSettings
+from comparison import compare, table
+from jax import Array
+
+import fmjax
+from fmjax.config import write_json
+from fmjax.environments import CartPole, GymnasiumVector, Vectorised, check_environment
+from fmjax.methods import dqn, ppo, reinforce
+from fmjax.methods.policies import actor_critic, network, together
+from fmjax.methods.rollouts import first_returns, learner
+from fmjax.models import mlp
+from fmjax.report.charts import FIRST, Line, line_chart
+from fmjax.train import gradient, init_state, make_train_step
+from fmjax.tree import merge
+from fmjax.types import TrainState, Variables
+
+ACTIONS = ("left", "right")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(ComparisonSettings):
+    """Three agents on one task."""
+
+    arms: tuple[str, ...] = ("dqn", "ppo", "reinforce")
+    """Which of them."""
+    width: int = 64
+    """Of each network's two hidden layers."""
+    max_steps: int = 500
+    """Of an episode; gymnasium's is always 500."""
+    episodes: int = 100
+    """Of gymnasium's, that judge an agent."""
+    dqn_iterations: int = 30
+    """Of 250 steps in 8 environments each, with two train steps after each step."""
+    ppo_iterations: int = 200
+    """Of 128 steps in 8 environments each."""
+    reinforce_iterations: int = 150
+    """Of 16 episodes each."""
+
+
+def perceptron(settings: Settings, outputs: tuple[str, ...], seed: int, **options: Any) -> Any:
+    """A network of observations and its random variables."""
+    config = mlp.Config(hidden_sizes=(settings.width, settings.width), id2label=outputs, **options)
+    return fmjax.create("mlp", config, head="classification", rng=jax.random.key(seed))
+
+
+def falling(peak: float, steps: int, norm: float) -> optax.GradientTransformation:
+    """Adam with a learning rate that falls to 0, and gradients of a norm at most."""
+    rate = optax.linear_schedule(peak, 0.0, steps)
+    return optax.chain(optax.clip_by_global_norm(norm), optax.adam(rate))
+
+
+def run(iteration: Callable[[Any], Any], state: Any, count: int) -> tuple[Any, list[float]]:
+    """Iterations of a compiled program, and the mean return of the episodes that ended in each."""
+    compiled, curve = jax.jit(iteration, donate_argnums=0), []
+    for _ in range(count):
+        state, metrics = compiled(state)
+        mean = metrics["episode_return"]
+        curve.append(float(mean.value) if float(mean.weight) else float("nan"))
+    return state, curve
+
+
+def variables_of(train: TrainState) -> Variables:
+    """What trained and what the network reads besides."""
+    return merge(train.trainable, train.non_trainable)
+
+
+def judge(settings: Settings, logits: Callable[[Array], Array], seed: int) -> dict[str, float]:
+    """Returns of greedy episodes in gymnasium's CartPole-v1."""
+    environment = GymnasiumVector.make("CartPole-v1", settings.episodes)
+
+    def act(observations: Array, rng: Array) -> Array:
+        return jnp.argmax(logits(observations), axis=-1)
+
+    judged = jax.jit(partial(first_returns, environment, act, steps=500))
+    returns = np.asarray(judged(jax.random.key(10_000 + seed)))
+    environment.vector.close()
+    return {"mean return": float(returns.mean()), "lowest return": float(returns.min())}
+
+
+def save(settings: Settings, name: str, seed: int, model: Any, variables: Variables) -> None:
+    """The acting network as a Hugging Face folder."""
+    folder = settings.output / name / f"seed-{seed}"
+    fmjax.save(folder, model, {"params": variables["params"]})
+
+
+def train_dqn(settings: Settings, seed: int) -> tuple[dict[str, float], list[float]]:
+    """Double DQN with prioritised replay and returns of 3 steps."""
+    environment, steps = Vectorised(CartPole(settings.max_steps), 8), 250
+    whole = settings.dqn_iterations * steps
+    options = dqn.Settings(
+        epsilon=optax.linear_schedule(1.0, 0.02, whole // 5),
+        num_steps=3,
+        capacity=50_000,
+        batch_size=128,
+        warm_up=1_000,
+        updates=2,
+        priority_exponent=0.6,
+        beta=optax.linear_schedule(0.4, 1.0, whole),
+    )
+    model, variables = perceptron(settings, ACTIONS, seed, hidden_act="relu")
+    q_values, tx = network(model), falling(2e-3, whole * options.updates, norm=10.0)
+    step = make_train_step(gradient(dqn.loss(q_values, polyak=0.02)), tx)
+    first, second = jax.random.split(jax.random.key(seed))
+    state = init_state(dqn.with_target(variables, options.batch_size), tx, first)
+    agent = dqn.agent(environment, state, options, second)
+    iteration = dqn.iteration(environment, q_values, step, options, steps)
+    agent, curve = run(iteration, agent, settings.dqn_iterations)
+    learnt = variables_of(agent.train)
+    save(settings, "dqn", seed, model, learnt)
+    steps_done = whole * environment.num_environments
+    return {
+        **judge(settings, partial(q_values, learnt), seed),
+        "steps": steps_done,
+    }, curve
+
+
+def actor_and_critic(settings: Settings, seed: int) -> tuple[Any, Any, Variables]:
+    """(the acting model, the function of both, their variables)."""
+    actor, actor_variables = perceptron(settings, ACTIONS, 2 * seed, head_gain=0.01)
+    critic, critic_variables = perceptron(settings, ("value",), 2 * seed + 1)
+    variables = together(policy=actor_variables, value=critic_variables)
+    return actor, actor_critic(actor, critic), variables
+
+
+def train_ppo(settings: Settings, seed: int) -> tuple[dict[str, float], list[float]]:
+    """PPO with generalised advantages."""
+    environment, options = Vectorised(CartPole(settings.max_steps), 8), ppo.Settings()
+    model, policy, variables = actor_and_critic(settings, seed)
+    tx = falling(1e-3, settings.ppo_iterations * options.epochs * options.minibatches, norm=0.5)
+    step = make_train_step(gradient(ppo.loss(policy, entropy_coefficient=0.01)), tx)
+    first, second = jax.random.split(jax.random.key(seed))
+    state = learner(environment, init_state(variables, tx, first), second)
+    iteration = ppo.iteration(environment, policy, step, options)
+    state, curve = run(iteration, state, settings.ppo_iterations)
+    steps = settings.ppo_iterations * options.steps * environment.num_environments
+    return judged_actor(settings, "ppo", seed, model, policy, state.train, steps), curve
+
+
+def train_reinforce(settings: Settings, seed: int) -> tuple[dict[str, float], list[float]]:
+    """REINFORCE on whole episodes, with a baseline."""
+    environment = Vectorised(CartPole(settings.max_steps), 16)
+    model, policy, variables = actor_and_critic(settings, seed)
+    tx = falling(5e-3, settings.reinforce_iterations, norm=0.5)
+    loss = reinforce.loss(policy, normalise=True, entropy_coefficient=0.01)
+    step = make_train_step(gradient(loss), tx)
+    first, second = jax.random.split(jax.random.key(seed))
+    state = learner(environment, init_state(variables, tx, first), second)
+    iteration = reinforce.iteration(environment, policy, step, steps=settings.max_steps)
+    state, curve = run(iteration, state, settings.reinforce_iterations)
+    steps = settings.reinforce_iterations * settings.max_steps * environment.num_environments
+    return judged_actor(settings, "reinforce", seed, model, policy, state.train, steps), curve
+
+
+def judged_actor(
+    settings: Settings,
+    name: str,
+    seed: int,
+    model: Any,
+    policy: Any,
+    train: TrainState,
+    steps: int,
+) -> dict[str, float]:
+    """Saves and judges an actor."""
+    learnt = variables_of(train)
+    save(settings, name, seed, model, {"params": learnt["params"]["policy"]})
+    return {**judge(settings, lambda x: policy(learnt, x)[0], seed), "steps": steps}
+
+
+TRAINERS = {"dqn": train_dqn, "ppo": train_ppo, "reinforce": train_reinforce}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the experiment and prints its table."""
+    settings = tyro.cli(Settings, description=__doc__, args=argv)
+    if unknown := sorted(set(settings.arms) - TRAINERS.keys()):
+        raise ValueError(f"arms {unknown} are not known; choose from {list(TRAINERS)}")
+    check_environment(CartPole(settings.max_steps))
+
+    def arm(name: str, seed: int) -> dict[str, float]:
+        numbers, curve = TRAINERS[name](settings, seed)
+        write_json(settings.output / name / f"seed-{seed}" / "curve.json", curve)
+        return numbers
+
+    results = compare(settings, {name: partial(arm, name) for name in settings.arms})
+    draw(settings)
+    print(table(results))
+
+
+def draw(settings: Settings) -> None:
+    """Each agent's learning curves, seed by seed, as an SVG file."""
+    for name in settings.arms:
+        lines = []
+        for seed in range(settings.seeds):
+            file = settings.output / name / f"seed-{seed}" / "curve.json"
+            curve = np.array(json.loads(file.read_text("utf-8")), float)
+            there = np.isfinite(curve)
+            lines.append(
+                Line(f"seed {seed}", np.flatnonzero(there), curve[there], FIRST, noisy=False)
+            )
+        chart = line_chart(
+            f"cartpole-{name}",
+            lines,
+            y_label="mean return of ended episodes",
+            description=f"{name}: return over the iterations of training, one curve a seed",
+        )
+        (settings.output / f"{name}.svg").write_text(chart, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
