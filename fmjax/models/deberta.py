@@ -15,12 +15,12 @@ from jax import Array
 
 from fmjax.models import bert
 from fmjax.models.bert import inputs
+from fmjax.nn.activation import activation
 from fmjax.nn.attention import attend
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.encoder import Inputs, Shared, TextEmbeddings
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import activation
 from fmjax.weights import (
     TRANSPOSE,
     Rule,
