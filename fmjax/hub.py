@@ -486,9 +486,14 @@ def save(
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: variables that are not this model's.
+        ValueError: variables that are not this model's, or adapters among them.
     """
     folder = Path(path).expanduser()
+    if "adapters" in variables:
+        raise ValueError(
+            "the variables have adapters, for which a model's files have no place: merge them into "
+            "the kernels first, or save them as adapters"
+        )
     family = family_for(model)
     leaves = flatten(unstack_layers(variables) if model.scan else variables)
     expected = flatten(abstract_variables(model.clone(scan=False)))

@@ -13,9 +13,9 @@ from parity import assert_near, text_inputs, torch_twin
 
 import fmjax
 from fmjax.methods import lora, lora_files
-from fmjax.methods.adapted_layers import is_adapter, of_modules, without_adapters
+from fmjax.methods.adapted_layers import is_adapter, of_modules
 from fmjax.models import bert, gpt2, llama
-from fmjax.tree import flatten, merge, split
+from fmjax.tree import merge, split
 
 BERT = bert.Config(
     vocab_size=31, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
