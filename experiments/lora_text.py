@@ -33,7 +33,6 @@ from fmjax.train import (
     gradient,
     init_state,
     is_param,
-    jit_step,
     make_train_step,
     warmup_linear,
 )
@@ -159,7 +158,8 @@ class Bench:
         state = init_state(way.make(variables, rng), tx, rng, way.is_trainable)
         given = iter(stream)
         batch = next(given)
-        step = compile_time(jit_step(make_train_step(gradient(task.loss(model)), tx)), state, batch)
+        train_step = make_train_step(gradient(task.loss(model)), tx)
+        step = compile_time(jax.jit(train_step, donate_argnums=0), state, batch)
         trainable, moments = count(state.trainable), state.opt_state
         kept = sum(leaf.nbytes for leaf in jax.tree.leaves(moments))
         seconds = []

@@ -12,10 +12,11 @@ import torch
 from parity import assert_near, text_inputs, torch_twin
 
 import fmjax
-from fmjax.methods import lora, lora_files
+from fmjax.methods import ia3, lora, lora_files
 from fmjax.methods.adapted_layers import is_adapter, of_modules
+from fmjax.methods.peft_files import read_adapter, write_adapter
 from fmjax.models import bert, gpt2, llama
-from fmjax.tree import merge, split
+from fmjax.tree import merge, split, stack_layers
 
 BERT = bert.Config(
     vocab_size=31, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
@@ -73,7 +74,14 @@ def torch_output(twin, inputs):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    # The others do the same and more.
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case in ("bert", "gpt2 fused")))
+        for case in CASES
+    ],
+)
 def test_peft(case, tmp_path):
     family, config, head, scan, options = CASES[case]
     twin, model, variables = base(family, config, head, tmp_path / "base", scan)
@@ -137,8 +145,78 @@ def test_fused_layers_with_updates_of_their_own(tmp_path):
         torch_model(gpt2, "model", tmp_path / "base"), tmp_path / "ours"
     )
     inputs = text_inputs(GPT2, "model")
-    ours = model.apply(adapted, **inputs).last_hidden_state
+    run = jax.jit(lambda variables: model.apply(variables, **inputs).last_hidden_state)
+    ours = run(adapted)
     assert_near(ours, torch_output(twin, inputs).detach(), "PEFT")
     again = lora_files.load(tmp_path / "ours", model, variables)
-    assert_near(model.apply(again, **inputs).last_hidden_state, ours, "read again")
+    assert_near(run(again), ours, "read again")
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["r"] == 4
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    model, variables = fmjax.create("bert", BERT, rng=jax.random.key(0))
+    start = lora.add(variables, jax.random.key(0), rank=2, alpha=2)
+    folder = lora_files.save(tmp_path / "good", model, start)
+    config, tensors = read_adapter(folder)
+
+    def refused(message, config=config, tensors=tensors, model=model):
+        write_adapter(tmp_path / "bad", model, "LORA", config, tensors)
+        with pytest.raises(ValueError, match=message):
+            lora_files.load(tmp_path / "bad", model, variables)
+
+    refused(r"(?s)bias='all'.*new_option=3.*use_qalora=True.*r='2'.*lora_dropout=1", {
+        **config, "bias": "all", "use_qalora": True, "new_option": 3, "r": "2", "lora_dropout": 1,
+        "off_today": False,
+    })  # fmt: skip
+    refused("init_lora_weights='pissa'", {**config, "init_lora_weights": "pissa"})
+    refused("peft_type='IA3' is not 'LORA'", {**config, "peft_type": "IA3"})
+    refused("no regular expression", {**config, "rank_pattern": {"(": 3}})
+    first = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
+    fewer = {name: x for name, x in tensors.items() if name != first}
+    query = "encoder.layer.0.attention.self.query"
+    refused(f"{query}: has no lora_A", tensors=fewer)
+    refused(rf"(?s){query}: .*lora_A is \(2, 11\).*is \(2, 12\)", tensors={
+        **tensors, first: tensors[first][:, 1:]
+    })  # fmt: skip
+    refused(r"lora_A is \(2, 12\).*is \(3, 12\)", {**config, "r": 3})
+    fewer = {name: x for name, x in tensors.items() if "layer.1.attention.self.query" not in name}
+    refused("target_modules has it, the file has no tensors for it", tensors=fewer)
+    refused("target_modules leaves it out", {**config, "target_modules": ["query"]})
+    refused("scores.lora_A.weight: nothing|scores: the model has no such", tensors={
+        **tensors, "base_model.model.scores.lora_A.weight": tensors[first],
+        "base_model.model.embed.lora_embedding_A": tensors[first],
+    })  # fmt: skip
+    refused("embed.lora_embedding_A: nothing in the model reads it", tensors={
+        **tensors, "base_model.model.embed.lora_embedding_A": tensors[first],
+    })  # fmt: skip
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        lora_files.load(tmp_path, model, variables)
+
+
+def test_what_peft_cannot_hold_is_refused(tmp_path):
+    model, variables = fmjax.create("bert", BERT, rng=jax.random.key(0))
+    key = jax.random.key(0)
+    mixed = lora.add(variables, key, rank=2, alpha=2, dropout=0.1)
+    mixed = lora.add(mixed, key, rank=2, alpha=2, weight_decomposed=True, targets=("*/attn/key",))
+    with pytest.raises(ValueError, match=r"(?s)magnitudes.*dropout of \['0.0', '0.1'\]"):
+        lora_files.save(tmp_path, model, mixed)
+    with pytest.raises(ValueError, match="out_scale are not one low-rank update"):
+        lora_files.save(tmp_path, model, ia3.add(variables))
+    with pytest.raises(ValueError, match="there are none"):
+        lora_files.save(tmp_path, model, variables)
+    with pytest.raises(ValueError, match=r"no module's path matches \['heads'\]"):
+        lora_files.save(tmp_path, model, lora.add(variables, key, rank=2, alpha=2), whole=["heads"])
+
+
+def test_layers_that_are_not_all_adapted(tmp_path):
+    """Of a scanned model: those without get zeros, which are not written again."""
+    model, variables = fmjax.create("bert", BERT, rng=jax.random.key(0))
+    start = lora.add(variables, jax.random.key(0), rank=2, alpha=2, targets=("layers_1/attn/*",))
+    folder = lora_files.save(tmp_path / "one", model, start)
+    scanned = model.clone(scan=True)
+    loaded = lora_files.load(folder, scanned, stack_layers(variables))
+    again = lora_files.save(tmp_path / "two", scanned, loaded)
+    (config, tensors), (config_again, tensors_again) = map(read_adapter, (folder, again))
+    assert config == config_again
+    assert all("layer.1." in name for name in tensors)
+    jax.tree.map(np.testing.assert_array_equal, tensors, tensors_again)
