@@ -29,7 +29,7 @@ from record import named, own_document, save
 from rich.console import Console
 from rich.table import Table
 
-from fmjax.nn.linear import matmul
+from fmjax.nn.product import matmul
 from fmjax.perf.timing import compile_time, time_alternately
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE, vocabulary_loss
 

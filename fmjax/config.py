@@ -40,17 +40,17 @@ BOOKKEEPING = frozenset(
 FIXED_EVERYWHERE = {"pruned_heads": {}, "cross_attention_hidden_size": None}
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The parsed config.json of a folder.
+def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
+    """The parsed config.json of a folder, or its config of another name.
 
     Raises:
-        OSError: there is no config.json.
+        OSError: there is no such file.
         ValueError: it is not UTF-8 JSON, not an object, or unreasonably large.
     """
-    file = path / "config.json"
+    file = path / name
     if not file.is_file():
         raise FileNotFoundError(
-            f"{path} has no config.json; give a folder that transformers or fmjax wrote"
+            f"{path} has no {name}; give a folder that a library of Hugging Face or fmjax wrote"
         )
     if file.stat().st_size > 10_000_000:
         raise ValueError(f"{file} is {file.stat().st_size} bytes; a config is under 10 MB")

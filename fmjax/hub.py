@@ -425,8 +425,12 @@ def _head_of(data: Mapping[str, Any], family: ModuleType, folder: Path) -> str:
     return known[0]
 
 
-def find_folder(path_or_id: str | Path) -> Path:
+def find_folder(path_or_id: str | Path, weights: Sequence[Sequence[str]] = WEIGHT_FILES) -> Path:
     """A local folder as it is, or the snapshot of a hub id in huggingface_hub's cache.
+
+    Args:
+        path_or_id: a folder or a hub id.
+        weights: names of files of weights, of which the first that a repository has are fetched.
 
     Raises:
         OSError: no such folder or repository, or the hub cannot be reached.
@@ -443,7 +447,7 @@ def find_folder(path_or_id: str | Path) -> Path:
 
     folder = None
     try:
-        for patterns in WEIGHT_FILES:
+        for patterns in weights:
             folder = Path(
                 huggingface_hub.snapshot_download(
                     str(path_or_id), allow_patterns=[*OTHER_FILES, *patterns]
@@ -482,9 +486,14 @@ def save(
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: variables that are not this model's.
+        ValueError: variables that are not this model's, or adapters among them.
     """
     folder = Path(path).expanduser()
+    if "adapters" in variables:
+        raise ValueError(
+            "the variables have adapters, for which a model's files have no place: merge them into "
+            "the kernels first, or save them as adapters"
+        )
     family = family_for(model)
     leaves = flatten(unstack_layers(variables) if model.scan else variables)
     expected = flatten(abstract_variables(model.clone(scan=False)))

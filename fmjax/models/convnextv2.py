@@ -12,8 +12,8 @@ from jax import Array
 
 from fmjax.models import config_alone, convnext
 from fmjax.models.convnext import FIXED, IGNORED, inputs
+from fmjax.nn.activation import activation
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import activation
 from fmjax.nn.parameter import parameter
 from fmjax.weights import Rule
 

@@ -15,12 +15,12 @@ from jax import Array
 
 from fmjax.models import bert
 from fmjax.models.bert import inputs
+from fmjax.nn.activation import activation
 from fmjax.nn.attention import attend
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.encoder import Inputs, Shared, TextEmbeddings
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import activation
 from fmjax.weights import (
     TRANSPOSE,
     Rule,
@@ -200,15 +200,16 @@ class Disentangled(nn.Module):
         scale = 1.0 / math.sqrt(query.shape[-1] * (1 + len(config.kinds)))
         bias = None
         if relative is not None:
-            vectors, rows = self.dropout(relative[0], self.train), relative[1]
+            # [1, P, D]: as an example's, so that layers can tell that there are not B of them.
+            vectors, rows = self.dropout(relative[0], self.train)[None], relative[1]
             bias = jnp.zeros((), jnp.float32)
             if "c2p" in config.kinds:
                 make = self.key if self.share else self.position_key
-                scores = jnp.einsum("BTHK,PHK->BHTP", query, split(make(vectors)))
+                scores = jnp.einsum("BTHK,PHK->BHTP", query, split(make(vectors))[0])
                 bias = bias + jnp.take_along_axis(scores, rows[None, None], axis=-1)
             if "p2c" in config.kinds:
                 make = self.query if self.share else self.position_query
-                scores = jnp.einsum("BSHK,PHK->BHSP", key, split(make(vectors)))
+                scores = jnp.einsum("BSHK,PHK->BHSP", key, split(make(vectors))[0])
                 # Position t looks at key s from where s looks at t: the same row of the table.
                 scores = jnp.take_along_axis(scores, rows.T[None, None], axis=-1)
                 bias = bias + jnp.swapaxes(scores, -1, -2)  # [B, H, T, S]

@@ -14,9 +14,9 @@ from jax import Array
 
 from fmjax.models import deberta
 from fmjax.models.deberta import FIXED, IGNORED, PREFIX, UNSAVED, from_tensors, inputs
+from fmjax.nn.activation import activation
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.encoder import Inputs, Shared
-from fmjax.nn.mlp import activation
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.weights import CONV1D, Rule, dense_rules, norm_rules

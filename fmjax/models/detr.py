@@ -20,12 +20,13 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone, resnet
+from fmjax.nn.activation import ACTIVATIONS
 from fmjax.nn.attention import Attention
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Conv
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import ACTIVATIONS, Mlp
+from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import FrozenBatchNorm, LayerNorm, layer_norm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.stack import LayerOutput, StackOutput, run_stack

@@ -12,8 +12,8 @@ from jax import Array
 
 from fmjax.models import bert, config_alone
 from fmjax.models.bert import inputs
+from fmjax.nn.activation import ACTIVATIONS, activation
 from fmjax.nn.encoder import Inputs, TextEmbeddings
-from fmjax.nn.mlp import ACTIVATIONS, activation
 from fmjax.nn.position import sinusoids
 from fmjax.weights import Rule, dense_rules, renamed, vocabulary_rules
 

@@ -14,9 +14,9 @@ from jax import Array
 
 from fmjax.models import bert, config_alone, roberta
 from fmjax.models.bert import FIXED, IGNORED, inputs
+from fmjax.nn.activation import ACTIVATIONS, activation
 from fmjax.nn.encoder import Inputs, TextEmbeddings
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import ACTIVATIONS, activation
 from fmjax.types import Output
 from fmjax.weights import Rule, dense_rules, renamed, vocabulary_rules
 

@@ -16,10 +16,11 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone, token_inputs
+from fmjax.nn.activation import ACTIVATIONS
 from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Decoder, Inputs
 from fmjax.nn.embed import Embed
-from fmjax.nn.mlp import ACTIVATIONS, Mlp
+from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import RMSNorm
 from fmjax.nn.position import RopeScaling, Rotary, scaled_rotary
 from fmjax.nn.stack import LayerOutput

@@ -15,13 +15,14 @@ from jax import Array
 
 from fmjax.models import bert, config_alone
 from fmjax.models.bert import inputs
+from fmjax.nn.activation import ACTIVATIONS, activation
 from fmjax.nn.attention import Attention
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.encoder import Encoder, Inputs
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import ACTIVATIONS, Mlp, activation
+from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.position import inverse_frequencies, rotary_tables
 from fmjax.nn.stack import LayerOutput, StackOutput

@@ -13,10 +13,10 @@ from jax import Array
 
 from fmjax.models import config_alone, resnet
 from fmjax.models.resnet import IGNORED, Place, inputs, places
+from fmjax.nn.activation import activation
 from fmjax.nn.checks import refuse
 from fmjax.nn.conv import KAIMING, ConvNorm, squeeze_excite
 from fmjax.nn.convnet import stage_problems
-from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
 from fmjax.weights import Rule, also_named, conv_norm_rules, conv_rules, dense_rules
 

@@ -18,10 +18,10 @@ from jax import Array
 
 from fmjax.config import config_to_json, parse_config
 from fmjax.models import config_alone
+from fmjax.nn.activation import activation
 from fmjax.nn.checks import refuse
 from fmjax.nn.conv import ConvNorm, max_pool
 from fmjax.nn.convnet import ConvNet, stage_problems
-from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
 from fmjax.weights import (
     Rule,

@@ -13,8 +13,8 @@ from jax import Array
 
 from fmjax.models import bert
 from fmjax.models.bert import FIXED, IGNORED, inputs
+from fmjax.nn.activation import activation
 from fmjax.nn.encoder import TextEmbeddings
-from fmjax.nn.mlp import activation
 from fmjax.weights import Rule, dense_rules, renamed, vocabulary_rules
 
 __all__ = ["FIXED", "IGNORED", "inputs"]

@@ -18,14 +18,15 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
+from fmjax.nn.activation import activation
 from fmjax.nn.attention import Attention
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Conv, average
 from fmjax.nn.dropout import Dropout, DropPath
-from fmjax.nn.linear import Dense, matmul
-from fmjax.nn.mlp import activation
+from fmjax.nn.linear import Dense
 from fmjax.nn.norm import BatchNorm, LayerNorm
 from fmjax.nn.parameter import parameter
+from fmjax.nn.product import matmul
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.nn.vision import PatchEmbed, check_pixels, resize
 from fmjax.types import Output

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.nn.activation import ACTIVATIONS
 from fmjax.nn.attention import Attention
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
-from fmjax.nn.mlp import ACTIVATIONS, Mlp
+from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import RMSNorm
 from fmjax.nn.position import relative_position_buckets
 from fmjax.nn.seq2seq import EncoderDecoder

@@ -12,12 +12,12 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
+from fmjax.nn.activation import activation
 from fmjax.nn.checks import refuse
 from fmjax.nn.conv import Conv, average_grid, max_pool
 from fmjax.nn.convnet import ConvNet, stage_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import activation
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.vision import pair
 from fmjax.weights import (

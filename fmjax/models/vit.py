@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.nn.activation import activation
 from fmjax.nn.attention import Attention
 from fmjax.nn.checks import refuse
 from fmjax.nn.conv import Conv
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import Mlp, activation
+from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import LayerOutput
 from fmjax.nn.vision import (

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from fmjax.nn.mlp import ACTIVATIONS
+from fmjax.nn.activation import ACTIVATIONS
 
 
 def family_of(thing: Any) -> str:

@@ -12,10 +12,10 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.linear import add_bias, gram, matmul
-from fmjax.nn.mlp import activation
+from fmjax.nn.activation import activation
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.parameter import parameter
+from fmjax.nn.product import add_bias, gram, matmul
 from fmjax.nn.vision import pair
 
 # Features of an image up to which the places of a window are put side by side: a product for each

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.nn.activation import ACTIVATIONS
 from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import ACTIVATIONS
 from fmjax.nn.sides import empty_seq2seq_cache
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output, PyTree

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.linear import matmul
 from fmjax.nn.parameter import parameter
+from fmjax.nn.product import matmul
 
 
 def token_shape(ids: Array | None, embeds: Array | None, prefix: str = "") -> tuple[int, ...]:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from flax import linen as nn
 from jax import Array
 
+from fmjax.nn.activation import activation
 from fmjax.nn.embed import Embed
-from fmjax.nn.linear import Dense, add_bias, matmul
-from fmjax.nn.mlp import activation
+from fmjax.nn.linear import Dense, dense
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
+from fmjax.nn.product import add_bias
 
 
 class Unembedding(nn.Module):
@@ -31,15 +32,16 @@ class Unembedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, embed: Embed) -> Array:  # [..., D] -> [..., V] float32
-        if self.tied:
-            logits = embed.attend(x)
-        else:
-            logits = matmul(
-                x, parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.vocab_size))
-            )
-        if not self.use_bias:
-            return logits
-        return add_bias(logits, parameter(self, "bias", nn.initializers.zeros, (self.vocab_size,)))
+        kernel, bias = None, None
+        if not self.tied:
+            shape = (x.shape[-1], self.vocab_size)
+            kernel = parameter(self, "kernel", self.kernel_init, shape)
+        if self.use_bias:
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.vocab_size,))
+        if kernel is not None:
+            return dense(self, x, kernel, bias, add_bias)
+        logits = embed.attend(x)
+        return logits if bias is None else add_bias(logits, bias)
 
 
 class VocabularyHead(nn.Module):
@@ -70,4 +72,4 @@ class VocabularyHead(nn.Module):
         if self.tied:
             return add_bias(embed.attend(x), bias)
         kernel = parameter(self, "kernel", self.kernel_init, (width, self.vocab_size))
-        return add_bias(matmul(x, kernel), bias)
+        return dense(self, x, kernel, bias, add_bias)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.linear import Dense, matmul
-from fmjax.nn.mlp import activation
+from fmjax.nn.activation import activation
+from fmjax.nn.linear import Dense
 from fmjax.nn.parameter import parameter
+from fmjax.nn.product import matmul
 
 
 class ExpertKernels(NamedTuple):

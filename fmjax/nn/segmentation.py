@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.nn.activation import gelu
 from fmjax.nn.conv import Conv, ConvNorm, average_grid, max_pool
-from fmjax.nn.linear import matmul
-from fmjax.nn.mlp import gelu
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.parameter import parameter
+from fmjax.nn.product import matmul
 from fmjax.nn.vision import resize
 
 

@@ -14,9 +14,9 @@ from jax import Array
 
 from fmjax.nn.checks import check_head
 from fmjax.nn.dropout import Dropout
-from fmjax.nn.linear import add_bias, matmul
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
+from fmjax.nn.product import add_bias, matmul
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output, PyTree
 

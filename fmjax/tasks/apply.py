@@ -52,7 +52,8 @@ def apply_fn(model: Any, **options: Any) -> Apply:
     ) -> tuple[Output, Variables]:
         inputs = {name: value for name, value in batch.items() if name not in TARGETS}
         mutable = [name for name in MUTABLE if train and name in variables]
-        rngs = {} if rng is None else {"dropout": rng}
+        # A key makes layers drop that cannot be told whether they are trained.
+        rngs = {"dropout": rng} if train and rng is not None else {}
         return model.apply(variables, **inputs, **options, train=train, rngs=rngs, mutable=mutable)
 
     return apply

@@ -8,7 +8,14 @@ from fmjax.weights.keras_tables import (
     keras_dense_rules,
 )
 from fmjax.weights.names import fit_prefix, modern_names
-from fmjax.weights.rules import Rule, export_params, import_params, rule_tensor_names
+from fmjax.weights.rules import (
+    Rule,
+    export_params,
+    import_params,
+    literal_rules,
+    rule_tensor_names,
+)
+from fmjax.weights.safetensors_file import write_safetensors
 from fmjax.weights.tables import (
     also_named,
     batch_norm_rules,
@@ -67,6 +74,7 @@ __all__ = [
     "keras_batch_norm_rules",
     "keras_conv_norm_rules",
     "keras_dense_rules",
+    "literal_rules",
     "modern_names",
     "nested_rules",
     "norm_rules",
@@ -79,4 +87,5 @@ __all__ = [
     "to_torch_names",
     "vocabulary_rules",
     "write_checkpoint",
+    "write_safetensors",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -345,6 +345,21 @@ def rule_tensor_names(rules: Sequence[Rule], abstract: Mapping[str, ShapeDtype])
     """Every tensor name that the rules know for this tree: tensors, aliases and copies."""
     sites = _bind(rules, {path: tuple(leaf.shape) for path, leaf in abstract.items()}).sites
     return {name for site in sites for name in site.names}
+
+
+def literal_rules(rules: Sequence[Rule], abstract: Mapping[str, ShapeDtype]) -> list[Rule]:
+    """The rules that apply to a tree, each layer's for itself: names without braces."""
+    sites = _bind(rules, {path: tuple(leaf.shape) for path, leaf in abstract.items()}).sites
+    return [
+        replace(
+            site.rule,
+            param=site.params,
+            tensor=site.tensors,
+            aliases=site.aliases,
+            copies=site.copies,
+        )
+        for site in sites
+    ]
 
 
 def _bind(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> _Binding:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jax.sharding import PartitionSpec as P
 
-from fmjax.nn.linear import matmul
+from fmjax.nn.product import matmul
 from fmjax.tasks.vocabulary_loss import (
     IGNORED,
     log_likelihood,
