@@ -5,6 +5,11 @@
 The real MiniLM on rated movie sentences. All arms train the classifier and the pooler, which are
 the whole of "head"; beside these, all parameters ("all"), the biases (Ben Zaken et al. 2022,
 arXiv:2106.10199), or adapters. Each arm has the learning rate that is usual for it; none is tuned.
+
+Seven arms and three seeds take some 35 minutes of CPU (estimated from four arms, on a busy
+machine). Of seed 0: all 0.761 accuracy,
+22.7 M trainable, 182 MB of optimizer state and 273 MB at the step's peak; head 0.641, 0.15 M,
+1.2 MB and 92 MB; biases 0.701, 0.17 M, 1.4 MB and 92 MB; low-rank 0.712, 0.22 M, 1.8 MB and 93 MB.
 """
 
 import dataclasses
