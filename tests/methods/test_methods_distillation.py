@@ -269,7 +269,9 @@ def test_projections_train_and_stay_home(batch, tmp_path):
     )  # fmt: skip
     moved = state.trainable["projections"]["hidden_1"]["kernel"]
     assert not np.allclose(moved, variables["projections"]["hidden_1"]["kernel"])
-    assert state.non_trainable["teacher"]["params"]["head"]["classifier"]["bias"].dtype == "bfloat16"
+    assert (
+        state.non_trainable["teacher"]["params"]["head"]["classifier"]["bias"].dtype == "bfloat16"
+    )
     left = student_only(state.trainable | state.non_trainable)
     fmjax.save(tmp_path / "export", student, left)
     _, again = fmjax.load(tmp_path / "export")
@@ -316,21 +318,20 @@ def test_refusals(pair, batch):
     with pytest.raises(ValueError, match="no multiple"):
         evenly(4, 6)
 
-    def run(loss_fn, variables):
-        jax.eval_shape(loss_fn, variables, batch, jax.random.key(0))
+    def refused(match, model, variables, inputs, *terms, task_loss=task.loss):
+        loss_fn = distilled(task_loss, model, model, *terms)
+        with pytest.raises(ValueError, match=match):
+            jax.eval_shape(loss_fn, variables, inputs, jax.random.key(0))
 
-    soft = (1.0, soft_labels())
-    with pytest.raises(ValueError, match="with_teacher"):
-        run(distilled(task.loss, model, model, soft), student)
-    with pytest.raises(ValueError, match="no layer 5"):
-        too_deep = (1.0, same_hidden_states({1: 5}))
-        run(distilled(task.loss, model, model, too_deep), with_teacher(student, teacher))
-    with pytest.raises(ValueError, match="no projection hidden_1"):
-        hidden = (1.0, same_hidden_states({1: 1}, projected=True))
-        run(distilled(task.loss, model, model, hidden), with_teacher(student, teacher))
-    with pytest.raises(ValueError, match="ran the student 2 times"):
-        encoder, variables = make(0, "model")
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        pairs = {f"{side}_{name}": x for name, x in inputs.items() for side in ("query", "passage")}
-        loss_fn = distilled(sentence_embedding.loss, encoder, encoder, (1.0, last_directions()))
-        jax.eval_shape(loss_fn, with_teacher(variables, variables), pairs, jax.random.key(0))
+    variables = with_teacher(student, teacher)
+    refused("with_teacher", model, student, batch, (1.0, soft_labels()))
+    refused("no layer 5", model, variables, batch, (1.0, same_hidden_states({1: 5})))
+    hidden = same_hidden_states({1: 1}, projected=True)
+    refused("no projection hidden_1", model, variables, batch, (1.0, hidden))
+    encoder, plain = make(0, "model")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    pairs = {f"{side}_{name}": x for name, x in inputs.items() for side in ("query", "passage")}
+    refused(
+        "ran the student 2 times", encoder, with_teacher(plain, plain), pairs,
+        (1.0, last_directions()), task_loss=sentence_embedding.loss,
+    )  # fmt: skip

@@ -81,7 +81,7 @@ def test_limits(setting):
 
 def test_refusals(setting):
     _, variables, batch, loss = setting
-    with pytest.raises(ValueError, match="decay is 1.5"):
+    with pytest.raises(ValueError, match=r"decay is 1\.5"):
         mean_teacher(gradient(loss), 1.5)
     grad_fn = mean_teacher(gradient(task.loss(setting[0])))
     rest = {"batch_stats": variables["batch_stats"]}
