@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 from test_experiments import experiment, write_tagged
+
+pytestmark = pytest.mark.slow  # half a minute of compiling each
 
 
 def test_distill_text(tiny_bert, sentence_files, tmp_path, capsys):
