@@ -34,7 +34,6 @@ from fmjax.methods.rollouts import (
     Prepared,
     Prompts,
     Sampling,
-    Turn,
     learn,
     make_rollout,
     make_update,
@@ -63,6 +62,8 @@ class Settings(comparison.Settings):
     """Of the hidden states; heads have 32."""
     labelled: int = 1500
     """Sums that are seen with their answers."""
+    held_out: int = 2000
+    """Sums to measure on."""
     warmup_steps: int = 500
     """Steps on them before the arms begin."""
     turns: int = 100
@@ -79,6 +80,8 @@ class Settings(comparison.Settings):
     """Of the arms; three times as much before they begin."""
     kl_weight: float = 0.02
     """Of GRPO's penalty, and where PPO's begins."""
+    target_kl: float = 3.0
+    """Nats a response that PPO's penalty is steered to."""
 
 
 def encode(text: str) -> list[int]:
@@ -152,20 +155,23 @@ def warmed(settings: Settings, seed: int) -> tuple[Any, Variables]:
         embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model, variables = fmjax.create("gpt2", config, head="causal_lm", rng=jax.random.key(seed))
-    sums = all_sums()[: settings.labelled]
+    batch = answered(all_sums()[: settings.labelled])
     tx = adamw(3 * settings.learning_rate, weight_decay=0.1)
     step = jit_step(make_train_step(gradient(causal_lm.loss(model)), tx))
     state = init_state(variables, tx, jax.random.key(seed))
     draw = np.random.default_rng(seed)
-    rows = min(128, len(sums))
+    size = min(128, settings.labelled)
     for _ in range(settings.warmup_steps):
-        state, _ = step(state, answered(sums[draw.choice(len(sums), rows, replace=False)]))
+        rows = draw.choice(settings.labelled, size, replace=False)
+        state, _ = step(state, {name: column[rows] for name, column in batch.items()})
     return model, merge(state.trainable, state.non_trainable)
 
 
-def measured(settings: Settings, model: Any, variables: Variables, before: Variables) -> Any:
+def measured(
+    settings: Settings, model: Any, variables: Variables, before: Variables
+) -> dict[str, float]:
     """Plain numbers on the held-out sums."""
-    held_out = prompts_of(all_sums()[-2000:])
+    held_out = prompts_of(all_sums()[-settings.held_out :])
     out = fmjax.generate(
         model, {"params": variables["params"]}, held_out.input_ids,
         attention_mask=held_out.attention_mask, max_new_tokens=ANSWER, eos_token_id=END,
@@ -175,9 +181,8 @@ def measured(settings: Settings, model: Any, variables: Variables, before: Varia
         decode([t for t in row[:n].tolist() if t != END])
         for row, n in zip(out.tokens, out.lengths, strict=True)
     ]
-    rollout = make_rollout(model, sampling_of(settings, group=1))
     compared = {"params": variables["params"], "reference": before}
-    drawn = rollout(compared, held_out, jax.random.key(0))
+    drawn = measuring(model)(compared, held_out, jax.random.key(0))
     mask = np.asarray(drawn["response_mask"])
     away = np.asarray(drawn["log_probs"] - drawn["reference_log_probs"]) * mask
     return {
@@ -188,7 +193,7 @@ def measured(settings: Settings, model: Any, variables: Variables, before: Varia
     }
 
 
-def sampling_of(settings: Settings, group: int) -> Sampling:
+def sampling_of(group: int) -> Sampling:
     """How answers are drawn."""
     return Sampling(
         prompt_length=PROMPT, max_new_tokens=ANSWER, group_size=group, eos_token_id=END,
@@ -198,10 +203,38 @@ def sampling_of(settings: Settings, group: int) -> Sampling:
 
 def unanswered(settings: Settings, seed: int) -> Iterator[Prompts]:
     """Sums that are neither labelled nor held out, drawn without end."""
-    sums = all_sums()[settings.labelled : -2000]
+    sums = all_sums()[settings.labelled : -settings.held_out]
     draw = np.random.default_rng([seed, 1])
     while True:
         yield prompts_of(sums[draw.choice(len(sums), settings.prompts, replace=False)])
+
+
+@functools.lru_cache(maxsize=8)
+def programs(settings: Settings, model: Any, name: str) -> tuple[Any, Any, Any]:
+    """The optimizer and the two programs of an arm, compiled once for all seeds."""
+    match name:
+        case "own samples":
+            loss, prepare = causal_lm.loss(model), own_samples
+        case "GRPO":
+            loss = grpo_loss(model, kl_weight=settings.kl_weight)
+            prepare = grpo_prepare(settings.group)
+        case _:
+            loss, prepare = ppo_loss(model), ppo_prepare(target_kl=settings.target_kl)
+    tx = adamw(settings.learning_rate, weight_decay=0.0)
+    update = make_update(
+        make_train_step(gradient(loss), tx),
+        prepare,
+        epochs=settings.epochs,
+        minibatches=settings.minibatches,
+    )
+    beside = critic if name == "PPO" else None
+    return tx, make_rollout(model, sampling_of(settings.group), beside=beside), update
+
+
+@functools.lru_cache(maxsize=1)
+def measuring(model: Any) -> Any:
+    """The program that draws one response a sum."""
+    return make_rollout(model, sampling_of(1))
 
 
 def run_arm(settings: Settings, name: str, seed: int) -> dict[str, float]:
@@ -210,42 +243,24 @@ def run_arm(settings: Settings, name: str, seed: int) -> dict[str, float]:
     before = jax.tree.map(jnp.copy, plain)
     if name == "before":
         return measured(settings, model, before, before)
-    beside, is_trainable, variables = None, is_param, with_reference(before)
-    match name:
-        case "own samples":
-            loss, prepare = causal_lm.loss(model), own_samples
-        case "GRPO":
-            loss = grpo_loss(model, kl_weight=settings.kl_weight)
-            prepare = grpo_prepare(settings.group)
-        case _:
-            loss, prepare = ppo_loss(model), ppo_prepare(target_kl=3.0)
-            variables = with_critic(model, before, kl_coefficient=settings.kl_weight)
-            beside, is_trainable = critic, is_trained
-    tx = adamw(settings.learning_rate, weight_decay=0.0)
+    tx, rollout, update = programs(settings, model, name)
+    is_trainable, variables = is_param, with_reference(before)
+    if name == "PPO":
+        variables = with_critic(model, before, kl_coefficient=settings.kl_weight)
+        is_trainable = is_trained
     state = init_state(variables, tx, jax.random.key(seed), is_trainable)
-    turns: list[Turn] = []
-
-    def hook(turn: Turn) -> None:
-        turns.append(dataclasses.replace(turn, state=None))  # pyright: ignore[reportArgumentType]
-
+    right: list[float] = []
     state = learn(
         state,
         unanswered(settings, seed),
-        rollout=make_rollout(model, sampling_of(settings, settings.group), beside=beside),
+        rollout=rollout,
         reward=exact,
-        update=make_update(
-            make_train_step(gradient(loss), tx),
-            prepare,
-            epochs=settings.epochs,
-            minibatches=settings.minibatches,
-        ),
+        update=update,
         decode=decode,
         iterations=settings.turns,
-        hook=hook,
+        hook=lambda turn: right.append(turn.metrics["reward"]),
     )
-    keep_curves(
-        settings.output, name, seed, {"share of right answers": [t.rewards.mean() for t in turns]}
-    )
+    keep_curves(settings.output, name, seed, {"share of right answers": right})
     return measured(settings, model, merge(state.trainable, state.non_trainable), plain)
 
 

@@ -227,11 +227,11 @@ def rollout_metrics(rollout: Batch, rewards: Array) -> dict[str, Mean]:
     return {
         "reward": Mean.of(rewards, rows),
         "tokens": Mean.of((weights > 0).sum(axis=1), rows),
-        "finished": Mean.of(rollout["finished"], rows),
+        "finished": Mean.of(jnp.asarray(rollout["finished"]), rows),
     }
 
 
-Update = Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Mean]]]
+Update = Callable[[TrainState, Batch, Array | np.ndarray], tuple[TrainState, dict[str, Mean]]]
 """(state, rollout, rewards [R]) -> (state, metrics)."""
 
 

@@ -195,7 +195,13 @@ def test_where_the_reference_comes_from(sides):
         loss(policy_of(variables), {**batch, **known}, None)
 
 
-@pytest.mark.parametrize("make", [dpo_loss, orpo_loss], ids=["dpo", "orpo"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(dpo_loss, id="dpo", marks=pytest.mark.slow),  # sums, as in ORPO
+        pytest.param(orpo_loss, id="orpo"),
+    ],
+)
 def test_padding_rows_do_not_count(sides, make):
     model, variables, batch, _ = sides
     empty = {name: value[:2].copy() for name, value in batch.items()}

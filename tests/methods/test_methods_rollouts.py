@@ -1,7 +1,6 @@
 """Rollouts, GRPO and PPO on tiny models: what was drawn, two programs, and that rewards rise."""
 
 import itertools
-import json
 
 import chex
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 import fmjax
 from fmjax.methods.grpo import grpo_loss, grpo_prepare
@@ -86,6 +86,7 @@ def test_log_probs_are_those_of_the_generation(policy, drawn):
     np.testing.assert_allclose(drawn["log_probs"] * mask, picked * mask, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_probs_are_those_of_a_plain_forward_pass(policy, drawn):
     """Of the row without its padding, logits over the temperature; the reference's too."""
     model, variables = policy
@@ -137,12 +138,12 @@ def test_on_policy_gradients(policy, drawn):
     equal = prepare(variables, drawn, jnp.ones(12)).batch
     for leaf in jax.tree.leaves(slope(loss, equal)):
         assert (np.asarray(leaf) == 0).all()
-    value, aux = loss(variables, batch, None)
+    value, aux = jax.jit(loss)(variables, batch, None)
     assert abs(value) < 1e-5  # advantages of a group add up to 0, and so do means of ratios of 1
     assert aux.metrics["clipped"].value == 0
     # The divergence is that of k3, weighed and in the metrics.
     near = grpo_loss(model, kl_weight=0.5, temperature=0.7)
-    more, aux = near(variables, {**batch, "advantages": jnp.zeros(12)}, None)
+    more, aux = jax.jit(near)(variables, {**batch, "advantages": jnp.zeros(12)}, None)
     difference = drawn["reference_log_probs"] - drawn["log_probs"]
     k3 = np.exp(difference) - difference - 1
     mask = drawn["response_mask"]
@@ -195,24 +196,26 @@ def test_ppo_learns_and_saves_its_critic(policy, tmp_path):
     model, variables = policy
     plain = {"params": jax.tree.map(jnp.copy, variables["params"])}
     variables = with_critic(model, plain, kl_coefficient=0.05)
-    tx = optax.adam(1e-2)
+    tx = optax.adam(2e-2)
     step = make_train_step(gradient(ppo_loss(model, temperature=0.7)), tx)
     update = make_update(
-        chex.assert_max_traces(step, 1), ppo_prepare(target_kl=0.5), epochs=2, minibatches=2
+        chex.assert_max_traces(step, 1), ppo_prepare(target_kl=3.0), epochs=2, minibatches=2
     )
     state = init_state(variables, tx, jax.random.key(0), is_trained)
-    state, found = run_turns(state, make_rollout(model, SAMPLING, beside=critic), update, 15)
-    rewards = [turn.metrics["reward"] for turn in found]
+    state, found = run_turns(state, make_rollout(model, SAMPLING, beside=critic), update, 25)
+    rewards = [round(turn.metrics["reward"], 3) for turn in found]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2, rewards
     assert found[0].metrics["kl"] == pytest.approx(0, abs=1e-4)
     assert found[0].metrics["kl_coefficient"] == pytest.approx(0.05)
     assert state.non_trainable[CONTROL]["coefficient"] != pytest.approx(0.05)
     trained = {**state.trainable, **state.non_trainable}
     folder = save(tmp_path / "policy", model, trained)
-    loaded, _ = fmjax.load(folder)
+    loaded, weights = fmjax.load(folder, scan=True)
     assert loaded.config == model.config
-    names = json.loads((folder / "config.json").read_text())
-    assert names["architectures"] == ["GPT2LMHeadModel"]
+    chex.assert_trees_all_equal(weights["params"], state.trainable["params"])
+    head = load_file(folder / "value_head.safetensors")
+    assert head["kernel"].shape == (16, 1)
+    np.testing.assert_array_equal(head["kernel"], state.trainable["value_head"]["kernel"])
 
 
 def test_ppo_losses_are_their_formulas(policy, drawn):
