@@ -1,12 +1,13 @@
-"""A small language model learns to prefer real word order: DPO, ORPO, and training on the chosen.
+"""A small language model learns to prefer real text to its own: DPO, ORPO, training on the chosen.
 
     python experiments/dpo_style.py --output runs/prefer
 
-A GPT-2 is trained on Brown first (or given: ``--model``). A pair is a real sentence: its first
-words are the prompt, its other words the chosen response, and the same with two of its words
-exchanged the rejected one. Measured on pairs of held-out documents: how often the chosen response
-is the more probable one, by how many nats more it has become so, and the perplexity of running
-text, which shows what is lost for it.
+A GPT-2 is trained on Brown first (or given: ``--model``). A pair is a real sentence's first words
+as the prompt, its other words as the chosen response, and as the rejected one as many tokens that
+the model itself has drawn behind the prompt (as in the first turn of Chen et al. 2024,
+arXiv:2401.01335). Measured on pairs of held-out documents: how often the chosen response is the
+more probable one, by how many nats more it has become so, and the perplexity of running text, which
+shows what is lost for it.
 
 RESULTS
 """
@@ -53,7 +54,7 @@ SPLITS = ("train", "test")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(comparison.Settings, Corpus):
-    """Preferences of word order."""
+    """Preferences of real text."""
 
     model: Path | None = None
     """A decoder's Hugging Face folder with its tokenizer, such as the export of pretrain_gpt.py;
@@ -68,7 +69,7 @@ class Settings(comparison.Settings, Corpus):
     """Its steps on rows of running text, 16 rows each."""
     length: int = 48
     """Tokens of a row, and of prompt and response."""
-    pairs: int = 1600
+    pairs: int = 1280
     """To learn from."""
     held_out: int = 400
     """To measure on."""
@@ -86,7 +87,7 @@ class Settings(comparison.Settings, Corpus):
     """Of DPO."""
     odds_weight: float = 1.0
     """Of ORPO."""
-    evaluations: int = 4
+    evaluations: int = 2
     """Along the way."""
 
 
@@ -158,53 +159,70 @@ def base_of(settings: Settings) -> Base:
     corpus = documents_of(settings)
     folder = settings.model or pretrained(settings, corpus)
     model, variables = fmjax.load(folder, head="causal_lm")
-    tokenizer = fmjax.load_tokenizer(folder)
-    test = corpus["test"]
+    base = Base(model, variables, fmjax.load_tokenizer(folder), corpus, [], [], np.zeros(0))
     options: dict[str, Any] = {"shuffle": False, "epochs": 1}
-    pairs = list(pair_stream(settings, tokenizer, test, settings.held_out, 0, **options))
-    rows = running_text(settings, tokenizer, test, **options)
+    pairs = list(pair_stream(settings, base, "test", settings.held_out, 0, **options))
+    rows = running_text(settings, base.tokenizer, corpus["test"], **options)
     text = [batch for batch, _ in zip(rows, range(settings.text_batches), strict=False)]
     margins = margins_of(model, variables, pairs)
-    return Base(model, variables, tokenizer, corpus, pairs, text, margins)
+    return base._replace(pairs=pairs, text=text, margins=margins)
 
 
 def make_pairs(
-    settings: Settings, documents: Documents, count: int, seed: int
+    settings: Settings, base: Base, split: str, count: int, seed: int
 ) -> tuple[list[str], list[str], list[str]]:
     """Prompts, chosen and rejected responses: of each sentence that is drawn, one pair.
 
     Raises:
-        ValueError: too few sentences of 12 to 24 words.
+        ValueError: too few sentences of 10 to 24 words that fit into the model.
     """
-    lines = [line.split() for text in documents.texts for line in text.split("\n")]
-    lines = [words for words in lines if 12 <= len(words) <= 24]
-    if len(lines) < count:
-        raise ValueError(f"{len(lines)} lines have 12 to 24 words; {count} pairs need as many")
-    draw = np.random.default_rng(seed)
-    prompts, chosen, rejected = [], [], []
-    for number in draw.permutation(len(lines))[:count]:
-        words = lines[number]
-        start, response = words[: settings.prompt_words], words[settings.prompt_words :]
-        # Two that differ; sentences of one word repeated are none.
-        first = int(draw.integers(len(response)))
-        others = [n for n, word in enumerate(response) if word != response[first]]
-        second = int(draw.choice(others))
-        swapped = list(response)
-        swapped[first], swapped[second] = swapped[second], swapped[first]
-        prompts.append(" ".join(start))
-        chosen.append(" " + " ".join(response))
-        rejected.append(" " + " ".join(swapped))
+    tokenizer = base.tokenizer
+    lines = [line for text in base.corpus[split].texts for line in text.split("\n")]
+    draw = np.random.default_rng([seed, SPLITS.index(split)])
+    prompts, chosen, tokens, room = [], [], [], settings.length // 3
+    for number in draw.permutation(len(lines)):
+        words = lines[number].split()
+        if len(prompts) == count:
+            break
+        if not 10 <= len(words) <= 24:
+            continue
+        start = " ".join(words[: settings.prompt_words])
+        response = " " + " ".join(words[settings.prompt_words :])
+        ids = [tokenizer(text)["input_ids"] for text in (start, response)]
+        # What was drawn may be cut into other tokens as a text: some are kept free for that.
+        if len(ids[0]) < room and len(ids[1]) <= settings.length - room - 6:
+            prompts.append(start)
+            chosen.append(response)
+            tokens.append(ids)
+    if len(prompts) < count:
+        raise ValueError(
+            f"{len(prompts)} lines have 10 to 24 words and fit into {settings.length} tokens; "
+            f"{count} pairs need as many"
+        )
+    longest = max(len(start) for start, _ in tokens) + 1
+    end = tokenizer.eos_token_id
+    rows = [[end, *start] for start, _ in tokens]
+    out = fmjax.generate(
+        base.model, base.variables, [[end] * (longest - len(row)) + row for row in rows],
+        attention_mask=[[0] * (longest - len(row)) + [1] * len(row) for row in rows],
+        max_new_tokens=max(len(response) for _, response in tokens), do_sample=True, top_k=0,
+        suppress_tokens=(end,), rng=jax.random.key(seed),
+    )  # fmt: skip
+    rejected = [
+        tokenizer.decode(drawn[: len(response)])
+        for drawn, (_, response) in zip(out.tokens, tokens, strict=True)
+    ]
     return prompts, chosen, rejected
 
 
 def pair_stream(
-    settings: Settings, tokenizer: Any, documents: Documents, count: int, seed: int, **options: Any
+    settings: Settings, base: Base, split: str, count: int, seed: int, **options: Any
 ) -> Any:
     """Batches of pairs, all of one shape."""
     length = settings.length
     encoded = encode_preferences(
-        tokenizer, *make_pairs(settings, documents, count, seed), max_length=length,
-        bos_id=tokenizer.eos_token_id,
+        base.tokenizer, *make_pairs(settings, base, split, count, seed), max_length=length,
+        bos_id=base.tokenizer.eos_token_id, end=False,
     )  # fmt: skip
     return batches(
         encoded, batch_size=settings.batch_size, seed=seed, buckets=[(length, length)], **options
@@ -280,7 +298,7 @@ def run_arm(settings: Settings, name: str, seed: int) -> dict[str, float]:
         return measured(base, base.variables)
     steps = settings.epochs * math.ceil(settings.pairs / settings.batch_size)
     tx, step = program(settings, base.model, name, steps)
-    stream = pair_stream(settings, base.tokenizer, base.corpus["train"], settings.pairs, seed + 1)
+    stream = pair_stream(settings, base, "train", settings.pairs, seed + 1)
     plain = jax.tree.map(jnp.copy, base.variables)
     state = init_state(with_reference(plain) if name == "DPO" else plain, tx, jax.random.key(seed))
     every = max(1, steps // settings.evaluations)

@@ -42,7 +42,15 @@ from fmjax.methods.rollouts import (
 )
 from fmjax.models import gpt2
 from fmjax.tasks import causal_lm
-from fmjax.train import adamw, gradient, init_state, is_param, jit_step, make_train_step
+from fmjax.train import (
+    adamw,
+    gradient,
+    init_state,
+    is_param,
+    jit_step,
+    make_train_step,
+    warmup_linear,
+)
 from fmjax.tree import merge
 from fmjax.types import Batch, Variables
 
@@ -64,9 +72,9 @@ class Settings(comparison.Settings):
     """Sums that are seen with their answers."""
     held_out: int = 2000
     """Sums to measure on."""
-    warmup_steps: int = 500
+    warmup_steps: int = 800
     """Steps on them before the arms begin."""
-    turns: int = 100
+    turns: int = 150
     """Of drawing and learning."""
     prompts: int = 32
     """Sums a turn."""
@@ -77,7 +85,7 @@ class Settings(comparison.Settings):
     minibatches: int = 2
     """Steps in a pass."""
     learning_rate: float = 3e-4
-    """Of the arms; three times as much before they begin."""
+    """Peak of the arms' schedule, which warms up and then falls linearly to 0."""
     kl_weight: float = 0.02
     """Of GRPO's penalty, and where PPO's begins."""
     target_kl: float = 3.0
@@ -156,7 +164,8 @@ def warmed(settings: Settings, seed: int) -> tuple[Any, Variables]:
     )  # fmt: skip
     model, variables = fmjax.create("gpt2", config, head="causal_lm", rng=jax.random.key(seed))
     batch = answered(all_sums()[: settings.labelled])
-    tx = adamw(3 * settings.learning_rate, weight_decay=0.1)
+    schedule = warmup_linear(3e-3, steps=settings.warmup_steps, warmup=settings.warmup_steps // 20)
+    tx = adamw(schedule, weight_decay=0.1)
     step = jit_step(make_train_step(gradient(causal_lm.loss(model)), tx))
     state = init_state(variables, tx, jax.random.key(seed))
     draw = np.random.default_rng(seed)
@@ -220,7 +229,9 @@ def programs(settings: Settings, model: Any, name: str) -> tuple[Any, Any, Any]:
             prepare = grpo_prepare(settings.group)
         case _:
             loss, prepare = ppo_loss(model), ppo_prepare(target_kl=settings.target_kl)
-    tx = adamw(settings.learning_rate, weight_decay=0.0)
+    steps = settings.turns * settings.epochs * settings.minibatches
+    schedule = warmup_linear(settings.learning_rate, steps=steps, warmup=steps // 10)
+    tx = adamw(schedule, weight_decay=0.0)
     update = make_update(
         make_train_step(gradient(loss), tx),
         prepare,
