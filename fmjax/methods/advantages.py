@@ -121,7 +121,7 @@ def discounted_returns(
 
 
 def standardised(advantages: Array, weights: Array) -> Array:
-    """Advantages less their mean, by their standard deviation, over what is weighed.
+    """Advantages less their mean, by their standard deviation, over what is weighed; else 0.
 
     Args:
         advantages: any shape.
@@ -129,4 +129,5 @@ def standardised(advantages: Array, weights: Array) -> Array:
     """
     mean = Mean.of(advantages, weights).value
     variance = Mean.of(jnp.square(advantages - mean), weights).value
-    return (advantages - mean) * jax.lax.rsqrt(variance + 1e-8)
+    standard = (advantages - mean) * jax.lax.rsqrt(variance + 1e-8)
+    return jnp.where(weights != 0, standard, 0.0)

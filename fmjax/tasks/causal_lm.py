@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,20 +160,53 @@ def load_balance(router_logits: tuple[Array, ...], top_k: int, keep: Array) -> A
     return experts * jnp.sum(share * mean)
 
 
+class Scored(NamedTuple):
+    """Log-probabilities of the tokens of a batch.
+
+    Args:
+        log_probs: float32 [B, T] in nats: at position t of the label of position t + 1 given what
+            stands before it; 0 where there is none (see `next_tokens`).
+        mask: bool [B, T], where there is one.
+        updates: new values of mutable collections.
+    """
+
+    log_probs: Array
+    mask: Array
+    updates: Variables
+
+
+def token_log_probs(
+    model: Any, *, train: bool = False, chunk_size: int = CHUNK_SIZE
+) -> Callable[[Variables, Batch, Array | None], Scored]:
+    """``(variables, batch, rng) -> Scored``: each token by itself, differentiable.
+
+    Args:
+        model, train, chunk_size: see `loss`, as is what a batch has.
+    """
+    apply = apply_fn(model, output_logits=False)
+
+    def score(variables: Variables, batch: Batch, rng: Array | None) -> Scored:
+        labels = next_tokens(batch)
+        output, updates = apply(variables, unpack(batch), rng, train=train)
+        assert output.last_hidden_state is not None
+        unembed = unembed_fn(model, variables)
+        mask = labels != IGNORED
+        scores = log_likelihood(
+            unembed, output.last_hidden_state, jnp.where(mask, labels, 0), chunk_size=chunk_size
+        )
+        return Scored(jnp.where(mask, scores, 0.0), mask, updates)
+
+    return score
+
+
 def predict(model: Any, *, chunk_size: int = CHUNK_SIZE) -> Callable[[Variables, Batch], Array]:
     """``(variables, batch) -> [B, T]``: log-probability (nats) of each token given those before it;
     0 where nothing predicts it: at the first token, at padding, at the start of a document.
     """
-    apply = apply_fn(model, output_logits=False)
+    score = token_log_probs(model, chunk_size=chunk_size)
 
     def predict_fn(variables: Variables, batch: Batch) -> Array:
-        labels = next_tokens(batch)
-        hidden = apply(variables, unpack(batch), None, train=False)[0].last_hidden_state
-        assert hidden is not None
-        unembed = unembed_fn(model, variables)
-        scores = log_likelihood(unembed, hidden, labels, chunk_size=chunk_size)
-        scores = jnp.where(labels == IGNORED, 0.0, scores)
-        return jnp.pad(scores[:, :-1], ((0, 0), (1, 0)))
+        return jnp.pad(score(variables, batch, None).log_probs[:, :-1], ((0, 0), (1, 0)))
 
     return predict_fn
 
