@@ -4,7 +4,8 @@ Several responses to one prompt are compared with each other, so that no value f
 Variants are choices in its formulas: Dr. GRPO (Liu et al. 2025, arXiv:2503.20783: ``scale="none",
 average="constant"``), DAPO's token mean and higher upper clip (Yu et al. 2025, arXiv:2503.14476:
 ``average="token", clip_high=0.28, kl_weight=0``), and RLOO's baseline (Ahmadian et al. 2024,
-arXiv:2402.14740: ``scale="none", leave_one_out=True``). The loop is in `fmjax.methods.sampled_responses`.
+arXiv:2402.14740: ``scale="none", leave_one_out=True``). The loop is in
+`fmjax.methods.sampled_responses`.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def group_advantages(
 def grpo_prepare(
     group_size: int, *, scale: Scale = "group", leave_one_out: bool = False
 ) -> Prepare:
-    """Rewards into advantages, for `fmjax.methods.sampled_responses.make_update`; see `group_advantages`."""
+    """Rewards into advantages (`group_advantages`), for `sampled_responses.make_update`."""
     if scale not in ("group", "none"):
         raise ValueError(f"scale={scale!r} is not one of 'group', 'none'")
 

@@ -3,7 +3,8 @@
 A batch has R rows of a prompt of P columns (padded on the left) and a response of N columns:
 ``input_ids`` and ``attention_mask`` int [R, P + N]; ``response_mask`` [R, N], 1 for what was drawn,
 the end included; ``log_probs`` [R, N], of the policy that drew it; perhaps
-``reference_log_probs`` [R, N]; and perhaps ``weight`` [R]. `fmjax.methods.sampled_responses` makes them.
+``reference_log_probs`` [R, N]; and perhaps ``weight`` [R]. They are made by
+`fmjax.methods.sampled_responses`.
 """
 
 from __future__ import annotations
