@@ -89,8 +89,9 @@ def create(
 def from_tokens(model: Any, variables: Variables, tokens: Array | np.ndarray) -> Variables:
     """The model's variables with the prefix that a text makes: the keys and values of its tokens.
 
-    Exactly what the model computes for the text behind these tokens; as an initialization "real
-    words" (Li & Liang 2021, section 7.4). Tokens may be a prompt's virtual ones.
+    Exactly what the model computes for a text behind these tokens (until a window that slides would
+    leave them behind); as an initialization "real words" (Li & Liang 2021, section 7.4). Tokens may
+    be a prompt's virtual ones.
 
     Args:
         model: causal, with a cache.
@@ -121,11 +122,14 @@ def from_tokens(model: Any, variables: Variables, tokens: Array | np.ndarray) ->
         rows = jnp.swapaxes(jnp.squeeze(heads, -4), -3, -2)  # [P, G, K]
         found[path] = rows.reshape(*rows.shape[:-2], -1)
     result = merge(variables, unflatten(found))
-    probe = tokens[:1]
-    both = jnp.concatenate([tokens, probe])[None]
-    behind = bare.apply(variables, input_ids=both).last_hidden_state[:, -1]
-    alone = bare.apply(result, input_ids=probe[None]).last_hidden_state[:, -1]
-    if not jnp.allclose(behind, alone, rtol=1e-3, atol=1e-3 * float(jnp.abs(behind).max())):
+    # Weights of attention, as biases may hardly show in what a model makes of them.
+    both = jnp.concatenate([tokens, tokens[:1]])[None]
+    behind = bare.apply(variables, input_ids=both, output_attentions=True).attentions
+    alone = bare.apply(result, input_ids=tokens[None, :1], output_attentions=True).attentions
+    if not all(
+        jnp.allclose(one[:, :, -1], other[:, :, -1], atol=1e-2)
+        for one, other in zip(behind, alone, strict=True)
+    ):
         raise ValueError(
             f"{family_for(model).MODEL_TYPE} sees a text before others by biases or windows, which "
             "a prefix does not have: this prefix would be another function; use create"

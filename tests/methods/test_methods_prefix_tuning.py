@@ -1,6 +1,7 @@
 """Prefixes: what they compute, their gradients, generation, the network, files, refusals."""
 
 import functools
+import json
 
 import chex
 import jax
@@ -141,8 +142,9 @@ def test_prefixes_of_scanned_llama_train():
     batch = {"input_ids": np.tile(IDS[:1], (2, 1)), "attention_mask": MASK}
     batch |= {"weight": np.array([1.0, 0.5])}
     state, _ = check_trains(
-        tuned, loss, optax.adam(0.5), batch, is_trainable=matching(["adapters/*"], tuned)
-    )
+        tuned, loss, optax.adam(0.5), batch, is_trainable=matching(["adapters/*"], tuned),
+        falls_to=0.96,
+    )  # fmt: skip
     moved = flatten(state.trainable)
     assert all((np.asarray(moved[k]) != np.asarray(v)).any() for k, v in
                flatten({"adapters": tuned["adapters"]}).items())  # fmt: skip
@@ -204,8 +206,8 @@ def test_prefixes_that_would_not_be_read():
             prefix_tuning.create(model, variables, jax.random.key(0), length=2)
     model, variables = made("big_bird", "model")
     tuned = prefix_tuning.create(model, variables, jax.random.key(0), length=1)
+    long = jnp.ones((1, model.config.max_position_embeddings - 1), jnp.int32)
     with pytest.raises(ValueError, match="block-sparse attention has no prefix"):
-        long = jnp.ones((1, model.config.max_position_embeddings - 1), jnp.int32)
         jax.eval_shape(lambda: model.apply(tuned, input_ids=long))
     model, variables = made("resnet", "model")
     with pytest.raises(ValueError, match="no self-attention"):
@@ -331,9 +333,10 @@ def test_our_folders_come_back(tmp_path):
     loop = model.clone(scan=False)
     single = prefix_tuning.load(loop, unstack_layers(variables), folder)
     chex.assert_trees_all_equal(stack_layers(single), tuned)
-    small, others = made("gpt2")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 2}))
     with pytest.raises(ValueError, match="prompt_embeddings has shape"):
-        prefix_tuning.load(small, others, folder)
+        prefix_tuning.load(model, variables, folder)
     with pytest.raises(ValueError, match="there is no"):
         prefix_tuning.save(tmp_path / "none", model, variables)
     network = prefix_tuning.create_network(model, variables, jax.random.key(0), length=2, hidden=2)
