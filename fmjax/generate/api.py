@@ -112,6 +112,7 @@ def generate(
         raise ValueError("generation:\n  " + "\n  ".join(problems))
     plan = make_plan(
         model,
+        variables,
         config,
         options,
         input_ids=input_ids,
@@ -223,6 +224,7 @@ def stream(
         raise ValueError("generation:\n  " + "\n  ".join(problems))
     plan = make_plan(
         model,
+        variables,
         config,
         options,
         input_ids=input_ids,

@@ -11,6 +11,7 @@ from jax import Array
 
 from fmjax.generate.forward import Prompt
 from fmjax.generation_config import GenerationConfig
+from fmjax.types import Variables
 
 DEFAULT_NEW_TOKENS = 20
 SMALLEST_BUCKET = 16
@@ -89,6 +90,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 def make_plan(
     model: Any,
+    variables: Variables,
     config: GenerationConfig,
     explicit: Mapping[str, Any],
     *,
@@ -102,6 +104,7 @@ def make_plan(
 
     Args:
         model: what generates.
+        variables: its variables.
         config: the options.
         explicit: options of this call, which are not cut down to what the model can.
         input_ids: int [B, P]; of an encoder-decoder, the encoder's tokens.
@@ -149,6 +152,10 @@ def make_plan(
     padding = (width - mask.sum(axis=1)).astype(np.int32)
     longest = int(mask.sum(axis=1).max())
     most = decoder_positions(model)
+    if most is not None and not both:
+        from fmjax.nn.attention import prefix_length
+
+        most -= prefix_length(variables)  # its own prefixes come before the first token
     limit = _limit(most, config, explicit, width, longest)
     if both:
         room, columns = width, width + bucket(limit) + extra_columns

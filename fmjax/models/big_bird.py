@@ -192,6 +192,10 @@ class SparseAttention(nn.Module):
             ([B, T, D], [B, H, T, T] or None).
         """
         config = self.config
+        if self.has_variable("adapters", "prefix_key"):
+            raise ValueError(
+                "block-sparse attention has no prefix; set attention_type='original_full'"
+            )
         heads, size = config.num_attention_heads, config.block_size
         batch, length, width = x.shape
         init = nn.initializers.normal(config.initializer_range)

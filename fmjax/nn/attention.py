@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax import Array
 from fmjax.nn.dropout import dropout
 from fmjax.nn.linear import Dense
 from fmjax.nn.position import Rotary, rotate
+from fmjax.tree import flatten
 
 
 class Cache(NamedTuple):
@@ -75,6 +76,23 @@ def cache_capacity(cache: dict[str, Any]) -> int:
     return layer.key.shape[-2]
 
 
+def prefix_length(variables: Mapping[str, Any]) -> int:
+    """P of the keys and values that a model's `Attention` layers have before those of the tokens,
+    whose positions begin behind them; 0 for none.
+
+    Args:
+        variables: of a model whose positions are counted, or of one of its sides.
+
+    Raises:
+        ValueError: layers have different P, so that positions cannot agree.
+    """
+    flat = flatten(variables.get("adapters", {}))
+    lengths = {leaf.shape[-2] for path, leaf in flat.items() if path.endswith("/prefix_key")}
+    if len(lengths) > 1:
+        raise ValueError(f"prefixes have lengths {sorted(lengths)}; all layers' must have one")
+    return lengths.pop() if lengths else 0
+
+
 def make_attention_mask(
     mask: Array | None,
     *,
@@ -128,6 +146,7 @@ def attend(
     *,
     mask: Array | None = None,
     bias: Array | None = None,
+    prefix: Cache | None = None,
     scale: float | Array | None = None,
     softcap: float | None = None,
     rng: Array | None = None,
@@ -143,6 +162,7 @@ def attend(
         mask: bool, broadcastable to [B, H, T, S]; True = keep. A row that keeps nothing attends
             everywhere alike, as in PyTorch.
         bias: added to the scaled scores, broadcastable to [B, H, T, S].
+        prefix: keys and values [G, P, K] that every query sees besides, without mask or bias.
         scale: of the scores; None is 1 / sqrt(K).
         softcap: c of ``c * tanh(scores / c)``, applied before bias and mask; None for none.
         rng: key for dropout of the probabilities; None drops nothing.
@@ -150,7 +170,7 @@ def attend(
         with_probabilities: whether the probabilities (before dropout) are returned too.
 
     Returns:
-        ([B, T, H, K], [B, H, T, S] or None).
+        ([B, T, H, K], [B, H, T, S] or None; [B, H, T, P + S] with a prefix, which comes first).
     """
     batch, length, heads, size = query.shape
     groups, keys = key.shape[1], key.shape[2]
@@ -159,26 +179,40 @@ def attend(
     scale = 1.0 / math.sqrt(size) if scale is None else scale
     query = jnp.swapaxes((query * scale).astype(query.dtype), 1, 2)  # [B, H, T, K]
     query = query.reshape(batch, groups, heads // groups * length, size)
-    scores = jnp.einsum("BGTK,BGSK->BGTS", query, key)
-    scores = scores.reshape(batch, heads, length, keys).astype(jnp.float32)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+
+    def capped(scores: Array) -> Array:  # [B, G, H / G * T, S] -> [B, H, T, S] float32
+        scores = scores.reshape(batch, heads, length, -1).astype(jnp.float32)
+        return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+    scores = capped(jnp.einsum("BGTK,BGSK->BGTS", query, key))
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     if mask is not None:
         scores = scores + jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+    if prefix is not None:
+        # Scores are joined, not keys: a cache would be copied to stand behind a prefix.
+        before = jnp.einsum("BGTK,GPK->BGTP", query, prefix.key.astype(query.dtype))
+        scores = jnp.concatenate([capped(before), scores], axis=-1)  # [B, H, T, P + S]
     probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)  # [B, H, T, S]
     dropped = probabilities
     if rng is not None and dropout_rate > 0.0:
         dropped = dropout(rng, probabilities, dropout_rate)
-    dropped = dropped.reshape(batch, groups, heads // groups * length, keys)
-    out = jnp.einsum("BGTS,BGSK->BGTK", dropped, value)
+    dropped = dropped.reshape(batch, groups, heads // groups * length, -1)
+    if prefix is None:
+        out = jnp.einsum("BGTS,BGSK->BGTK", dropped, value)
+    else:
+        out = jnp.einsum("BGTS,BGSK->BGTK", dropped[..., -keys:], value)
+        before = dropped[..., :-keys]
+        out = out + jnp.einsum("BGTP,GPK->BGTK", before, prefix.value.astype(query.dtype))
     out = out.reshape(batch, heads, length, value.shape[-1])
     return jnp.swapaxes(out, 1, 2), probabilities if with_probabilities else None
 
 
 class Attention(nn.Module):
     """Multi-head attention with its four projections, over itself or over other states.
+
+    Where there is a collection "adapters", its ``prefix_key`` and ``prefix_value`` [P, G * K] here
+    are keys and values that every query sees besides: as they are, neither normed nor rotated.
 
     Args:
         num_heads: H.
@@ -292,6 +326,7 @@ class Attention(nn.Module):
             value,
             mask=mask,
             bias=bias,
+            prefix=self.prefix(groups, size),
             scale=self.scale,
             softcap=self.softcap,
             rng=self.make_rng("dropout") if self.train and self.dropout_rate > 0.0 else None,
@@ -303,3 +338,20 @@ class Attention(nn.Module):
         out_init = self.kernel_init if self.out_init is None else self.out_init
         out = Dense(width, out_bias, out_init, name="out")(out)  # [B, T, D]
         return out, probabilities, cache
+
+    def prefix(self, groups: int, size: int) -> Cache | None:
+        """The layer's own keys and values [G, P, K], or None."""
+        if not self.has_variable("adapters", "prefix_key"):
+            return None
+
+        def heads(name: str) -> Array:
+            rows = self.get_variable("adapters", name)
+            if rows.ndim != 2 or rows.shape[1] != groups * size:
+                place = "/".join(("adapters", *self.path, name))
+                raise ValueError(
+                    f"{place} has shape {rows.shape}; it must be [P, {groups * size}]: {groups} "
+                    f"heads of {size}"
+                )
+            return jnp.swapaxes(rows.reshape(-1, groups, size), 0, 1)
+
+        return Cache(heads("prefix_key"), heads("prefix_value"))

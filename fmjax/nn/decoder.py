@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.activation import ACTIVATIONS
-from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask
+from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask, prefix_length
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.heads import Unembedding
@@ -290,13 +290,17 @@ class Decoder(nn.Module):
             start, capacity = cache["length"], cache_capacity(cache)
         # A cache may have columns to spare, for padding, where positions are given.
         spare = cache is not None and position_ids is not None
-        if self.max_positions is not None and capacity > self.max_positions and not spare:
+        before = prefix_length(self.variables)
+        most = self.max_positions
+        if most is not None and before + capacity > most and not spare:
             raise ValueError(
-                f"{capacity} positions are more than the model's {self.max_positions}; "
+                f"{before + capacity} positions are more than the model's {most}; "
                 "truncate the input"
             )
         if position_ids is None:
             position_ids = self.default_positions(attention_mask, start, length)
+        if before:
+            position_ids = position_ids + before
         return Inputs(
             input_ids, inputs_embeds, attention_mask, position_ids, length, capacity, start, train
         )

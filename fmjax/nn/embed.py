@@ -33,6 +33,9 @@ def token_shape(ids: Array | None, embeds: Array | None, prefix: str = "") -> tu
 class Embed(nn.Module):
     """A table of vectors [V, D], looked up by integer or, tied, multiplied for logits.
 
+    Where there is a collection "adapters", its ``prompt`` [P, D] here has the rows V, V + 1, ... of
+    lookups; for logits there are none.
+
     Args:
         num_embeddings: V.
         features: D.
@@ -57,6 +60,12 @@ class Embed(nn.Module):
 
     def __call__(self, ids: Array) -> Array:  # [...] -> [..., D]
         vectors = jnp.take(self.embedding, ids, axis=0)
+        if self.has_variable("adapters", "prompt"):
+            prompt = self.get_variable("adapters", "prompt").astype(vectors.dtype)
+            own = ids - self.num_embeddings
+            virtual = own >= 0
+            row = jnp.take(prompt, jnp.where(virtual, own, 0), axis=0)
+            vectors = jnp.where(virtual[..., None], row, vectors)
         if self.padding_index is None:
             return vectors
         padding = (ids == self.padding_index % self.num_embeddings)[..., None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask
+from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask, prefix_length
 from fmjax.nn.checks import check_head
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed, token_shape
@@ -332,15 +332,19 @@ class Encoder(nn.Module):
             start, capacity = cache["length"], cache_capacity(cache)
         # A cache may have columns to spare, for padding, where positions are given.
         spare = cache is not None and position_ids is not None
-        if self.max_positions is not None and capacity > self.max_positions and not spare:
+        before = prefix_length(self.variables)
+        most = self.max_positions
+        if most is not None and before + capacity > most and not spare:
             raise ValueError(
-                f"{capacity} positions are more than the model's {self.max_positions} "
+                f"{before + capacity} positions are more than the model's {most} "
                 f"(max_position_embeddings={config.max_position_embeddings}); truncate the input"
             )
         if position_ids is None:
             position_ids = self.default_positions(input_ids, start, batch_shape[-1])
         elif cache is not None:
             position_ids = position_ids + self.position_offset
+        if before:
+            position_ids = position_ids + before
         encoder_mask = None
         if encoder_attention_mask is not None:
             encoder_mask = encoder_attention_mask.astype(bool)[:, None, None, :]  # [B, 1, 1, S]
