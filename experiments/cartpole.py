@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,16 @@ import optax
 import tyro
 from comparison import Settings as ComparisonSettings
 from comparison import compare, table
-from jax import Array
 
 import fmjax
 from fmjax.config import write_json
 from fmjax.environments import CartPole, GymnasiumVector, Vectorised, check_environment
 from fmjax.methods import dqn, ppo, reinforce
-from fmjax.methods.policies import actor_critic, network, together
-from fmjax.methods.rollouts import first_returns, learner
+from fmjax.methods.policies import ActorCritic, Network, actor_critic, network, together
+from fmjax.methods.rollouts import Act, first_returns, learner
 from fmjax.models import mlp
 from fmjax.report.charts import FIRST, Line, line_chart
 from fmjax.train import gradient, init_state, make_train_step
-from fmjax.tree import merge
 from fmjax.types import TrainState, Variables
 
 ACTIONS = ("left", "right")
@@ -70,41 +68,72 @@ def falling(peak: float, steps: int, norm: float) -> optax.GradientTransformatio
     return optax.chain(optax.clip_by_global_norm(norm), optax.adam(rate))
 
 
-def run(iteration: Callable[[Any], Any], state: Any, count: int) -> tuple[Any, list[float]]:
-    """Iterations of a compiled program, and the mean return of the episodes that ended in each."""
+class Trained(NamedTuple):
+    """What a run leaves: weights at its end, the best ones on the way, and the learning curve."""
+
+    last: Variables
+    best: Variables
+    curve: list[float]
+
+
+def run(
+    settings: Settings, iteration: Callable[[Any], Any], state: Any, count: int, acting: Network
+) -> Trained:
+    """Iterations of a compiled program; the weights are kept that did best when tried greedily.
+
+    Agents that have solved the task go on changing and may lose it again. They are tried after
+    every 25th part of the run, in our own environment and with a key of their own: gymnasium's
+    episodes, which judge, choose nothing. Of equally good weights the latest are kept.
+    """
+    copies = Vectorised(CartPole(settings.max_steps), 100)
     compiled, curve = jax.jit(iteration, donate_argnums=0), []
-    for _ in range(count):
+    tried = jax.jit(
+        lambda variables, rng: first_returns(
+            copies, greedy(acting, variables), rng, settings.max_steps
+        ).mean()
+    )
+    best, highest = variables_of(state.train), -np.inf
+    for number in range(1, count + 1):
         state, metrics = compiled(state)
         mean = metrics["episode_return"]
         curve.append(float(mean.value) if float(mean.weight) else float("nan"))
-    return state, curve
+        if number % max(1, count // 25) == 0 or number == count:
+            variables = variables_of(state.train)
+            reached = float(tried(variables, jax.random.key(20_000 + number)))
+            if reached >= highest:
+                # A copy: the state is donated.
+                best, highest = jax.tree.map(jnp.copy, variables), reached
+    return Trained(variables_of(state.train), best, curve)
+
+
+def greedy(acting: Network, variables: Variables) -> Act:
+    """The action of the highest logit."""
+    return lambda observations, rng: jnp.argmax(acting(variables, observations), axis=-1)
 
 
 def variables_of(train: TrainState) -> Variables:
-    """What trained and what the network reads besides."""
-    return merge(train.trainable, train.non_trainable)
+    """What trained; these networks read nothing besides."""
+    return train.trainable
 
 
-def judge(settings: Settings, logits: Callable[[Array], Array], seed: int) -> dict[str, float]:
+def judge(settings: Settings, trained: Trained, acting: Network, seed: int) -> dict[str, float]:
     """Returns of greedy episodes in gymnasium's CartPole-v1."""
     environment = GymnasiumVector.make("CartPole-v1", settings.episodes)
-
-    def act(observations: Array, rng: Array) -> Array:
-        return jnp.argmax(logits(observations), axis=-1)
-
-    judged = jax.jit(partial(first_returns, environment, act, steps=500))
-    returns = np.asarray(judged(jax.random.key(10_000 + seed)))
+    judged = jax.jit(
+        lambda variables: first_returns(
+            environment, greedy(acting, variables), jax.random.key(10_000 + seed), 500
+        )
+    )
+    best, last = (np.asarray(judged(variables)) for variables in (trained.best, trained.last))
     environment.vector.close()
-    return {"mean return": float(returns.mean()), "lowest return": float(returns.min())}
+    return {
+        "mean return": float(best.mean()),
+        "lowest return": float(best.min()),
+        "mean return, last weights": float(last.mean()),
+    }
 
 
-def save(settings: Settings, name: str, seed: int, model: Any, variables: Variables) -> None:
-    """The acting network as a Hugging Face folder."""
-    folder = settings.output / name / f"seed-{seed}"
-    fmjax.save(folder, model, {"params": variables["params"]})
-
-
-def train_dqn(settings: Settings, seed: int) -> tuple[dict[str, float], list[float]]:
+def train_dqn(settings: Settings, seed: int) -> dict[str, float]:
     """Double DQN with prioritised replay and returns of 3 steps."""
     environment, steps = Vectorised(CartPole(settings.max_steps), 8), 250
     whole = settings.dqn_iterations * steps
@@ -125,66 +154,60 @@ def train_dqn(settings: Settings, seed: int) -> tuple[dict[str, float], list[flo
     state = init_state(dqn.with_target(variables, options.batch_size), tx, first)
     agent = dqn.agent(environment, state, options, second)
     iteration = dqn.iteration(environment, q_values, step, options, steps)
-    agent, curve = run(iteration, agent, settings.dqn_iterations)
-    learnt = variables_of(agent.train)
-    save(settings, "dqn", seed, model, learnt)
-    steps_done = whole * environment.num_environments
-    return {
-        **judge(settings, partial(q_values, learnt), seed),
-        "steps": steps_done,
-    }, curve
+    trained = run(settings, iteration, agent, settings.dqn_iterations, q_values)
+    save(settings, "dqn", seed, model, trained, trained.best["params"])
+    return judge(settings, trained, q_values, seed) | {"steps": 8 * whole}
 
 
-def actor_and_critic(settings: Settings, seed: int) -> tuple[Any, Any, Variables]:
-    """(the acting model, the function of both, their variables)."""
+def actor_and_critic(settings: Settings, seed: int) -> tuple[Any, ActorCritic, Network, Variables]:
+    """(the acting model, the function of both, that of the actor alone, their variables)."""
     actor, actor_variables = perceptron(settings, ACTIONS, 2 * seed, head_gain=0.01)
     critic, critic_variables = perceptron(settings, ("value",), 2 * seed + 1)
     variables = together(policy=actor_variables, value=critic_variables)
-    return actor, actor_critic(actor, critic), variables
+    policy = actor_critic(actor, critic)
+    return actor, policy, lambda variables, x: policy(variables, x)[0], variables
 
 
-def train_ppo(settings: Settings, seed: int) -> tuple[dict[str, float], list[float]]:
+def train_ppo(settings: Settings, seed: int) -> dict[str, float]:
     """PPO with generalised advantages."""
     environment, options = Vectorised(CartPole(settings.max_steps), 8), ppo.Settings()
-    model, policy, variables = actor_and_critic(settings, seed)
+    model, policy, acting, variables = actor_and_critic(settings, seed)
     tx = falling(1e-3, settings.ppo_iterations * options.epochs * options.minibatches, norm=0.5)
     step = make_train_step(gradient(ppo.loss(policy, entropy_coefficient=0.01)), tx)
     first, second = jax.random.split(jax.random.key(seed))
     state = learner(environment, init_state(variables, tx, first), second)
     iteration = ppo.iteration(environment, policy, step, options)
-    state, curve = run(iteration, state, settings.ppo_iterations)
-    steps = settings.ppo_iterations * options.steps * environment.num_environments
-    return judged_actor(settings, "ppo", seed, model, policy, state.train, steps), curve
+    trained = run(settings, iteration, state, settings.ppo_iterations, acting)
+    save(settings, "ppo", seed, model, trained, trained.best["params"]["policy"])
+    return judge(settings, trained, acting, seed) | {
+        "steps": settings.ppo_iterations * options.steps * 8
+    }
 
 
-def train_reinforce(settings: Settings, seed: int) -> tuple[dict[str, float], list[float]]:
+def train_reinforce(settings: Settings, seed: int) -> dict[str, float]:
     """REINFORCE on whole episodes, with a baseline."""
     environment = Vectorised(CartPole(settings.max_steps), 16)
-    model, policy, variables = actor_and_critic(settings, seed)
+    model, policy, acting, variables = actor_and_critic(settings, seed)
     tx = falling(5e-3, settings.reinforce_iterations, norm=0.5)
     loss = reinforce.loss(policy, normalise=True, entropy_coefficient=0.01)
     step = make_train_step(gradient(loss), tx)
     first, second = jax.random.split(jax.random.key(seed))
     state = learner(environment, init_state(variables, tx, first), second)
     iteration = reinforce.iteration(environment, policy, step, steps=settings.max_steps)
-    state, curve = run(iteration, state, settings.reinforce_iterations)
-    steps = settings.reinforce_iterations * settings.max_steps * environment.num_environments
-    return judged_actor(settings, "reinforce", seed, model, policy, state.train, steps), curve
+    trained = run(settings, iteration, state, settings.reinforce_iterations, acting)
+    save(settings, "reinforce", seed, model, trained, trained.best["params"]["policy"])
+    return judge(settings, trained, acting, seed) | {
+        "steps": settings.reinforce_iterations * settings.max_steps * 16
+    }
 
 
-def judged_actor(
-    settings: Settings,
-    name: str,
-    seed: int,
-    model: Any,
-    policy: Any,
-    train: TrainState,
-    steps: int,
-) -> dict[str, float]:
-    """Saves and judges an actor."""
-    learnt = variables_of(train)
-    save(settings, name, seed, model, {"params": learnt["params"]["policy"]})
-    return {**judge(settings, lambda x: policy(learnt, x)[0], seed), "steps": steps}
+def save(
+    settings: Settings, name: str, seed: int, model: Any, trained: Trained, params: Variables
+) -> None:
+    """The acting network as a Hugging Face folder, and the learning curve."""
+    folder = settings.output / name / f"seed-{seed}"
+    fmjax.save(folder, model, {"params": params})
+    write_json(folder / "curve.json", trained.curve)
 
 
 TRAINERS = {"dqn": train_dqn, "ppo": train_ppo, "reinforce": train_reinforce}
@@ -197,12 +220,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"arms {unknown} are not known; choose from {list(TRAINERS)}")
     check_environment(CartPole(settings.max_steps))
 
-    def arm(name: str, seed: int) -> dict[str, float]:
-        numbers, curve = TRAINERS[name](settings, seed)
-        write_json(settings.output / name / f"seed-{seed}" / "curve.json", curve)
-        return numbers
-
-    results = compare(settings, {name: partial(arm, name) for name in settings.arms})
+    arms = {name: partial(TRAINERS[name], settings) for name in settings.arms}
+    results = compare(settings, arms)
     draw(settings)
     print(table(results))
 

@@ -1,5 +1,6 @@
 """Advantages: their limits, a plain loop, ends of all kinds."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,11 +44,14 @@ def draw(seed):
     }
 
 
+advantages = jax.jit(generalised_advantages)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), decay=st.floats(0.0, 1.0))
 def test_equals_a_loop(seed, decay):
     case = draw(seed)
-    ours = generalised_advantages(
+    ours = advantages(
         **{k: jnp.asarray(v, jnp.float32) for k, v in case.items()}, decay=jnp.float32(decay)
     )
     np.testing.assert_allclose(ours, by_loop(**case, decay=decay), rtol=1e-5, atol=1e-5)

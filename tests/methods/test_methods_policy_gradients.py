@@ -100,18 +100,23 @@ def test_losses_equal_hand_computations(case):
     np.testing.assert_allclose(loss, -(now * returns).mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", [ppo, reinforce])
-def test_losses_train_as_any(case, method):
+@pytest.mark.parametrize("name", ["ppo", "reinforce in pieces"])
+def test_losses_train_as_any(case, name):
+    """Standardised advantages are of a whole batch; without them its pieces may be accumulated.
+
+    A baseline that learns moves REINFORCE's loss itself: without one it falls.
+    """
     policy, variables, batch = case
     batch = batch | {"observations": jnp.nan_to_num(batch["observations"])}
-    loss = method.loss(policy, value_coefficient=1.0)
-    pieces = {ppo: 1, reinforce: 2}[method]  # standardised advantages are of a whole batch
-    state, losses = check_trains(
-        variables, loss, optax.adam(1e-2), batch, steps=30, falls_to=np.inf,
+    if name == "ppo":
+        loss, pieces = ppo.loss(policy, value_coefficient=1.0), 1
+    else:
+        batch["returns"] = jnp.abs(batch["returns"])
+        loss, pieces = reinforce.loss(policy, baseline=False), 2
+    check_trains(
+        variables, loss, optax.adam(1e-2), batch, steps=20,
         differentiate=lambda loss: accumulate(gradient(loss), pieces),
     )  # fmt: skip
-    assert losses[-1] < losses[0] - 0.1
-    assert int(state.step) == 30
 
 
 def test_advantages_of_a_trajectory():
@@ -198,6 +203,7 @@ def test_reinforce_finds_the_goal():
     assert returns[-1] > -5
 
 
+@pytest.mark.slow  # the adapter and the agent have each their own tests
 def test_the_same_agent_runs_on_gymnasium():
     """PPO's one compiled program, whose worlds live in Python."""
     pytest.importorskip("gymnasium")
