@@ -17,6 +17,7 @@ The folder gets results.json and the curves as curves.png and curves.svg.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +74,7 @@ class Settings(comparison.Settings):
     """Pictures a client's step."""
     epochs: int = 1
     """Passes of a client over its pictures in a round."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     """Of the clients' SGD."""
     mu: float = 0.1
     """FedProx's pull."""
@@ -241,11 +242,11 @@ def main(argv: list[str] | None = None) -> None:
     """Runs what is missing, prints the table and draws the curves."""
     settings = tyro.cli(Settings, description=__doc__, args=argv)
     pictures = load(settings)
-    arms: dict[str, comparison.Arm] = {"central": lambda seed: central(settings, pictures, seed)}
+    arms: dict[str, comparison.Arm] = {"central": functools.partial(central, settings, pictures)}
     for alpha in settings.alphas:
         for method in settings.methods:
-            arms[f"{named(alpha)}, {method}"] = lambda seed, alpha=alpha, method=method: federated(
-                settings, pictures, method, alpha, seed
+            arms[f"{named(alpha)}, {method}"] = functools.partial(
+                federated, settings, pictures, method, alpha
             )
     results = compare(settings, arms)
     print(table(results))

@@ -18,6 +18,7 @@ epsilon that the first model's attack proves (95 % confidence), which must be be
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -230,19 +231,19 @@ def arm(settings: Settings, part: Part, data: Data, epsilon: float, seed: int) -
     stream.close()
     trained = merge(state.trainable, state.non_trainable)
     measured = means(data.loss, trained, evaluation_batches(data.test, batch_size=128))
-    spent = epsilon_of(
-        planned.noise,
-        delta=settings.delta,
-        sample_rate=planned.rate,
-        steps=settings.steps,
-        overflow=UNLIKELY,
-    )
     results = {
         "test accuracy": measured["accuracy"].value,
         "test loss": measured["loss"].value,
         "noise": planned.noise,
-        "spent": spent if math.isfinite(spent) else float("nan"),
     }
+    if planned.noise:
+        results["spent"] = epsilon_of(
+            planned.noise,
+            delta=settings.delta,
+            sample_rate=planned.rate,
+            steps=settings.steps,
+            overflow=UNLIKELY,
+        )
     if part == "head" and settings.audited:
         results |= audit(settings, data, epsilon, seed)
     return results
@@ -265,8 +266,9 @@ def audit(settings: Settings, data: Data, epsilon: float, seed: int) -> dict[str
     for _ in range(settings.steps):
         states, _ = step(states, next(stream))
     stream.close()
+    losses_of = jax.jit(shadow_losses(data.loss))
     losses = collect(
-        jax.jit(shadow_losses(data.loss)), states, evaluation_batches(pool), size=size
+        lambda _, batch: losses_of(states, batch), {}, evaluation_batches(pool), size=size
     ).T  # [K, N]
     confidences = logit_confidence(losses)
     scores = np.stack(
@@ -298,13 +300,12 @@ def main(argv: list[str] | None = None) -> None:
     """Runs what is missing and prints the table."""
     settings = tyro.cli(Settings, description=__doc__, args=argv)
     parts = load(settings)
-    arms = {
-        f"{part}, epsilon {epsilon:g}": (
-            lambda seed, part=part, epsilon=epsilon: arm(settings, part, parts[part], epsilon, seed)
-        )
-        for part in settings.parts
-        for epsilon in settings.epsilons
-    }
+    arms: dict[str, comparison.Arm] = {}
+    for part in settings.parts:
+        for epsilon in settings.epsilons:
+            arms[f"{part}, epsilon {epsilon:g}"] = functools.partial(
+                arm, settings, part, parts[part], epsilon
+            )
     print(table(compare(settings, arms)))
 
 
