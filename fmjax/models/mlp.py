@@ -13,9 +13,9 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import config_alone
+from fmjax.nn.activation import activation
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.linear import Dense
-from fmjax.nn.mlp import activation
 from fmjax.types import Output
 from fmjax.weights import Rule, dense_rules
 

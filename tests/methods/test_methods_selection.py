@@ -13,6 +13,7 @@ from composition import check_trains
 
 import fmjax
 from fmjax.hub import abstract_variables
+from fmjax.methods.optimizers import muon
 from fmjax.methods.selection import (
     bitfit,
     depths,
@@ -23,7 +24,7 @@ from fmjax.methods.selection import (
 )
 from fmjax.models import families, family_of
 from fmjax.tasks import seq2seq, sequence_classification
-from fmjax.train import adamw, ema_of, is_param, muon, track_ema, warmup_linear
+from fmjax.train import adamw, ema_of, is_param, track_ema, warmup_linear
 from fmjax.tree import flatten, stack_layers, unflatten, unstack_layers
 
 

@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from test_experiments import experiment
+from scripts import experiment
 
 from fmjax.data.images import ImageExamples
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_experiments import experiment
+from scripts import experiment
 
 
 def test_private_text(tiny_bert, sentence_files, tmp_path, capsys):

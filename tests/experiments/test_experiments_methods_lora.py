@@ -1,6 +1,6 @@
 """The experiments on adapters, on a few lines of data and a tiny model."""
 
-from test_experiments import experiment
+from scripts import experiment
 
 
 def test_lora_text(tiny_bert, sentence_files, tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from scripts import experiment
+from scripts import experiment, write_tagged
 
 import fmjax
 
@@ -23,20 +23,6 @@ def test_text_classification(tiny_bert, sentence_files, tmp_path, capsys):
         ]
     )
     assert "accuracy" in capsys.readouterr().out
-
-
-def write_tagged(folder):
-    """Words of two kinds, whose tag is their kind, in three files in columns."""
-    rng = np.random.default_rng(0)
-    kinds = {"A": "wonderful lovely great".split(), "N": "film story actor plot".split()}
-    for split, count in (("train", 120), ("val", 10), ("test", 10)):
-        lines = []
-        for _ in range(count):
-            for _ in range(rng.integers(2, 7)):  # with [CLS] and [SEP], one bucket
-                tag = str(rng.choice(["A", "N"]))
-                lines.append(f"{rng.choice(kinds[tag])} {tag}")
-            lines.append("")
-        (folder / f"{split}.conll").write_text("\n".join(lines))
 
 
 def test_pos_tagging(tiny_bert, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import json
 
-from test_experiments import experiment
+from scripts import experiment
 
 
 def test_tune_text(tiny_bert, sentence_files, tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import experiment
+from scripts import experiment
 
 import fmjax
 

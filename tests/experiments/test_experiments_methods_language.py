@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_experiments import experiment
+from scripts import experiment
 
 
 @pytest.fixture

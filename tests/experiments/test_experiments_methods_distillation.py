@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_experiments import experiment, write_tagged
+from scripts import experiment, write_tagged
 
 pytestmark = pytest.mark.slow  # half a minute of compiling each
 
