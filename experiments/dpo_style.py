@@ -9,7 +9,18 @@ arXiv:2401.01335). Measured on pairs of held-out documents: how often the chosen
 more probable one, by how many nats more it has become so, and the perplexity of running text, which
 shows what is lost for it.
 
-RESULTS
+Brown, 3 seeds (they draw the pairs and the order), one small GPT-2 of 900 steps; 15 minutes for it
+(110 seconds of CPU) and 15 for the arms, on 2 cores that had much other work:
+
+|             | accuracy      | nats more     | perplexity   |
+| ---         | ---           | ---           | ---          |
+| before      | 0.5125        | 0             | 132.2        |
+| chosen only | 0.545 ± 0.009 | 1.034 ± 0.085 | 137.1 ± 0.36 |
+| DPO         | 0.610 ± 0.050 | 2.672 ± 1.7   | 155.9 ± 12   |
+| ORPO        | 0.550 ± 0.009 | 1.328 ± 0.088 | 140.6 ± 1    |
+
+DPO (beta 0.1) goes furthest from its reference and pays for it in perplexity; ORPO does little more
+than supervised training. Of 400 held-out pairs one standard error is 0.025.
 """
 
 from __future__ import annotations

@@ -8,7 +8,19 @@ many responses and take as many steps; "own samples" is supervised training on t
 right. Measured on sums that none has seen: exact answers when the most probable tokens are taken,
 and when tokens are drawn; nats that a drawn response is away from where the arms began; its tokens.
 
-RESULTS
+One seed (the default is 3), three minutes an arm on 2 cores that had much other work; of 2,000 sums
+one standard error is 0.01:
+
+|             | exact (most probable) | exact (drawn) | nats away | tokens |
+| ---         | ---                   | ---           | ---       | ---    |
+| before      | 0.807                 | 0.7335        | 0         | 3.470  |
+| own samples | 0.808                 | 0.7615        | 0.4009    | 3.467  |
+| GRPO        | 0.8035                | 0.7605        | 0.2485    | 3.471  |
+| PPO         | 0.8065                | 0.7525        | 0.3871    | 3.476  |
+
+In 150 turns reinforcement sharpens what is drawn, as rejection sampling does, and changes the most
+probable answers by no more than chance; GRPO goes least far for it. Learning rates matter: at 1e-3
+GRPO's answers get worse (drawn 0.7225 after 100 turns).
 """
 
 from __future__ import annotations
