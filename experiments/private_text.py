@@ -2,12 +2,14 @@
 
     python experiments/private_text.py --output runs/private
 
-RESULTS
+Of the default command, one run has been measured so far, the head without privacy (seed 0): test
+accuracy 0.765, and an attack with an advantage of 0.41 and an area of 0.78 under its curve. It took
+26 s of a busy machine with 2 CPU cores.
 
 Every arm draws its batches independently (Poisson sampling) and takes the same number of steps;
 what differs is how much noise its epsilon needs. The head is trained on frozen features, which is
-what `--parts biases all` start from: these put the whole encoder into every step and take about
-THEIRS an arm and seed on the same machine.
+what `--parts biases all` start from: these put the whole encoder into every step, and have not been
+measured.
 
 The audit trains the head on 32 random halves of 600 texts at once, by the same settings and
 epsilon, and attacks each model with the 31 others as shadows (LiRA): `advantage` and `auc` of the

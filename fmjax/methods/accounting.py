@@ -145,6 +145,7 @@ def spending(
     sample_rate: float,
     split: str = "privacy",
     most: float = math.inf,
+    every: int = 1,
     method: Method = "rdp",
     overflow: float = 0.0,
 ) -> Callable[[Event], bool]:
@@ -154,16 +155,14 @@ def spending(
         record: called as ``record(step, split, {"epsilon", "delta"})``: `Recorder.write`.
         noise_multiplier, delta, sample_rate, method, overflow: as in `epsilon_of`.
         split: under which it is recorded.
-        most: the run ends where as many steps again as since the hook's last call would spend more.
+        most: the run ends where another `every` steps would spend more.
+        every: the hook's period in `fit`.
 
     Raises:
         ValueError: when called, as `epsilon_of`.
     """
-    last = 0
 
     def hook(event: Event) -> bool:
-        nonlocal last
-
         def spent(steps: int) -> float:
             return epsilon_of(
                 noise_multiplier,
@@ -175,8 +174,7 @@ def spending(
             )
 
         record(event.step, split, {"epsilon": spent(event.step), "delta": delta})
-        ahead, last = event.step - last, event.step
-        return math.isfinite(most) and spent(event.step + ahead) > most
+        return math.isfinite(most) and spent(event.step + every) > most
 
     return hook
 

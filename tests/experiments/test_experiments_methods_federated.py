@@ -24,18 +24,14 @@ def test_federated_images(tmp_path, capsys, monkeypatch):
         [
             *("--output", str(tmp_path / "run"), "--seeds", "1", "--pictures", "48"),
             *("--clients", "4", "--clients-per-round", "2", "--batch-size", "6"),
-            *("--rounds", "8", "--every", "4", "--alphas", "inf", "0.5"),
-            *("--methods", "FedAvg", "FedProx"),
+            *("--rounds", "8", "--every", "4", "--alphas", "0.5"),
+            *("--methods", "FedAvg", "FedAdam"),
         ]
     )
     runs = json.loads((tmp_path / "run" / "results.json").read_text())["runs"]
-    assert list(runs) == ["central"] + [
-        f"{split}, {method}"
-        for split in ("iid", "dirichlet 0.5")
-        for method in ("FedAvg", "FedProx")
-    ]
+    assert list(runs) == ["central", "dirichlet 0.5, FedAvg", "dirichlet 0.5, FedAdam"]
     assert {"round 4", "round 8"} <= runs["central"]["0"].keys()
-    assert runs["iid, FedAvg"]["0"]["round 8"] > 0.8
+    assert runs["dirichlet 0.5, FedAvg"]["0"]["round 8"] > 0.8
     for ending in ("png", "svg"):
         assert (tmp_path / "run" / f"curves.{ending}").stat().st_size > 1000
-    assert "dirichlet 0.5, FedProx" in capsys.readouterr().out
+    assert "dirichlet 0.5, FedAdam" in capsys.readouterr().out

@@ -91,7 +91,7 @@ def test_what_is_spent_is_recorded_and_ends_the_run():
     setting = {"delta": 1e-5, "sample_rate": 0.1}
     rows = []
     most = epsilon_of(1.0, steps=25, method="rdp", **setting)
-    hook = spending(lambda *row: rows.append(row), 1.0, most=most, **setting)
+    hook = spending(lambda *row: rows.append(row), 1.0, most=most, every=10, **setting)
     ends = [hook(types.SimpleNamespace(step=step)) for step in (10, 20)]
     assert ends == [False, True]  # ten more would be 30
     step, split, metrics = rows[1]
