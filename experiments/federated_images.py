@@ -2,8 +2,8 @@
 
     python experiments/federated_images.py --output runs/federated
 
-Measured so far is a shorter run only: 12 rounds of central training have a test accuracy of 0.765
-on 1,500 test pictures (`--learning-rate 0.2`), which took 9 s of CPU time; FedAvg took 15 s.
+Measured so far, of the default command: central training with seed 0 has a test accuracy of 0.826
+after what is 40 rounds. The other arms have not been measured.
 
 10,000 pictures of Fashion-MNIST are shared out: evenly (`iid`), or with a mixture of classes for
 each client, drawn from a Dirichlet distribution (`dirichlet 1`, `dirichlet 0.1`, which leaves most

@@ -2,9 +2,15 @@
 
     python experiments/private_text.py --output runs/private
 
-Of the default command, one run has been measured so far, the head without privacy (seed 0): test
-accuracy 0.765, and an attack with an advantage of 0.41 and an area of 0.78 under its curve. It took
-26 s of a busy machine with 2 CPU cores.
+About half a minute an arm and seed on a busy machine of 2 CPU cores. Means and standard deviations
+of three seeds; the linear probe of `linear_probe.py`, on all tokens, has 0.771:
+
+    | epsilon | test accuracy   | advantage     | auc           | tpr at 1 %    | epsilon at least |
+    | ---     | ---             | ---           | ---           | ---           | ---              |
+    | inf     | 0.762 ± 0.003   | 0.412 ± 0.010 | 0.785 ± 0.007 | 0.110 ± 0.002 | 1.12 ± 0.23      |
+    | 8       | 0.755 ± 0.003   | 0.138 ± 0.023 | 0.593 ± 0.015 | 0.023 ± 0.001 | 0.30 ± 0.15      |
+    | 3       | 0.753 ± 0.005   | 0.032 ± 0.012 | 0.517 ± 0.006 | 0.013 ± 0.002 | 0.01 ± 0.02      |
+    | 1       | 0.744 ± 0.002   | 0.012 ± 0.004 | 0.503 ± 0.004 | 0.011 ± 0.004 | 0                |
 
 Every arm draws its batches independently (Poisson sampling) and takes the same number of steps;
 what differs is how much noise its epsilon needs. The head is trained on frozen features, which is
