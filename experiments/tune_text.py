@@ -12,7 +12,7 @@ than an epoch: this compares ways, it does not finish any):
 - prefix: 20 keys and values in every layer, and the head;
 - ulmfit: all parameters, learning rates falling by depth, blocks unfrozen one after the other.
 
-Chance is 0.51. MEASURED
+Not measured in full yet.
 """
 
 import dataclasses
