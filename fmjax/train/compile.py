@@ -46,7 +46,14 @@ def jit_step(
     parts = 1
     for name in names:
         parts *= mesh.shape[name]
-    return _checked(compiled, parts)
+
+    def placed(state: Any, batch: Batch) -> Any:
+        # A first state that is elsewhere would have the step traced and compiled for it alone.
+        if not state.step.sharding.is_equivalent_to(replicated, state.step.ndim):
+            state = jax.device_put(state, states)
+        return compiled(state, batch)
+
+    return _checked(placed, parts)
 
 
 def pmap_step(
