@@ -48,7 +48,7 @@ class Settings(ComparisonSettings):
     """Of an episode; gymnasium's is always 500."""
     episodes: int = 100
     """Of gymnasium's, that judge an agent."""
-    dqn_iterations: int = 30
+    dqn_iterations: int = 50
     """Of 250 steps in 8 environments each, with two train steps after each step."""
     ppo_iterations: int = 200
     """Of 128 steps in 8 environments each."""
@@ -140,7 +140,7 @@ def train_dqn(settings: Settings, seed: int) -> dict[str, float]:
     options = dqn.Settings(
         epsilon=optax.linear_schedule(1.0, 0.02, whole // 5),
         num_steps=3,
-        capacity=50_000,
+        capacity=100_000,
         batch_size=128,
         warm_up=1_000,
         updates=2,
@@ -148,7 +148,7 @@ def train_dqn(settings: Settings, seed: int) -> dict[str, float]:
         beta=optax.linear_schedule(0.4, 1.0, whole),
     )
     model, variables = perceptron(settings, ACTIONS, seed, hidden_act="relu")
-    q_values, tx = network(model), falling(2e-3, whole * options.updates, norm=10.0)
+    q_values, tx = network(model), falling(1e-3, whole * options.updates, norm=10.0)
     step = make_train_step(gradient(dqn.loss(q_values, polyak=0.02)), tx)
     first, second = jax.random.split(jax.random.key(seed))
     state = init_state(dqn.with_target(variables, options.batch_size), tx, first)
