@@ -4,6 +4,9 @@
 
 They learn in our own compiled environment and are judged, acting greedily, over 100 episodes of
 gymnasium's. The folder gets results.json, learning curves and each agent as a Hugging Face folder.
+
+Mean returns, of 500 at most: DQN 496.6 ± 7.7 over 5 seeds (the lowest 482.8), PPO and REINFORCE 500
+with each of 3 seeds; one to two minutes an agent and seed on 2 busy CPU cores.
 """
 
 from __future__ import annotations
