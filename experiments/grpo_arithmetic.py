@@ -19,9 +19,9 @@ one standard error is 0.01:
 | PPO         | 0.8065                | 0.7525        | 0.3871    | 3.476  |
 
 In 150 turns reinforcement sharpens what is drawn, as rejection sampling does, and changes the most
-probable answers by no more than chance; GRPO goes least far for it. The settings are the sixth that were
-tried, all on this seed and these sums, so that other seeds are the fair ones. Learning rates matter: at 1e-3
-GRPO's answers get worse (drawn 0.7225 after 100 turns).
+probable answers by no more than chance; GRPO goes least far for it. The settings are the sixth that
+were tried, all on this seed and these sums, so that other seeds are the fair ones. Learning rates
+matter: at 1e-3 GRPO's answers get worse (drawn 0.7225 after 100 turns).
 """
 
 from __future__ import annotations

@@ -200,6 +200,7 @@ def make_rollout(
     def rollout(variables: Variables, prompts: Prompts, rng: Array) -> dict[str, Array]:
         plan = make_plan(
             model,
+            policy_of(variables),
             config,
             {"max_new_tokens": count},
             input_ids=prompts.input_ids,
