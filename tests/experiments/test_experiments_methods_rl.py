@@ -40,7 +40,7 @@ def test_cartpole(arm, tmp_path, capsys):
     experiment("cartpole").main(
         [
             *("--output", str(tmp_path), "--seeds", "1", "--width", "16", "--arms", arm),
-            *("--episodes", "4", "--ppo-iterations", "12", "--dqn-iterations", "3"),
+            *("--episodes", "4", "--ppo-iterations", "12", "--dqn-iterations", "8"),
             *("--reinforce-iterations", "30", "--max-steps", "200"),
         ]
     )
