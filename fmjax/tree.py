@@ -115,9 +115,17 @@ def unstack_layers(tree: Variables) -> Variables:
     return unflatten(flat)
 
 
+_STACKED = re.compile(r"^(.*/)?layers/(.*)$")
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a leaf, or a module's leaves, are of all layers, along their first axis."""
+    return _STACKED.match(path) is not None
+
+
 def layer_paths(path: str, shape: tuple[int, ...]) -> list[str] | None:
     """The layers' own paths of a stacked leaf ``layers/x`` [L, ...]; None of any other."""
-    match = re.match(r"^(.*/)?layers/(.*)$", path)
+    match = _STACKED.match(path)
     if match is None:
         return None
     return [f"{match[1] or ''}layers_{i}/{match[2]}" for i in range(shape[0])]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fmjax.nn.adapter import AXES, LOW_RANK, column_norms
-from fmjax.tree import flatten, layer_paths, merge, override, unflatten
+from fmjax.tree import flatten, is_stacked, layer_paths, merge, override, unflatten
 from fmjax.types import Variables
 
 ATTACHES = ("variables", "loss")
@@ -45,11 +45,6 @@ def of_modules(variables: Variables) -> dict[str, dict[str, Any]]:
     return modules
 
 
-def is_scanned(module: str) -> bool:
-    """Whether a module's leaves have a leading axis L."""
-    return layer_paths(f"{module}/kernel", (0,)) is not None
-
-
 def dense_kernels(variables: Variables, targets: Sequence[str]) -> dict[str, Any]:
     """The kernels of dense layers whose paths match, by path: [I, O], or [L, I, O] if scanned.
 
@@ -65,7 +60,7 @@ def dense_kernels(variables: Variables, targets: Sequence[str]) -> dict[str, Any
     kernels = {
         path.removesuffix("/kernel"): leaf
         for path, leaf in flat.items()
-        if path.endswith("/kernel") and leaf.ndim == 2 + is_scanned(path.removesuffix("/kernel"))
+        if path.endswith("/kernel") and leaf.ndim == 2 + is_stacked(path.removesuffix("/kernel"))
     }
     problems, chosen = [], {}
     for target in targets:
@@ -243,7 +238,7 @@ def stack_adapters(variables: Variables, adapters: Sequence[Variables]) -> Varia
     stacked = {}
     for module in names:
         aligned = align(module, [modules.get(module, {}) for modules in each])
-        axis = int(is_scanned(module))
+        axis = int(is_stacked(module))
         stacked[module] = {
             name: jnp.stack([leaves[name] for leaves in aligned], axis) for name in aligned[0]
         }
@@ -291,7 +286,7 @@ def take_adapter(variables: Variables, index: int) -> Variables:
     """The variables with one of the adapters that `stack_adapters` put side by side."""
     taken = {
         module: {
-            name: jnp.take(leaf, index, int(is_scanned(module)))
+            name: jnp.take(leaf, index, int(is_stacked(module)))
             for name, leaf in leaves.items()
             if name != "choice"
         }
@@ -318,7 +313,7 @@ def choose_adapters(variables: Variables, index: Array) -> Variables:
         raise ValueError("the variables have no adapters to choose from: see stack_adapters")
     flat = flatten(variables)
     for module, leaves in modules.items():
-        layers = next(iter(leaves.values())).shape[: int(is_scanned(module))]
+        layers = next(iter(leaves.values())).shape[: int(is_stacked(module))]
         flat[f"adapters/{module}/choice"] = jnp.broadcast_to(index, (*layers, *index.shape))
     return unflatten(flat)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax.hub import abstract_variables
-from fmjax.methods.adapted_layers import align, is_scanned, lengths, of_modules, with_adapters
+from fmjax.methods.adapted_layers import align, lengths, of_modules, with_adapters
 from fmjax.methods.peft_files import (
     TASK_TYPES,
     TUNED_BASE,
@@ -30,7 +30,7 @@ from fmjax.methods.peft_files import (
     write_modules,
 )
 from fmjax.models import family_for
-from fmjax.tree import flatten, stacked_place
+from fmjax.tree import flatten, is_stacked, stacked_place
 from fmjax.types import Variables
 from fmjax.weights import Rule
 
@@ -376,7 +376,7 @@ def _unstacked(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
     result: dict[str, dict[str, np.ndarray]] = {}
     for module, leaves in modules.items():
         arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-        if not is_scanned(module):
+        if not is_stacked(module):
             result[module] = arrays
             continue
         before, _, after = f"/{module}".rpartition("/layers/")

@@ -15,7 +15,7 @@ import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
 from fmjax.train.optim import decays
-from fmjax.tree import map_with_path, merge, split
+from fmjax.tree import is_stacked, map_with_path, merge, split
 from fmjax.types import PyTree
 
 ATTACHES = ("update",)
@@ -27,11 +27,6 @@ def _mask(chosen: Predicate) -> Callable[[PyTree], PyTree]:
     return lambda params: map_with_path(lambda path, _: chosen(path), params)
 
 
-def is_scanned(path: str) -> bool:
-    """Whether a leaf holds all layers of a scan along its first axis."""
-    return "layers" in path.split("/")
-
-
 def layer_by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same transformation, of each layer of scanned leaves by itself.
 
@@ -40,14 +35,14 @@ def layer_by_layer(tx: optax.GradientTransformation) -> optax.GradientTransforma
     """
 
     def init(params: PyTree) -> tuple[optax.OptState, optax.OptState]:
-        scanned, others = split(params, is_scanned)
+        scanned, others = split(params, is_stacked)
         return (jax.vmap(tx.init)(scanned) if scanned else (), tx.init(others))
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("layer_by_layer needs the params: tx.update(grads, state, params)")
-        scanned, others = split(updates, is_scanned)
-        scanned_params, other_params = split(params, is_scanned)
+        scanned, others = split(updates, is_stacked)
+        scanned_params, other_params = split(params, is_stacked)
         first, second = state
         of_scanned: Any = ({}, first)
         if scanned:

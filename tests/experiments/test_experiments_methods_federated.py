@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from scripts import experiment
 
 from fmjax.data.images import ImageExamples
@@ -18,6 +19,7 @@ def pictures(split):
     return ImageExamples(images.astype(np.uint8), labels, ("above", "below"))
 
 
+@pytest.mark.slow
 def test_federated_images(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fmjax.data.mnist.load_fashion", pictures)
     experiment("federated_images").main(

@@ -23,6 +23,7 @@ def documents(tmp_path):
     return arguments
 
 
+@pytest.mark.slow
 def test_dpo_style(documents, tmp_path, capsys):
     run = tmp_path / "run"
     experiment("dpo_style").main(
@@ -44,6 +45,7 @@ def test_dpo_style(documents, tmp_path, capsys):
     assert (run / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_grpo_arithmetic(tmp_path, capsys):
     run = tmp_path / "run"
     experiment("grpo_arithmetic").main(
@@ -63,6 +65,7 @@ def test_grpo_arithmetic(tmp_path, capsys):
     assert (run / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_sums_are_encoded():
     module = experiment("grpo_arithmetic")
     prompts = module.prompts_of(module.all_sums()[:3])

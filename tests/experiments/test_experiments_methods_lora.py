@@ -1,8 +1,10 @@
 """The experiments on adapters, on a few lines of data and a tiny model."""
 
+import pytest
 from scripts import experiment
 
 
+@pytest.mark.slow
 def test_lora_text(tiny_bert, sentence_files, tmp_path, capsys, monkeypatch):
     script = experiment("lora_text")
     every = script.ways

@@ -6,6 +6,7 @@ import pytest
 from scripts import experiment
 
 
+@pytest.mark.slow
 def test_private_text(tiny_bert, sentence_files, tmp_path, capsys):
     pytest.importorskip("jax_privacy", reason="needs fmjax[privacy]")
     experiment("private_text").main(

@@ -32,6 +32,7 @@ def test_adversarial_images(stripes, tmp_path, capsys):
         script.main([*arguments, "--seeds", "1", "--beta", "2.0"])
 
 
+@pytest.mark.slow
 def test_fewshot(tiny_bert, tmp_path, capsys, monkeypatch):
     """Made-up domains, each with a word of its own."""
     from conftest import BAD, GOOD, WORDS

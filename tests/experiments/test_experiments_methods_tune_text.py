@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from scripts import experiment
 
 
+@pytest.mark.slow
 def test_tune_text(tiny_bert, sentence_files, tmp_path, capsys):
     experiment("tune_text").main(
         [
