@@ -30,9 +30,10 @@ def test_maze(tmp_path, capsys):
         experiment("maze").main([*arguments, "--slip", "0.1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arm",
-    ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dqn", "reinforce"))],
+    ["dqn", "ppo", "reinforce"],
 )
 def test_cartpole(arm, tmp_path, capsys):
     """A few iterations, and better than falling at once; the actor is left as a folder."""

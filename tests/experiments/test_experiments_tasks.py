@@ -121,6 +121,7 @@ def write_pairs(folder, columns, **splits):
     return arguments
 
 
+@pytest.mark.slow
 def test_retrieval(tiny_bert, tmp_path, capsys):
     """Passages have no word of their query; which belong together must be learnt."""
     words = "film story actor plot scene music long short quiet loud red blue".split()
@@ -148,6 +149,7 @@ def test_retrieval(tiny_bert, tmp_path, capsys):
     assert "after" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_question_answering(tiny_bert, tmp_path, capsys):
     module = experiment("question_answering")
     words = "film story actor plot scene music".split()
@@ -192,7 +194,10 @@ def test_question_answering(tiny_bert, tmp_path, capsys):
     assert (run / "samples.json").exists()
 
 
-@pytest.mark.parametrize(("name", "score"), [("translate", "bleu"), ("summarise", "rouge1")])
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [("translate", "bleu"), pytest.param("summarise", "rouge1", marks=pytest.mark.slow)],
+)
 def test_sequence_to_sequence(name, score, tmp_path, capsys):
     pairs = [
         (f"the {adjective} {noun}", f"das {noun} {adjective}")
@@ -260,6 +265,7 @@ def test_mnist_cnn(stripes, tmp_path, capsys):
         experiment("mnist_cnn").main(["--output", str(run), "--data", "nowhere"])
 
 
+@pytest.mark.slow
 def test_pretrain_mae(stripes, tmp_path, capsys):
     run = tmp_path / "run"
     experiment("pretrain_mae").main(

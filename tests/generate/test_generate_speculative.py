@@ -54,6 +54,7 @@ def test_greedy_text_is_the_same(large):
             assert 0 <= out.accepted <= out.drafted
 
 
+@pytest.mark.slow
 def test_its_own_draft_is_always_accepted(large):
     """All proposals are taken: one pass of the large model makes count + 1 tokens."""
     ids = np.random.default_rng(1).integers(2, 41, (2, 8))

@@ -248,6 +248,7 @@ def test_masked_words_from_itself(batch):
     assert float(aux.metrics["masked_nll"].value) > 1
 
 
+@pytest.mark.slow
 def test_projections_train_and_stay_home(batch, tmp_path):
     """A narrow student, a wide teacher in bfloat16; pieces; resuming; export of the student."""
     student, variables = make(0, num_hidden_layers=1)

@@ -99,6 +99,7 @@ def test_the_target_follows():
         assert not np.array_equal(weights[2], weights[3])
 
 
+@pytest.mark.slow
 def test_a_perceptron_learns_as_any_loss(tmp_path):
     """check_trains' conditions with frozen targets; dueling streams; pixels; weights beside."""
     model, variables = fmjax.create(
@@ -208,6 +209,7 @@ def corridor():
     return agent, jax.jit(dqn.iteration(environment, q_values, step, options, 150)), q_values
 
 
+@pytest.mark.slow
 def test_the_agent_learns_the_optimal_values(corridor):
     agent, iteration, q_values = corridor
     returns = []

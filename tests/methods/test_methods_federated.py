@@ -193,6 +193,7 @@ def test_client_level_privacy_clips_each_client():
     assert abs(values.std() * 3.0 / (2.0 * 0.2) - 1) < 4 / np.sqrt(2 * values.size)
 
 
+@pytest.mark.slow
 def test_it_trains_what_is_trainable_with_private_clients_and_an_adaptive_server():
     def adapted(variables, batch, rng):
         kernel = variables["params"]["kernel"] + variables["lora"]["a"] @ variables["lora"]["b"]

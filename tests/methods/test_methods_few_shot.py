@@ -140,6 +140,7 @@ def test_reptile_is_the_mean_way():
     np.testing.assert_allclose(grads["params"]["w"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_prototypes_train_with_other_methods(tmp_path):
     model, variables = fmjax.create("cnn", "tiny", head="model", rng=jax.random.key(0))
     batch = next(episodes(pictures(), ways=3, shots=2, queries=3, tasks=4))
@@ -154,6 +155,7 @@ def test_prototypes_train_with_other_methods(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_adapted_weights_train():
     config = fmjax.models.family_of("bert").Config(
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,

@@ -60,6 +60,7 @@ def test_focal_is_its_formula_and_cross_entropy_at_0():
     np.testing.assert_allclose(value, np.mean(-((1 - p) ** 2) * np.log(p)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_focal_of_tokens():
     model, variables = fmjax.create(
         "bert", "tiny", head="token_classification", rng=jax.random.key(0)
@@ -84,6 +85,7 @@ def test_certain_examples_have_finite_gradients(gamma):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_it_trains():
     model, variables, batch = pictures()
     weights = effective_number_weights([5, 1, 2, *[9] * 7], beta=0.9)

@@ -172,6 +172,7 @@ def test_stacks_of_unlike_adapters_are_refused(base):
         merge_adapters(several)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["low-rank", pytest.param("choice", marks=pytest.mark.slow)])
 def test_training(base, kind, tmp_path):
     """Under weight decay frozen leaves stay bitwise as they are; the head trains along."""

@@ -227,6 +227,7 @@ def test_conflicts():
     np.testing.assert_allclose(kept, [3.0, 2.1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_of_it_trains(models):
     """Joint batches, uncertainties, no conflicts."""
     _, losses, variables = models

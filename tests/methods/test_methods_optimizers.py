@@ -56,7 +56,13 @@ def every(rate):
     }
 
 
-@pytest.mark.parametrize("name", ["muon", "lamb", "adafactor", "lion"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lamb",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "adafactor", "lion")),
+    ],
+)
 def test_scanned_layers_take_the_same_steps(name):
     params = variables_of_bert()
     tx = every(0.1)[name]

@@ -247,6 +247,7 @@ def test_reward_model(policy):
         reward_loss(policy[0])
 
 
+@pytest.mark.slow
 def test_dpo_accumulated_on_llama():
     config = dataclasses.replace(llama.VARIANTS["tiny"], attention_dropout=0.0)
     model, variables = fmjax.create("llama", config, head="causal_lm", rng=jax.random.key(0))
@@ -258,6 +259,7 @@ def test_dpo_accumulated_on_llama():
     assert state.non_trainable.keys() == {"reference"}
 
 
+@pytest.mark.slow
 def test_dpo_in_bfloat16(policy):
     model, variables = policy
     loss = cast(dpo_loss(model, beta=0.5), jnp.bfloat16)

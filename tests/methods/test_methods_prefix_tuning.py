@@ -89,7 +89,7 @@ def test_a_prefix_of_no_weight_only_moves_positions():
     ("model_type", "scan"),
     [
         ("gpt2", False),
-        ("llama", True),
+        pytest.param("llama", True, marks=pytest.mark.slow),
         pytest.param("llama", False, marks=pytest.mark.slow),
         pytest.param("phi", False, marks=pytest.mark.slow),
         pytest.param("opt", False, marks=pytest.mark.slow),
@@ -135,6 +135,7 @@ def test_generation_leaves_room_for_the_prefix():
         model.apply(tuned, input_ids=jnp.ones((1, most), jnp.int32))
 
 
+@pytest.mark.slow
 def test_prefixes_of_scanned_llama_train():
     model, variables = made("llama", scan=True)
     tuned = prefix_tuning.create(model, variables, jax.random.key(0), length=4, stddev=1.0)
@@ -150,6 +151,7 @@ def test_prefixes_of_scanned_llama_train():
                flatten({"adapters": tuned["adapters"]}).items())  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_network_is_what_it_makes():
     model, variables = made("gpt2", scan=True)
     network = prefix_tuning.create_network(
@@ -179,6 +181,7 @@ def test_the_network_is_what_it_makes():
         prefix_tuning.fold(variables)
 
 
+@pytest.mark.slow
 def test_sides_of_an_encoder_decoder():
     """Each has its own, cross-attention none; one side may be left out."""
     model, variables = made("t5", "seq2seq_lm")

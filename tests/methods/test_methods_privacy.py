@@ -233,6 +233,7 @@ def test_what_would_break_the_guarantee_is_refused():
         grad_fn(params, {}, batch, None)
 
 
+@pytest.mark.slow
 def test_only_a_head_of_a_real_family_trains_in_private():
     model, variables = fmjax.create(
         "bert", "tiny", head="sequence_classification", num_labels=2, rng=jax.random.key(0)

@@ -134,6 +134,7 @@ def test_a_causal_loss_ignores_virtual_tokens():
     assert float(ours.weight) == float(aux.weight) == 6 + 0.5 * 4
 
 
+@pytest.mark.slow
 def test_other_tasks_move_with_the_prompt():
     model, variables = made("bert", "question_answering")
     tuned = prompt_tuning.create(variables, jax.random.key(0), length=3, tokens=[WORDS])
@@ -167,6 +168,7 @@ def test_each_example_takes_the_prompt_of_its_task():
     chex.assert_trees_all_equal(ours, run(variables, {"input_ids": words}))
 
 
+@pytest.mark.slow
 def test_prompts_of_t5_train_in_pieces():
     """The encoder's ids get the prompt, the decoder's labels do not; two tasks, accumulated."""
     model, variables = made("t5", "seq2seq_lm")
@@ -235,6 +237,7 @@ def test_masked_tokens_are_real_ones():
     np.testing.assert_array_equal(seen[0]["special_tokens_mask"], [[0, 1, 1, 1, 0, 0, 0, 0, 0]] * 2)
 
 
+@pytest.mark.slow
 def test_folders_come_back(tmp_path):
     model, variables = made("bert", "sequence_classification")
     tuned = prompt_tuning.create(variables, jax.random.key(0), length=3, init="random")

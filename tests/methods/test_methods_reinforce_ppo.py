@@ -100,6 +100,7 @@ def test_losses_equal_hand_computations(case):
     np.testing.assert_allclose(loss, -(now * returns).mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "reinforce in pieces"])
 def test_losses_train_as_any(case, name):
     """Standardised advantages are of a whole batch; without them its pieces may be accumulated.

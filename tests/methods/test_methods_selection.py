@@ -283,6 +283,7 @@ def test_starts_that_are_mistakes(starts):
         gradual_unfreezing(optax.sgd(0.1), LEAVES, starts=starts)
 
 
+@pytest.mark.slow
 def test_rates_unfreezing_and_averages_train_a_stacked_model(tmp_path):
     family = family_of("t5")
     model, variables = fmjax.create(
@@ -303,6 +304,7 @@ def test_rates_unfreezing_and_averages_train_a_stacked_model(tmp_path):
     assert float(optax.global_norm(optax.tree.sub(average, state.trainable))) > 0
 
 
+@pytest.mark.slow
 def test_bitfit_trains_a_vision_transformer():
     family = family_of("vit")
     config = dataclasses.replace(family.VARIANTS["tiny"], initializer_range=0.3)

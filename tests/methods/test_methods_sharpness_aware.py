@@ -50,6 +50,7 @@ def test_at_no_distance_and_where_it_is_flat():
         sharpness_aware(gradient(quadratic), rho=-1)
 
 
+@pytest.mark.slow
 def test_it_trains_in_pieces_with_frozen_layers(tmp_path):
     model, variables = fmjax.create(
         "vit", "tiny", head="image_classification", rng=jax.random.key(0)

@@ -98,6 +98,7 @@ def test_q_learning_converges_to_the_optimal_values(environment):
     np.testing.assert_array_equal(whole.q_values, learnt.q_values)
 
 
+@pytest.mark.slow
 def test_sarsa_learns_what_it_does(environment):
     """Exploring uniformly, it evaluates the uniform policy, which Q-learning does not."""
     explore = tabular.exploring(epsilon_greedy, optax.constant_schedule(1.0))

@@ -10,6 +10,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "input.py"
 
 
+@pytest.mark.slow
 def test_each_source_is_measured(tmp_path):
     path = tmp_path / "out.json"
     names = ["augment", "png-28-workers-0", "jpeg-256-workers-1"]

@@ -179,6 +179,7 @@ def test_padding_rows_and_evaluation(models):
     assert float(aux.weight) == float(half.weight)
 
 
+@pytest.mark.slow
 def test_replaced_tokens_are_found(models):
     """Rows repeat one token: what differs was replaced."""
     generator, discriminator, mine, theirs = models
