@@ -61,6 +61,7 @@ class Composition:
       methods: names of files in methods/.
       on: family and task.
       devices: how the step runs.
+      slow: whether its methods are all in other rows, too, and it is for `make test-all`.
       make: gives the arguments of `check_trains`.
     """
 
@@ -68,6 +69,7 @@ class Composition:
     on: str
     make: Callable[[], dict]
     devices: str = "one device"
+    slow: bool = False
 
     @property
     def name(self):
@@ -77,11 +79,11 @@ class Composition:
 COMPOSITIONS = []
 
 
-def composition(*methods, on, devices="one device"):
+def composition(*methods, on, devices="one device", slow=False):
     """Adds a function's arguments of `check_trains` to the table."""
 
     def add(make):
-        COMPOSITIONS.append(Composition(methods, on, make, devices))
+        COMPOSITIONS.append(Composition(methods, on, make, devices, slow))
         return make
 
     return add
@@ -140,7 +142,7 @@ def _():
     }  # fmt: skip
 
 
-@composition("federated", "prompt_tuning", on="t5, sequence to sequence")
+@composition("federated", "prompt_tuning", on="t5, sequence to sequence", slow=True)
 def _():
     model, variables = made("t5", "seq2seq_lm")
     loss = prompt_tuning.prompted(seq2seq.loss(model), model)
@@ -191,7 +193,7 @@ def _():
     }
 
 
-@composition("privacy", "selection", "spikes", on="bert, text classification")
+@composition("privacy", "selection", "spikes", on="bert, text classification", slow=True)
 def _():
     model, variables = made("bert", "sequence_classification")
     return {
@@ -253,7 +255,9 @@ def _():
     }
 
 
-@composition("adversarial", "lora", "optimizers", on="vit, image classification", devices="data=2")
+@composition(
+    "adversarial", "lora", "optimizers", on="vit, image classification", devices="data=2", slow=True
+)
 def _():
     model, variables = made("vit", "image_classification")
     loss = sequence_classification.loss(model)
@@ -286,7 +290,7 @@ def _():
     }
 
 
-@composition("few_shot", "bottleneck", on="vit, episodes")
+@composition("few_shot", "bottleneck", on="vit, episodes", slow=True)
 def _():
     model, variables = made("vit", "image_classification")
     shown = pictures(classes=4)
@@ -334,7 +338,9 @@ def _():
     }
 
 
-@composition("prefix_tuning", "mean_teacher", "distillation", on="bert, text classification")
+@composition(
+    "prefix_tuning", "mean_teacher", "distillation", on="bert, text classification", slow=True
+)
 def _():
     model, variables = made("bert", "sequence_classification")
     variables = prefix_tuning.create(model, variables, jax.random.key(1), length=2)
@@ -351,7 +357,7 @@ def _():
     }
 
 
-@composition("multitask", "lora", "sharpness_aware", on="bert, classes and tags")
+@composition("multitask", "lora", "sharpness_aware", on="bert, classes and tags", slow=True)
 def _():
     sentiment, first = made("bert", "sequence_classification")
     tagger, second = made("bert", "token_classification")
@@ -425,7 +431,7 @@ def _():
     }
 
 
-@composition("ppo_language", "sharpness_aware", on="llama, responses", devices="data=2")
+@composition("ppo_language", "sharpness_aware", on="llama, responses", devices="data=2", slow=True)
 def _():
     model, variables = made("llama", "causal_lm")
     batch = responses()

@@ -140,7 +140,8 @@ def test_saving_leaves_a_folder_that_says_what_it_is(tmp_path, rng):
     ]
 
 
-@pytest.mark.parametrize("name", [pytest.param("marian", marks=pytest.mark.slow), "mixtral"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["marian", "mixtral"])
 def test_a_key_gives_the_same_weights_however_layers_run(name):
     """And they are what the model's own initialisation gives, not zeros or each other's."""
     family = family_of(name)

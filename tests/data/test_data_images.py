@@ -153,7 +153,9 @@ def test_tables_of_another_form_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("asset", "load", "sizes"),
     [
-        ("fashion-mnist", load_fashion, (54_000, 6_000, 10_000)),
+        pytest.param(
+            *("fashion-mnist", load_fashion, (54_000, 6_000, 10_000)), marks=pytest.mark.slow
+        ),
         ("mnist-5k", load_digits, (4_029, 501, 470)),
     ],
 )

@@ -67,6 +67,7 @@ def test_its_own_draft_is_always_accepted(large):
         assert out.accepted >= out.drafted - 1
 
 
+@pytest.mark.slow
 def test_encoder_decoder(large):
     config = t5.Config(vocab_size=41, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     model, variables = fmjax.create("t5", config, head="seq2seq_lm", rng=jax.random.key(0))

@@ -22,7 +22,10 @@ from fmjax.train import accumulate, gradient
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.mark.parametrize("row", COMPOSITIONS, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in COMPOSITIONS],
+)
 def test_they_train_together(row):
     made = row.make()
     check_trains(made.pop("variables"), made.pop("loss"), made.pop("tx"), made.pop("batch"), **made)

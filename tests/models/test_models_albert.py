@@ -42,6 +42,7 @@ def test_order_of_shared_weights():
     assert five.order == (0, 0, 1, 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_with_dropout(remat):
     """Every block drops by its own bits, and a scan returns each block's states."""

@@ -32,7 +32,9 @@ def images(config, rows=20):
     return pictures.images(config, rows=rows, columns=rows + 3)
 
 
-@pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(SMALL, marks=pytest.mark.slow, id="small"), pytest.param(ODD, id="odd")]
+)
 @pytest.mark.parametrize("head", efficientnet.HEADS)
 def test_equals_pytorch(head, config, tmp_path):
     check_head(

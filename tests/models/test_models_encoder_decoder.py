@@ -45,7 +45,11 @@ def test_pairs_equal_pytorch(encoder, decoder, tmp_path):
     check_head(encoder_decoder, config, "seq2seq_lm", tmp_path, inputs)
 
 
-@pytest.mark.parametrize("decoder", [DECODER, GPT2, BART, XGLM], ids=lambda d: type(d).__module__)
+@pytest.mark.parametrize(
+    "decoder",
+    [GPT2, *(pytest.param(config, marks=pytest.mark.slow) for config in (DECODER, BART, XGLM))],
+    ids=lambda d: type(d).__module__,
+)
 def test_cached_decoding(decoder):
     model, variables = fmjax.create(
         "encoder-decoder", encoder_decoder.Config(BERT, decoder), head="seq2seq_lm",

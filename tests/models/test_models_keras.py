@@ -119,6 +119,7 @@ def test_resnet(tmp_path):
     assert model.config.downsample_in_bottleneck
 
 
+@pytest.mark.slow
 def test_efficientnet(tmp_path):
     """From a .keras file too, by the command line."""
     stages = [

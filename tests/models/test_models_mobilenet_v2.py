@@ -27,7 +27,10 @@ WIDER = dataclasses.replace(
 
 @pytest.mark.parametrize(
     ("head", "config"),
-    [("model", WIDER), ("semantic_segmentation", NARROW)],
+    [
+        pytest.param("model", WIDER, marks=pytest.mark.slow),
+        ("semantic_segmentation", NARROW),
+    ],
 )
 def test_equals_pytorch(head, config, tmp_path):
     if head == "model":

@@ -132,6 +132,7 @@ def test_files_go_there_and_back(tmp_path):
         np.testing.assert_array_equal(flat[path], leaf, err_msg=path)
 
 
+@pytest.mark.slow
 def test_it_learns_from_scratch():
     """To copy one batch: from the loss of a uniform guess to almost none."""
     config = dataclasses.replace(CONFIG, dropout=0.0)

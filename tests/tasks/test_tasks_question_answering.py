@@ -146,6 +146,7 @@ def test_decoding_equals_trying_every_span(tokenizer):
             assert {c.text for c in again.candidates} > {"", found.text}
 
 
+@pytest.mark.slow
 def test_answers_are_learnt(tokenizer):
     """EM and F1 rise from little to nearly everything, with questions that have no answer."""
     config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer), hidden_size=32)

@@ -162,6 +162,7 @@ def test_shared_parameters_are_one(models):
         task.join(mine, theirs, shared=("embed/words/", "embed/project"))
 
 
+@pytest.mark.slow
 def test_padding_rows_and_evaluation(models):
     generator, discriminator, mine, theirs = models
     variables = task.join(mine, theirs)

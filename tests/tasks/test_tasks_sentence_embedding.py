@@ -119,6 +119,7 @@ def test_sharded_equals_one_device(model_and_variables):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, four)
 
 
+@pytest.mark.slow
 def test_contrast_teaches_retrieval(model_and_variables):
     """A passage is about the query's token: before training few are found, afterwards most."""
     model, variables = model_and_variables

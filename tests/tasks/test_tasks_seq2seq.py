@@ -98,6 +98,7 @@ def test_loss_and_gradient_equal_pytorch(model_and_variables, tmp_path):
     np.testing.assert_allclose(table[0], theirs, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_padding_and_accumulation(model_and_variables, loss_fn):
     _, variables = model_and_variables
     batch = make_batch()
@@ -142,6 +143,7 @@ def test_predict_and_evaluate(model_and_variables):
     assert "bleu" not in summary
 
 
+@pytest.mark.slow
 def test_copying_is_learnt(model_and_variables):
     model, variables = model_and_variables
     tx = optax.adam(1e-2)
