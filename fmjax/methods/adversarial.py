@@ -285,6 +285,7 @@ def free_lb(
     step_size: float = 0.1,
     steps: int = 3,
     initial: float = 0.1,
+    padding_index: int | None = None,
 ) -> GradFn:
     """FreeLB (Zhu et al. 2020, arXiv:1909.11764, algorithm 1): embedded tokens are moved uphill,
     and the mean of the gradients met on the way is the step's.
@@ -299,6 +300,7 @@ def free_lb(
         step_size: alpha, the length of each step.
         steps: K passes.
         initial: the first move is drawn with this length at most.
+        padding_index: a row of the table that lookups do not train, as the model has it.
 
     Raises:
         ValueError: settings that do not fit, or a table that the variables do not have.
@@ -315,7 +317,12 @@ def free_lb(
         if table not in leaves:
             tables = [path for path in leaves if path.endswith("embedding")]
             raise ValueError(f"table={table!r} is not a leaf; embedding tables are {tables}")
-        vectors = jnp.take(leaves[table], batch["input_ids"], axis=0) + move
+        ids = jnp.asarray(batch["input_ids"])
+        vectors = jnp.take(leaves[table], ids, axis=0)
+        if padding_index is not None:
+            fixed = (ids == padding_index)[..., None]
+            vectors = jnp.where(fixed, jax.lax.stop_gradient(vectors), vectors)
+        vectors = vectors + move
         inputs = {name: value for name, value in batch.items() if name != "input_ids"}
         return loss_fn(variables, {**inputs, "inputs_embeds": vectors}, rng)
 
