@@ -93,6 +93,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_costs_little_more_than_the_file(tmp_path):
     """Peak resident memory grows by at most 1.3 times the file, with transposes and stacking."""

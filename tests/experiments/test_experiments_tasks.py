@@ -67,6 +67,7 @@ def corpus(tmp_path_factory):
     return arguments
 
 
+@pytest.mark.slow
 def test_pretrain_gpt(corpus, tmp_path, capsys):
     run = tmp_path / "run"
     experiment("pretrain_gpt").main(
@@ -194,6 +195,7 @@ def test_question_answering(tiny_bert, tmp_path, capsys):
     assert (run / "samples.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "score"),
     [("translate", "bleu"), pytest.param("summarise", "rouge1", marks=pytest.mark.slow)],

@@ -128,6 +128,7 @@ def test_the_cache_is_updated_in_place(family, change, rows):
     assert not [line for line in cached if re.search(r" copy\(| transpose\(", line)]
 
 
+@pytest.mark.slow
 def test_scanned_and_sharded_models_say_the_same(decoder):
     """Layers in one scan, and weights spread over four devices."""
     config = dataclasses.replace(CONFIG, n_layer=2)

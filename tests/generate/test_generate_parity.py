@@ -172,6 +172,7 @@ def test_other_decoders(family, config, tmp_path):
     check(twin, ours, inputs, beams=True, num_beams=2, eos_token_id=int(out.tokens[1, 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "config"),
     [pytest.param(bart, BART, marks=pytest.mark.slow), (t5, T5)],

@@ -144,6 +144,7 @@ def test_gradient_of_the_sum(models):
             np.testing.assert_allclose(leaf, sum(parts), rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_drawn_tasks_resume_bitwise(models, tmp_path):
     """One program a task; half way saved, data order included."""
     _, losses, variables = models

@@ -175,6 +175,7 @@ def test_noise_has_the_mean_and_deviation_it_should_and_is_new_in_every_step():
     assert np.abs(correlations).max() < 0.04
 
 
+@pytest.mark.slow
 def test_over_devices_it_is_that_of_one():
     batch, params = make_batch(4), make_params()
     tx = optax.sgd(0.1)

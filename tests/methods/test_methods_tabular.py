@@ -80,6 +80,7 @@ def environment():
     return FiniteEnvironment(random_process(), starts, max_steps=7)
 
 
+@pytest.mark.slow
 def test_q_learning_converges_to_the_optimal_values(environment):
     """Episodes are cut off after 7 steps, which must not show in the values."""
     explore = tabular.exploring(epsilon_greedy, optax.constant_schedule(0.5))

@@ -245,6 +245,7 @@ def test_longt5_ignores_padding_as_pytorch_does(config, tmp_path):
         assert_near(mine[keep], other[keep], "attentions")
 
 
+@pytest.mark.slow
 def test_longt5_cached_decoding():
     config = dataclasses.replace(GLOBAL, tie_word_embeddings=False, scale_decoder_outputs=None)
     model, variables = fmjax.create(

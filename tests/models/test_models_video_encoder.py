@@ -90,6 +90,7 @@ def test_files_hold_everything(config, tmp_path):
         np.testing.assert_array_equal(leaf, flatten(variables)[path])
 
 
+@pytest.mark.slow
 def test_a_clip_classifier_learns_which_way_things_move():
     """What no single frame shows."""
     rng = np.random.default_rng(0)

@@ -43,6 +43,7 @@ def test_compile_time_gives_a_callable_and_its_memory() -> None:
     assert compiled.memory["outputs"] == 3 * 3 * 4
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_by_what_is_held() -> None:
     before = peak_memory_bytes().host
     held = np.ones(before // 8 + (64 << 20) // 8)  # more than the whole process had

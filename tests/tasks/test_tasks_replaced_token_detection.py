@@ -107,6 +107,7 @@ def test_loss_equals_pytorch_on_the_same_masks_and_samples(models, tmp_path):
         np.testing.assert_allclose(ours, table, atol=2e-5 * table.abs().max().item())
 
 
+@pytest.mark.slow
 def test_samples_follow_the_generator():
     """The same two words' odds at every position, whatever the chunk."""
     rows, length = 200, 12
@@ -134,6 +135,7 @@ def test_samples_follow_the_generator():
     np.testing.assert_array_equal(draw(None, 500), draw(None, 700))
 
 
+@pytest.mark.slow
 def test_shared_parameters_are_one(models):
     generator, discriminator, mine, theirs = models
     joined = task.join(mine, theirs, shared=SHARED)

@@ -77,6 +77,7 @@ def test_loss_equals_cross_entropy_of_the_scores(model_and_variables, negatives,
     assert float(aux.weight) == 4
 
 
+@pytest.mark.slow
 def test_padding_rows_are_no_negatives(model_and_variables):
     model, variables = model_and_variables
     loss_fn = task.loss(model, symmetric=True, train=False)
