@@ -10,7 +10,6 @@ import numpy as np
 import fmjax
 from fmjax.methods.policies import actor_critic, together
 
-RNG = np.random.default_rng(0)
 V, B, T = 20, 8, 6
 TEXT = {
     "vocab_size": V, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -41,23 +40,26 @@ def made(family, head, layers=2, scan=False):
 
 def texts(labels=True):
     """Sentences of tokens of one class's half of the vocabulary."""
+    draw = np.random.default_rng(0)
     kinds = np.arange(B) % 2
-    ids = RNG.integers(2, V // 2, (B, T)) + kinds[:, None] * (V // 2 - 2)
+    ids = draw.integers(2, V // 2, (B, T)) + kinds[:, None] * (V // 2 - 2)
     batch = {"input_ids": ids, "attention_mask": np.ones((B, T), np.int32)}
     return batch | ({"labels": kinds} if labels else {}) | {"weight": np.ones(B, np.float32)}
 
 
 def tags():
     """Sentences whose tokens are labelled by their halves of the vocabulary."""
-    ids = RNG.integers(2, V, (B, T))
+    draw = np.random.default_rng(0)
+    ids = draw.integers(2, V, (B, T))
     labels = (ids >= V // 2).astype(np.int32)
     return {"input_ids": ids, "labels": labels, "weight": np.ones(B, np.float32)}
 
 
 def pictures(classes=2):
     """Gray squares, lighter the higher their class."""
+    draw = np.random.default_rng(0)
     labels = np.arange(B) % classes
-    pixels = RNG.uniform(0, 0.4, (B, 8, 8, 1)) + 0.5 * labels[:, None, None, None] / classes
+    pixels = draw.uniform(0, 0.4, (B, 8, 8, 1)) + 0.5 * labels[:, None, None, None] / classes
     return {
         "pixel_values": pixels.astype(np.float32),
         "labels": labels,
@@ -67,9 +69,10 @@ def pictures(classes=2):
 
 def pairs():
     """Responses of three tokens after prompts of three."""
+    draw = np.random.default_rng(0)
     batch = {"weight": np.ones(B, np.float32)}
     for kind, low in (("chosen", 2), ("rejected", V // 2)):
-        ids = RNG.integers(low, low + 5, (B, T))
+        ids = draw.integers(low, low + 5, (B, T))
         labels = ids.copy()
         labels[:, :3] = -100
         batch |= {
@@ -82,7 +85,8 @@ def pairs():
 
 def responses():
     """Rollouts of three tokens after prompts of three, good and bad ones."""
-    ids = RNG.integers(2, V, (B, T))
+    draw = np.random.default_rng(0)
+    ids = draw.integers(2, V, (B, T))
     log_probs = np.full((B, 3), -np.log(V), np.float32)
     return {
         "input_ids": ids, "attention_mask": np.ones((B, T), np.int32),
@@ -95,10 +99,11 @@ def responses():
 
 def steps_of_agents():
     """What an agent saw, did and got."""
-    floats = lambda *shape: RNG.normal(size=shape).astype(np.float32)  # noqa: E731
+    draw = np.random.default_rng(0)
+    floats = lambda *shape: draw.normal(size=shape).astype(np.float32)  # noqa: E731
     return {
         "observations": floats(B, 3), "next_observations": floats(B, 3),
-        "actions": RNG.integers(0, 2, B), "rewards": floats(B),
+        "actions": draw.integers(0, 2, B), "rewards": floats(B),
         "discounts": np.full(B, 0.9, np.float32), "returns": floats(B), "values": floats(B),
         "advantages": floats(B), "log_probabilities": np.full(B, -0.7, np.float32),
         "weight": np.ones(B, np.float32),
