@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fmjax.config import write_json
 from fmjax.perf.device import describe_machine
 from fmjax.recipes.training import plain_settings
@@ -24,6 +26,12 @@ class Settings:
     """The folder of results.json; arms that are in it already are not run again."""
     seeds: int = 3
     """Runs of each arm."""
+
+
+def drawn(examples: Any, count: int, seed: int) -> Any:
+    """So many of the examples (all, if there are no more), drawn by the seed, in their order."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return examples.select(np.sort(order[:count]))
 
 
 Arm = Callable[[int], Mapping[str, float]]

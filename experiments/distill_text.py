@@ -33,7 +33,7 @@ from fmjax.recipes.texts import (
 )
 from fmjax.recipes.training import weights_of
 from fmjax.tasks import sequence_classification as task
-from fmjax.tasks.apply import collect
+from fmjax.tasks.apply import once
 from fmjax.train import (
     adamw,
     cast,
@@ -113,8 +113,7 @@ class Bench:
         """The variables after so many steps on so many texts."""
         train = self.encoded["train"]
         if texts is not None and texts < len(train):
-            chosen = np.random.default_rng(seed).permutation(len(train))[:texts]
-            train = self.encode(self.examples["train"].select(np.sort(chosen)))
+            train = self.encode(comparison.drawn(self.examples["train"], texts, seed))
         stream = batches(
             train, batch_size=self.settings.batch_size, pad_id=self.tokenizer.pad_token_id,
             seed=seed, buckets=self.buckets,
@@ -128,15 +127,14 @@ class Bench:
 
     def measured(self, model: Any, variables: Variables) -> dict[str, float]:
         """Accuracy on texts held out, size, and the time of a forward pass."""
-        predict = jax.jit(task.predict(model))
         numbers = {}
         for split in (split for split in ("val", "test") if split in self.examples):
-            once = evaluation_batches(
+            held_out = evaluation_batches(
                 self.encoded[split], self.tokenizer.pad_token_id, buckets=self.buckets
             )
-            labels = labels_of(self.examples[split])
-            rows = collect(predict, variables, once, size=len(labels))
-            numbers[f"{split} accuracy"] = task.metrics_of(model, rows, labels)["accuracy"]
+            found = task.evaluate(model, variables, held_out, labels_of(self.examples[split]))
+            numbers[f"{split} accuracy"] = found.metrics["accuracy"]
+        predict = jax.jit(once(task.predict, model))  # the function that was compiled above
         length = self.settings.max_length
         full = {
             "input_ids": np.ones((self.settings.batch_size, length), np.int32),

@@ -32,7 +32,6 @@ from fmjax.perf.timing import compile_time
 from fmjax.recipes.texts import TextData, evaluation_batches, labels_of, load_splits, model_source
 from fmjax.recipes.training import weights_of
 from fmjax.tasks import sequence_classification as task
-from fmjax.tasks.apply import collect
 from fmjax.train import (
     adamw,
     gradient,
@@ -139,7 +138,6 @@ class Bench:
         """One training run."""
         settings, pad = self.settings, self.tokenizer.pad_token_id
         train = self.examples["train"]
-        chosen = np.random.default_rng(seed).permutation(len(train))[: settings.train_texts]
         rng = jax.random.key(seed)
         model, variables = fmjax.load(
             self.source, head="sequence_classification", num_labels=train.label_names,
@@ -154,8 +152,8 @@ class Bench:
 
         buckets = [settings.max_length]
         stream = batches(
-            encoded(train.select(np.sort(chosen))), batch_size=settings.batch_size, pad_id=pad,
-            seed=seed, buckets=buckets,
+            encoded(comparison.drawn(train, settings.train_texts, seed)),
+            batch_size=settings.batch_size, pad_id=pad, seed=seed, buckets=buckets,
         )  # fmt: skip
         steps = settings.epochs * stream.batches_per_epoch
         schedule = warmup_linear(way.learning_rate, steps=steps, warmup=steps // 10)
@@ -176,12 +174,10 @@ class Bench:
             if number + 1 < steps:
                 batch = next(given)
         stream.close()
-        rows = collect(
-            jax.jit(task.predict(model)), weights_of(state),
-            evaluation_batches(encoded(self.held), pad, buckets=buckets), size=len(self.held),
-        )  # fmt: skip
+        once = evaluation_batches(encoded(self.held), pad, buckets=buckets)
+        found = task.evaluate(model, weights_of(state), once, labels_of(self.held))
         return {
-            "accuracy": task.metrics_of(model, rows, labels_of(self.held))["accuracy"],
+            "accuracy": found.metrics["accuracy"],
             "trainable": trainable,
             "optimizer MB": kept / 1e6,
             "peak MB": step.memory["peak"] / 1e6,

@@ -111,8 +111,7 @@ class Bench:
         """A task's training batches."""
         settings = self.settings
         examples = (self.texts if task == MOOD else self.sentences)["train"]
-        drawn = np.random.default_rng(seed).permutation(len(examples))[: settings.train_texts]
-        part: Any = examples.select(np.sort(drawn))
+        part = comparison.drawn(examples, settings.train_texts, seed)
         return batches(
             self.encoded(part) if task == MOOD else self.aligned(part),
             batch_size=settings.batch_size, seed=seed, buckets=[settings.max_length],

@@ -18,7 +18,7 @@ TensorBoard events, report.html and the model as a Hugging Face folder, for `fmj
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import tyro
@@ -31,7 +31,7 @@ from fmjax.data.tokenizer import train_tokenizer
 from fmjax.metrics.byte_ngram import fit_ngram
 from fmjax.metrics.language_modelling import bits_per_byte
 from fmjax.models import gpt2
-from fmjax.recipes.training import STOPPED, Training, finish, train, weights_of
+from fmjax.recipes.training import STOPPED, Optimizer, Training, finish, train, weights_of
 from fmjax.report import save_samples
 from fmjax.tasks import causal_lm as task
 from fmjax.types import TrainState
@@ -55,7 +55,7 @@ class Settings(Corpus, Training):
     """Passes over the training text."""
     batch_size: int = 8
     """Rows a step, over all devices."""
-    optimizer: Literal["adamw", "muon", "lamb", "adafactor", "lion"] = "muon"
+    optimizer: Optimizer = "muon"
     """Muon learns from fewer tokens, at more computation a step."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""

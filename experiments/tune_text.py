@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 from comparison import Settings as Comparison
@@ -176,7 +175,7 @@ def run(settings: Settings, way: Way, splits: Any, seed: int) -> dict[str, float
             evaluation_batches(encoded[split], pad, buckets=buckets),
             size=len(splits[split]),
         )
-        found[split] = float(np.mean(rows.argmax(-1) == labels_of(splits[split])))
+        found[split] = task.metrics_of(model, rows, labels_of(splits[split]))["accuracy"]
     return found
 
 

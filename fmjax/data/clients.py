@@ -242,11 +242,7 @@ def client_batches(
     longest = max(epochs * -(-len(share) // batch_size) for share in shares)
     digest = hashlib.sha256()
     update(digest, {str(client): np.asarray(share) for client, share in enumerate(shares)})
-    lengths = (
-        tuple(int(n) for n in data.lengths.max(axis=0))
-        if length is None
-        else (tuple(length) if isinstance(length, Sequence) else (length,))
-    )
+    lengths = data.chosen_lengths(length)
     source = Rounds(
         shares=tuple(np.asarray(share, np.int64) for share in shares),
         slots=clients_per_round if slots is None else slots,

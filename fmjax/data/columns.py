@@ -191,6 +191,12 @@ class Columns:
         lengths = [part.lengths for part in self.ragged]
         return np.stack(lengths, axis=1) if lengths else np.zeros((len(self), 0), np.int64)
 
+    def chosen_lengths(self, length: int | Sequence[int] | None) -> tuple[int, ...]:
+        """R tokens of each part, chosen for all batches; None is those of the longest example."""
+        if length is None:
+            return tuple(int(n) for n in self.lengths.max(axis=0))
+        return tuple(length) if isinstance(length, Sequence) else (length,)
+
     @property
     def max_lengths(self) -> tuple[int, ...]:
         """R tokens that a sequence of each part may have."""

@@ -122,10 +122,7 @@ def episodes(
         problems.append(f"ways={ways}, but there are {len(chosen)} classes")
     if problems:
         raise ValueError("; ".join(problems))
-    if length is None:
-        lengths = tuple(int(n) for n in data.lengths.max(axis=0))
-    else:
-        lengths = tuple(length) if isinstance(length, Sequence) else (length,)
+    lengths = data.chosen_lengths(length)
     source = Episodes(
         tuple(members),
         tasks,

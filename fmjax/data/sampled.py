@@ -142,12 +142,9 @@ def sampled_batches(
         )
     if not len(data):
         raise ValueError("; ".join([*problems, "there are no examples"]))
-    longest = tuple(int(n) for n in data.lengths.max(axis=0))
-    lengths = longest
-    if length is not None:
-        lengths = tuple(length) if isinstance(length, Sequence) else (length,)
-        if len(lengths) != len(longest) or (np.array(lengths) < longest).any():
-            problems.append(f"length={length} does not hold the longest examples, {list(longest)}")
+    longest, lengths = data.chosen_lengths(None), data.chosen_lengths(length)
+    if len(lengths) != len(longest) or (np.array(lengths) < longest).any():
+        problems.append(f"length={length} does not hold the longest examples, {list(longest)}")
     if problems:
         raise ValueError("; ".join(problems))
     source = Draws(

@@ -14,17 +14,13 @@ import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
-from fmjax.train.optim import decays
+from fmjax.train.optim import decays, mask_of
 from fmjax.tree import is_stacked, map_with_path, merge, split
 from fmjax.types import PyTree
 
 ATTACHES = ("update",)
 Rate = float | Callable
 Predicate = Callable[[str], bool]
-
-
-def _mask(chosen: Predicate) -> Callable[[PyTree], PyTree]:
-    return lambda params: map_with_path(lambda path, _: chosen(path), params)
 
 
 def layer_by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -75,7 +71,7 @@ def lamb(
     """
     scaled = optax.chain(
         optax.scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, _mask(decay)),
+        optax.add_decayed_weights(weight_decay, mask_of(decay)),
         optax.scale_by_trust_ratio(),
     )
     return optax.chain(
@@ -120,7 +116,7 @@ def adafactor(
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         layer_by_layer(optax.chain(*parts)),
-        optax.add_decayed_weights(weight_decay, _mask(decay)),
+        optax.add_decayed_weights(weight_decay, mask_of(decay)),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -146,7 +142,7 @@ def lion(
     """
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=_mask(decay)),
+        optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask_of(decay)),
     )
 
 
@@ -185,7 +181,7 @@ def muon(
     def axes(params: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), params)
 
-    rest = optax.adamw(learning_rate, weight_decay=weight_decay, mask=_mask(decays))
+    rest = optax.adamw(learning_rate, weight_decay=weight_decay, mask=mask_of(decays))
     matrices = optax.contrib.muon(
         learning_rate,
         beta=beta,

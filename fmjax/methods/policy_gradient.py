@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fmjax.methods.advantages import generalised_advantages
+from fmjax.methods.policies import entropy, log_probability
 from fmjax.methods.preference import policy_of
 from fmjax.tasks.apply import apply_fn
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE, over_vocabulary, unembed_fn
@@ -52,9 +52,8 @@ def response_scores(
     apply = apply_fn(model, output_logits=False)
 
     def of_tokens(logits: Array, tokens: Array) -> tuple[Array, Array]:
-        log_p = jax.nn.log_softmax(logits / temperature, axis=-1)
-        picked = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
-        return picked, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        scaled = logits / temperature
+        return log_probability(scaled, tokens), entropy(scaled)
 
     def score(variables: Variables, batch: Batch) -> Scores:
         ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
@@ -69,10 +68,10 @@ def response_scores(
         hidden = apply(policy, inputs, None, train=False)[0].last_hidden_state
         assert hidden is not None
         hidden = hidden[:, first - 1 : -1]  # [R, N, D]
-        log_probs, entropy = over_vocabulary(
+        log_probs, spread = over_vocabulary(
             unembed_fn(model, policy), of_tokens, hidden, ids[:, first:], chunk_size=chunk_size
         )
-        return Scores(log_probs, entropy, hidden)
+        return Scores(log_probs, spread, hidden)
 
     return score
 

@@ -14,6 +14,7 @@ from jax import Array
 from fmjax.environments import VectorEnvironment
 from fmjax.methods.advantages import standardised
 from fmjax.methods.policies import ActorCritic, entropy, log_probability
+from fmjax.methods.policy_gradient import clipped_losses
 from fmjax.methods.reinforce import check_coefficients
 from fmjax.methods.rollouts import Learner, advantages_of, collect, summed
 from fmjax.tree import merge
@@ -67,8 +68,7 @@ def loss(
         log_ratio = log_probability(logits, jnp.asarray(batch["actions"]))
         log_ratio = log_ratio - batch["log_probabilities"]
         ratio = jnp.exp(log_ratio)
-        near = jnp.clip(ratio, 1 - clip, 1 + clip)
-        actor = Mean.of(-jnp.minimum(ratio * advantages, near * advantages), weight)
+        actor = Mean.of(clipped_losses(log_ratio, advantages, clip, clip), weight)
         squares = jnp.square(values - returns)
         if value_clip is not None:
             old = jnp.asarray(batch["values"])

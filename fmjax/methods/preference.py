@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fmjax.methods.adapted_layers import without_adapters
 from fmjax.tasks.apply import apply_fn
 from fmjax.tasks.causal_lm import token_log_probs
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE, IGNORED
@@ -28,8 +29,6 @@ ATTACHES = ("variables", "loss")
 
 REFERENCE = "reference"
 """The collection of the frozen policy that a loss compares with: collections of its own."""
-ADAPTERS = "adapters"
-"""The collection that turns a frozen model into the policy; without it the model is the base."""
 KINDS = ("chosen", "rejected")
 
 
@@ -53,9 +52,7 @@ def reference_of(variables: Variables) -> Variables | None:
     model without them; else None."""
     if REFERENCE in variables:
         return variables[REFERENCE]
-    if ADAPTERS in variables:
-        return {name: value for name, value in variables.items() if name != ADAPTERS}
-    return None
+    return without_adapters(variables) if "adapters" in variables else None
 
 
 class Sequences(NamedTuple):

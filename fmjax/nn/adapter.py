@@ -45,7 +45,7 @@ def adapters(module: nn.Module) -> Leaves | None:
     if not leaves:
         return None
     several = int("choice" in leaves)
-    wanted = {f"{name}": axes + several for name, axes in AXES.items()}
+    wanted = {name: axes + several for name, axes in AXES.items()}
     given = {name: x.ndim for name, x in leaves.items() if name not in ("after", "choice")}
     for act, layer in leaves.get("after", {}).items():
         wanted |= {f"after/{act}/{name}": axes + several for name, axes in AXES_AFTER.items()}

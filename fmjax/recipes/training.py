@@ -44,6 +44,7 @@ from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
 from fmjax.types import GradFn, LossFn, TrainState, Variables
 
+Optimizer = Literal["adamw", "muon", "lamb", "adafactor", "lion"]
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "lamb": lamb, "adafactor": adafactor, "lion": lion}
 SCHEDULES = {
     "linear": warmup_linear,
@@ -76,7 +77,7 @@ class Training:
     the last fifth of the run."""
     warmup: float = 0.1
     """Share of the steps that warm up."""
-    optimizer: Literal["adamw", "muon", "lamb", "adafactor", "lion"] = "adamw"
+    optimizer: Optimizer = "adamw"
     """Muon learns from fewer tokens, at more computation a step; Adafactor and Lion keep less."""
     weight_decay: float = 0.01
     """Of kernels and embeddings."""

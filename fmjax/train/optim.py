@@ -69,6 +69,11 @@ def decays(path: str) -> bool:
     return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
 
 
+def mask_of(chosen: Callable[[str], bool]) -> Callable[[PyTree], PyTree]:
+    """An Optax mask, ``params -> tree of bools``, of the leaves whose path is chosen."""
+    return lambda params: map_with_path(lambda path, _: chosen(path), params)
+
+
 def adamw(
     learning_rate: float | Callable,
     *,
@@ -89,11 +94,6 @@ def adamw(
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(
-            learning_rate,
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            weight_decay=weight_decay,
-            mask=lambda params: map_with_path(lambda path, _: decay(path), params),
+            learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask_of(decay)
         ),
     )
