@@ -20,7 +20,8 @@ from peer import Peer
 from record import named
 
 import fmjax
-from fmjax.models import bert, family_of, gpt2, resnet, vit
+from fmjax.models import bert, family_of, gpt2, llama, resnet, t5, vit
+from fmjax.tasks.vocabulary_loss import CHUNK_SIZE
 from fmjax.types import Variables
 
 BASE = bert.VARIANTS["base"]
@@ -39,12 +40,16 @@ SMOKE = bert.Config(
 TINY = {
     "bert": SMOKE,
     "gpt2": gpt2.Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+    "llama": dataclasses.replace(llama.VARIANTS["tiny"], attention_dropout=0.0),
     "resnet": resnet.VARIANTS["tiny"],
+    "t5": t5.VARIANTS["tiny"],
     "vit": vit.VARIANTS["tiny"],
 }
 # Largest difference of logits over the largest logit. bfloat16 keeps 8 bits of every activation,
 # and the two sides round at different places.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+# Examples whose logits are compared: all of a large batch would take longer than its steps.
+COMPARED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Case:
         length: T; 1 of pictures, so that a picture counts as one.
         dtype: of the products. bfloat16 keeps float32 master weights and is the peer's autocast.
         image_size: rows and columns of pictures; None for tokens.
+        target_length: tokens of the targets of an encoder-decoder, besides T.
+        chunk_size: tokens whose logits exist at one time in a train step.
     """
 
     name: str
@@ -68,6 +75,8 @@ class Case:
     length: int
     dtype: str
     image_size: int | None = None
+    target_length: int | None = None
+    chunk_size: int = CHUNK_SIZE
 
     @property
     def family(self) -> str:
@@ -90,6 +99,7 @@ def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[
                 batch_size=2,
                 length=16 if case.image_size is None else 1,
                 image_size=None if case.image_size is None else 8,
+                target_length=None if case.target_length is None else 8,
             )
             for case in chosen
         ]
@@ -112,12 +122,15 @@ def make_batch(case: Case) -> dict[str, np.ndarray]:
             "labels": random.integers(0, classes, case.batch_size, dtype=np.int32),
         }
     shape = (case.batch_size, case.length)
-    batch = {
-        "input_ids": random.integers(0, case.config.vocab_size, shape, dtype=np.int32),
-        "attention_mask": np.ones(shape, np.int32),
-    }
+    batch = {"input_ids": random.integers(0, case.config.vocab_size, shape, dtype=np.int32)}
     if case.family == "bert":
         batch["token_type_ids"] = np.zeros(shape, np.int32)
+    if case.target_length is not None:
+        targets = (case.batch_size, case.target_length)
+        labels = random.integers(1, case.config.vocab_size, targets, dtype=np.int32)
+        batch["labels"] = labels
+        start = np.full_like(labels[:, :1], case.config.decoder_start_token_id)
+        batch["decoder_input_ids"] = np.concatenate([start, labels[:, :-1]], axis=1)
     if case.head == "causal_lm":  # not shifted: both sides do that
         batch["labels"] = batch["input_ids"]
     if case.head == "masked_lm":  # every position is labelled
@@ -176,7 +189,7 @@ def start_peer(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
         )
-        peer.logits()  # by then it has read the folder
+        peer.logits(1)  # by then it has read the folder
     finally:
         shutil.rmtree(folder)
     return peer
@@ -191,8 +204,9 @@ def compare(
         ValueError: it is beyond `TOLERANCE`: the benchmark would be void.
     """
     forward = jax.jit(forward_fn(model, case))
-    ours = np.asarray(forward(variables, inputs_of(batch)), np.float32)
-    theirs = peer.logits()
+    few = {name: value[:COMPARED] for name, value in inputs_of(batch).items()}
+    ours = np.asarray(forward(variables, few), np.float32)
+    theirs = peer.logits(COMPARED)
     difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not difference <= TOLERANCE[case.dtype]:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 `python benchmarks/NAME.py` writes `benchmarks/results/NAME-DEVICE.json`:
 
-    {"schema": 2, "benchmark": NAME, "started": ISO time, "repeats": n, "smoke": false,
+    {"schema": 3, "benchmark": NAME, "started": ISO time, "repeats": n, "smoke": false,
      "machine": fmjax.perf.device.describe_machine(),
      "load_before": the machine's load average when the run began; 0 is idle,
      "matmul_peak": {"float32": FLOP/s, ...},           measured in the same run
@@ -22,14 +22,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from fmjax.perf.device import describe_machine, measure_matmul_peak
+from fmjax.perf.device import describe_machine, measure_matmul_peak, published_peak
 from fmjax.perf.timing import Compiled, Timing, peak_memory_bytes
 
-SCHEMA = 2
+SCHEMA = 3
 SMOKE_SHAPES = ((256, 256, 256),)
 
 
@@ -56,6 +57,11 @@ class Row:
         weight_bytes_per_second: of generation, bytes of all weights times tokens of a text, over
             the median; else None.
         bandwidth_share: the same over that of a matrix-vector product in the same run.
+        published_share: model FLOPs per second, over the device's published bf16 peak (MFU,
+            Chowdhery et al. 2022, arXiv:2204.02311, appendix B); None where none is published.
+        peak_bytes: the most that the side held on the device; None where it does not say. Ours
+            includes what was compared before.
+        joules: of the device per step, from a run of its own; None where it does not say.
     """
 
     case: str
@@ -73,6 +79,9 @@ class Row:
     max_difference: float | None
     weight_bytes_per_second: float | None = None
     bandwidth_share: float | None = None
+    published_share: float | None = None
+    peak_bytes: int | None = None
+    joules: float | None = None
 
 
 def row(
@@ -87,6 +96,8 @@ def row(
     matmul_peak: float,
     compiled: Compiled | None,
     max_difference: float | None,
+    peak_bytes: int | None = None,
+    joules: float | None = None,
 ) -> Row:
     """A row from what was measured; see `Row`."""
     compile_seconds = planned = None
@@ -96,6 +107,7 @@ def row(
         if memory:
             held = memory["arguments"] + memory["outputs"] - memory["aliased"]
             planned = held + memory["temporaries"]
+    published = published_peak(jax.devices()[0].device_kind)
     return Row(
         case=case,
         side=side,
@@ -110,6 +122,9 @@ def row(
         compile_seconds=compile_seconds,
         planned_bytes=planned,
         max_difference=max_difference,
+        published_share=model_flops / timing.median / published.bf16 if published else None,
+        peak_bytes=peak_bytes,
+        joules=joules,
     )
 
 
@@ -271,7 +286,8 @@ def show(doc: Mapping[str, Any]) -> None:
     table.add_column("side")
     for column in (
         "min ms", "median ms", "max ms", "examples/s", "tokens/s", "GFLOP", "of peak",
-        "weights GB/s", "of matvec", "compile s", "planned GB", "torch / fmjax",
+        "MFU", "tokens/J", "weights GB/s", "of matvec", "compile s", "planned GB", "peak GB",
+        "torch / fmjax",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for entry in doc["rows"]:
@@ -286,14 +302,20 @@ def show(doc: Mapping[str, Any]) -> None:
             f"{entry['tokens_per_second']:,.0f}",
             f"{entry['model_flops'] / 1e9:,.1f}",
             f"{entry['peak_share']:.0%}",
+            _or_empty(entry["published_share"], lambda x: f"{x:.1%}"),
+            _or_empty(
+                entry["joules"],
+                lambda x, entry=entry: f"{entry['batch_size'] * entry['length'] / x:,.0f}",
+            ),
             _or_empty(entry["weight_bytes_per_second"], lambda x: f"{x / 1e9:.1f}"),
             _or_empty(entry["bandwidth_share"], lambda x: f"{x:.0%}"),
             f"{sum(compiling.values()):.1f}" if compiling else "",
             f"{entry['planned_bytes'] / 1e9:.2f}" if entry["planned_bytes"] else "",
+            _or_empty(entry["peak_bytes"], lambda x: f"{x / 1e9:.1f}"),
             f"{ratio:.2f}" if ratio else "",
         )
     # A pipe has no width of its own; 80 columns would fold every cell.
-    Console(width=None if Console().is_terminal else 180).print(table)
+    Console(width=None if Console().is_terminal else 240).print(table)
 
 
 def _or_empty(value: float | None, show: Callable[[float], str]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from cases import Case, select
 from record import Row, document, measure_peaks, row, show, write
@@ -25,8 +28,23 @@ class Settings:
     """Whether PyTorch runs too, when it is installed."""
     smoke: bool = False
     """Tiny models, for the tests."""
+    profile: Path | None = None
+    """Where a trace of a few of our train steps goes, by case; none without."""
+    wait_for: Path | None = None
+    """A file that all runs on one device share, so that they compile together and time alone."""
     json: Path | None = None
     """Where the JSON goes; default benchmarks/results/NAME-DEVICE.json."""
+
+
+@contextlib.contextmanager
+def turn(path: Path | None, *, alone: bool) -> Iterator[None]:
+    """The file locked: with others that compile, or alone, when none compiles or times."""
+    if path is None:
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def rows_of(
@@ -37,8 +55,10 @@ def rows_of(
     model_flops: int,
     matmul_peak: float,
     max_difference: float | None,
+    peak_bytes: Mapping[str, int | None] = MappingProxyType({}),
+    joules: Mapping[str, float | None] = MappingProxyType({}),
 ) -> list[Row]:
-    """A row for each side of a case."""
+    """A row for each side of a case; peaks of memory and joules by side."""
     return [
         row(
             timing,
@@ -51,6 +71,8 @@ def rows_of(
             matmul_peak=matmul_peak,
             compiled=compiled if side == "fmjax" else None,
             max_difference=max_difference,
+            peak_bytes=peak_bytes.get(side),
+            joules=joules.get(side),
         )
         for side, timing in timings.items()
     ]
@@ -66,15 +88,19 @@ def run(
     load = os.getloadavg()[0]
     chosen = select(cases, settings.cases, smoke=settings.smoke)
     peaks = measure_peaks({case.dtype for case in chosen}, smoke=settings.smoke)
-    rows = [entry for case in chosen for entry in run_case(case, settings, peaks[case.dtype])]
-    doc = document(
-        benchmark,
-        rows,
-        repeats=settings.repeats,
-        smoke=settings.smoke,
-        matmul_peak=peaks,
-        load=load,
-    )
-    show(doc)
-    if settings.json is not None or not settings.smoke:
-        print(f"wrote {write(doc, settings.json)}")
+    rows, path = [], None
+    for case in chosen:
+        rows += run_case(case, settings, peaks[case.dtype])
+        doc = document(
+            benchmark,
+            rows,
+            repeats=settings.repeats,
+            smoke=settings.smoke,
+            matmul_peak=peaks,
+            load=load,
+        )
+        if settings.json is not None or not settings.smoke:
+            path = write(doc, settings.json)  # after each: what was measured is kept
+        show(doc)
+    if path is not None:
+        print(f"wrote {path}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from typing import cast as cast_type
 
@@ -33,17 +34,20 @@ from cases import (
     torch_is_there,
 )
 from record import Row
-from run import Settings, rows_of, run
+from run import Settings, rows_of, run, turn
 
 from fmjax.models import gpt2
+from fmjax.perf.energy import joules_per_call
 from fmjax.perf.flops import count_flops
-from fmjax.perf.timing import compile_time, time_alternately
-from fmjax.tasks import causal_lm, sequence_classification
+from fmjax.perf.timing import compile_time, peak_memory_bytes, time_alternately
+from fmjax.tasks import causal_lm, seq2seq, sequence_classification
 from fmjax.tasks.apply import apply_fn
+from fmjax.tasks.vocabulary_loss import unembed_fn, vocabulary_loss
 from fmjax.train import cast, gradient, init_state, jit_step, make_train_step
 from fmjax.types import Aux, Batch, LossFn, TrainState, Variables
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+STEPS_BETWEEN_WAITS = 5
 
 CASES = (
     *(
@@ -60,15 +64,21 @@ CASES = (
 )
 
 
-def masked_lm_loss(model: Any) -> LossFn:
+def masked_lm_loss(model: Any, *, chunk_size: int) -> LossFn:
     """Cross-entropy (nats) over all positions, as the peer computes it."""
-    apply = apply_fn(model)
+    apply = apply_fn(model, output_logits=False)
 
     def loss_fn(variables: Variables, batch: Batch, rng: jax.Array | None):
         output, updates = apply(variables, batch, rng, train=True)
-        assert output.logits is not None
-        losses = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["labels"])
-        return losses.mean(), Aux(jnp.float32(losses.size), {}, updates)
+        assert output.last_hidden_state is not None
+        found = vocabulary_loss(
+            unembed_fn(model, variables),
+            output.last_hidden_state,
+            batch["labels"],
+            jnp.ones(batch["labels"].shape),
+            chunk_size=chunk_size,
+        )
+        return found.loss.value, Aux(found.loss.weight, {}, updates)
 
     return loss_fn
 
@@ -76,8 +86,9 @@ def masked_lm_loss(model: Any) -> LossFn:
 def loss_of(case: Case, model: Any) -> LossFn:
     """The case's loss, in its precision."""
     losses = {
-        "masked_lm": masked_lm_loss,
-        "causal_lm": causal_lm.loss,
+        "masked_lm": partial(masked_lm_loss, chunk_size=case.chunk_size),
+        "causal_lm": partial(causal_lm.loss, chunk_size=case.chunk_size),
+        "seq2seq_lm": partial(seq2seq.loss, chunk_size=case.chunk_size),
         "sequence_classification": sequence_classification.loss,
         "image_classification": sequence_classification.loss,
     }
@@ -86,13 +97,17 @@ def loss_of(case: Case, model: Any) -> LossFn:
 
 
 def stepper(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Any]], state: TrainState, batch: Batch
+    step: Callable[[TrainState, Batch], tuple[TrainState, Any]],
+    state: TrainState,
+    batch: Batch,
+    steps: int,
 ) -> Callable[[], None]:
-    """A thunk that takes one step and keeps the state, whose buffers each step donates."""
+    """A thunk that takes steps and then waits; it keeps the state, whose buffers each donates."""
 
     def thunk() -> None:
         nonlocal state
-        state, _ = step(state, batch)
+        for _ in range(steps):
+            state, _ = step(state, batch)
         jax.block_until_ready(state)
 
     return thunk
@@ -100,40 +115,49 @@ def stepper(
 
 def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     """Compare, compile and time one case."""
-    model, variables = create(case)
-    batch = make_batch(case)
-    difference, peer = None, None
-    if settings.peer and torch_is_there():
-        peer = start_peer(
-            case,
-            model,
-            variables,
-            batch,
-            learning_rate=LEARNING_RATE,
-            weight_decay=WEIGHT_DECAY,
-        )
-        difference = compare(case, model, variables, batch, peer)
-    tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    grad_fn = gradient(loss_of(case, model))
-    state = init_state(variables, tx, jax.random.key(0))
-    device_batch = jax.device_put({**batch, "weight": jnp.ones(case.batch_size)})
-    flops = count_flops(
-        grad_fn, state.trainable, state.non_trainable, device_batch, state.rng
-    ).total
-    step = cast_type(jax.stages.Wrapped, jit_step(make_train_step(grad_fn, tx)))
-    compiled = compile_time(step, state, device_batch)
-    thunks = {"fmjax": stepper(compiled.call, state, device_batch)}
-    with contextlib.nullcontext() if peer is None else peer:
-        if peer is not None:
-            thunks["torch"] = peer.train_step
-        timings = time_alternately(thunks, repeats=settings.repeats)
+    on_cpu = jax.default_backend() == "cpu"
+    # An accelerator is given its next step while it takes this one, as in training.
+    steps = 1 if on_cpu else STEPS_BETWEEN_WAITS
+    with contextlib.ExitStack() as stack:
+        with turn(settings.wait_for, alone=False):
+            model, variables = create(case)
+            batch = make_batch(case)
+            difference, peer = None, None
+            if settings.peer and torch_is_there():
+                rates = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
+                peer = stack.enter_context(start_peer(case, model, variables, batch, **rates))
+                difference = compare(case, model, variables, batch, peer)
+                if not on_cpu:
+                    peer.warm_up()
+            tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+            grad_fn = gradient(loss_of(case, model))
+            state = init_state(variables, tx, jax.random.key(0))
+            device_batch = jax.device_put({**batch, "weight": jnp.ones(case.batch_size)})
+            flops = count_flops(
+                grad_fn, state.trainable, state.non_trainable, device_batch, state.rng
+            ).total
+            step = cast_type(jax.stages.Wrapped, jit_step(make_train_step(grad_fn, tx)))
+            compiled = compile_time(step, state, device_batch)
+            thunks = {"fmjax": stepper(compiled.call, state, device_batch, steps)}
+            if peer is not None:
+                thunks["torch"] = partial(peer.train_steps, steps)
+                peer.wait()
+        with turn(settings.wait_for, alone=True):
+            timings = time_alternately(thunks, repeats=settings.repeats)
+            joules = {side: joules_per_call(thunk) for side, thunk in thunks.items()}
+            if settings.profile is not None:
+                with jax.profiler.trace(str(settings.profile / case.name)):
+                    thunks["fmjax"]()
+            peaks = {"fmjax": peak_memory_bytes().device, "torch": peer and peer.peak_bytes()}
     return rows_of(
         case,
-        timings,
+        {side: timing.of_each(steps) for side, timing in timings.items()},
         compiled=compiled,
         model_flops=flops,
         matmul_peak=peak,
         max_difference=difference,
+        peak_bytes=peaks,
+        joules={side: energy and energy / steps for side, energy in joules.items()},
     )
 
 

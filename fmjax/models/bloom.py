@@ -16,6 +16,7 @@ from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Decoder, Inputs, config_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
+from fmjax.nn.mask import Mask
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.position import alibi_slopes
@@ -99,7 +100,7 @@ class Shared(NamedTuple):
         bias: of the scores, float32 [B | 1, H, T | 1, S].
     """
 
-    mask: Array
+    mask: Mask
     start: Array | int
     bias: Array
 

@@ -21,6 +21,7 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.encoder import Inputs, Shared, TextEmbeddings
 from fmjax.nn.linear import Dense
+from fmjax.nn.mask import keep_of
 from fmjax.weights import (
     TRANSPOSE,
     Rule,
@@ -238,7 +239,7 @@ class Block(bert.Block):
         self, x: Array, cache: None, index: Array | int, shared: Shared
     ) -> tuple[Array, Array | None, None]:
         attention = Disentangled(self.config, self.train, self.output_attentions, name="attn")
-        return *attention(x, shared.mask, shared.extra["relative"]), None
+        return *attention(x, keep_of(shared.mask), shared.extra["relative"]), None
 
 
 class Embeddings(TextEmbeddings):
@@ -327,7 +328,7 @@ class Model(bert.Model):
         return self.relative.embedding
 
     def shared(self, inputs: Inputs, embedded: Array) -> Shared:
-        mask = inputs.mask()
+        mask = keep_of(inputs.mask())
         if mask is not None and mask.shape[-2] == 1:
             # Padding attends to nothing either, so in PyTorch to everything alike.
             mask = mask & jnp.swapaxes(mask, -1, -2)  # [B, 1, T, S]

@@ -17,6 +17,7 @@ from fmjax.models.deberta import FIXED, IGNORED, PREFIX, UNSAVED, from_tensors, 
 from fmjax.nn.activation import activation
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.encoder import Inputs, Shared
+from fmjax.nn.mask import keep_of
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.weights import CONV1D, Rule, dense_rules, norm_rules
@@ -154,7 +155,7 @@ class Block(deberta.Block):
             share=self.config.share_att_key,
             name="attn",
         )
-        return *attention(x, shared.mask, shared.extra["relative"]), None
+        return *attention(x, keep_of(shared.mask), shared.extra["relative"]), None
 
     def close(self, hidden: Array, index: Array | int, shared: Shared) -> Array:
         if shared.extra["conv"] is None:

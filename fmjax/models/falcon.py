@@ -19,6 +19,7 @@ from fmjax.models.gpt_neox import rotary_problems
 from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Decoder, Inputs, TokenEmbeddings, config_problems
 from fmjax.nn.dropout import Dropout
+from fmjax.nn.mask import Mask
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.position import RopeScaling, Rotary, alibi_slopes, scaled_rotary
@@ -161,7 +162,7 @@ class Shared(NamedTuple):
         bias: of the scores, float32 [B | 1, H, T | 1, S], or None.
     """
 
-    mask: Array
+    mask: Mask
     start: Array | int
     rotary: Rotary | None
     bias: Array | None

@@ -14,8 +14,8 @@ from jax import Array
 
 from fmjax.models import gemma, gemma2, llama, qwen3
 from fmjax.models.llama import IGNORED, PREFIX, from_tensors, inputs
-from fmjax.nn.attention import make_attention_mask
 from fmjax.nn.decoder import Inputs
+from fmjax.nn.mask import Mask, make_attention_mask
 from fmjax.nn.position import RopeScaling, Rotary, scaled_rotary
 from fmjax.types import PyTree
 from fmjax.weights import Rule
@@ -115,8 +115,8 @@ VARIANTS = {
 class Shared(NamedTuple):
     """What every block reads: as in `fmjax.models.llama.Shared`, and tables for sliding layers."""
 
-    mask: Array | None
-    local_mask: Array | None
+    mask: Mask | None
+    local_mask: Mask | None
     rotary: Rotary
     start: Array | int
     local_rotary: Rotary

@@ -19,6 +19,7 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
+from fmjax.nn.mask import Mask
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.sides import cross_attention, own_cache
@@ -131,7 +132,7 @@ class Shared(NamedTuple):
         encoder_mask: bool [B, 1, 1, S] or None.
     """
 
-    mask: Array | None
+    mask: Mask | None
     start: Array | int
     encoder: Array | None
     encoder_mask: Array | None

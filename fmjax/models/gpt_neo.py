@@ -17,6 +17,7 @@ from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Decoder, Inputs, config_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
+from fmjax.nn.mask import Mask
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import LayerOutput
@@ -144,8 +145,8 @@ class Shared(NamedTuple):
         start: positions already in the cache.
     """
 
-    mask: Array
-    window: Array
+    mask: Mask
+    window: Mask
     local: Array
     start: Array | int
 
@@ -183,7 +184,7 @@ class Block(nn.Module):
             name="attn",
         )(
             norm("norm_1", hidden),
-            mask=jnp.where(shared.local[index], shared.window, shared.mask),
+            mask=jnp.where(shared.local[index], shared.window.keep, shared.mask.keep),
             cache=cache,
             start=shared.start,
         )

@@ -17,6 +17,7 @@ from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Inputs, config_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
+from fmjax.nn.mask import Mask
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.position import Rotary, scaled_rotary
@@ -89,7 +90,7 @@ class Shared(NamedTuple):
         rotary: tables for the positions of the input.
     """
 
-    mask: Array
+    mask: Mask
     start: Array | int
     rotary: Rotary
 

@@ -20,6 +20,7 @@ from fmjax.nn.activation import ACTIVATIONS
 from fmjax.nn.attention import Attention, Cache
 from fmjax.nn.decoder import Decoder, Inputs
 from fmjax.nn.embed import Embed
+from fmjax.nn.mask import Mask, keep_of
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import RMSNorm
 from fmjax.nn.position import RopeScaling, Rotary, scaled_rotary
@@ -272,8 +273,8 @@ class Shared(NamedTuple):
         start: positions already in the cache.
     """
 
-    mask: Array | None
-    local_mask: Array | None
+    mask: Mask | None
+    local_mask: Mask | None
     rotary: Rotary
     start: Array | int
 
@@ -284,13 +285,17 @@ def of_layer(sliding: Sequence[bool], index: Array | int, full: PyTree, local: P
     Args:
         sliding: of each layer.
         index: the layer's number.
-        full, local: trees of arrays of the same shapes; the one that no layer needs may be None.
+        full, local: trees of arrays of the same shapes, or masks; the one that no layer needs may
+            be None. A mask chosen by a traced index is an array.
     """
     if all(sliding):
         return local
     if not any(sliding):
         return full
+    if isinstance(index, int):
+        return local if sliding[index] else full
     slides = jnp.array(sliding)[index]
+    full, local = (keep_of(tree) if isinstance(tree, Mask) else tree for tree in (full, local))
     return jax.tree.map(lambda one, other: jnp.where(slides, one, other), local, full)
 
 

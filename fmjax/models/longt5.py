@@ -200,9 +200,10 @@ class Stack(t5.Stack):
         block = config.local_radius + 1
         real = jnp.ones((1, side.length), bool)
         if side.mask is not None:
-            if side.mask.shape[2] != 1:
+            keep = side.mask.keep
+            if keep.shape[2] != 1:
                 raise ValueError("longt5's attention_mask must be [B, S]: its attention is local")
-            real = side.mask[:, 0, 0]  # [B, S]
+            real = keep[:, 0, 0]  # [B, S]
         words = side.ids if side.embeds is None else side.embeds
         assert words is not None  # `tokens` has checked that there is exactly one
         real = jnp.broadcast_to(real, (words.shape[0], side.length))

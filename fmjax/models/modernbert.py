@@ -22,6 +22,7 @@ from fmjax.nn.embed import Embed
 from fmjax.nn.encoder import Encoder, Inputs
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
+from fmjax.nn.mask import keep_of
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.position import inverse_frequencies, rotary_tables
@@ -305,7 +306,7 @@ class Model(Encoder):
         near = inputs.mask(window=config.local_attention // 2 + 1)
         return {
             "sliding": jnp.array([kind == SLIDING for kind in config.types]),
-            "masks": (inputs.mask(), near),
+            "masks": (keep_of(inputs.mask()), keep_of(near)),
             "rotary": tuple(zip(full, local, strict=True)),
         }
 

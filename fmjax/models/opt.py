@@ -19,6 +19,7 @@ from fmjax.nn.decoder import Decoder, Inputs, config_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.linear import Dense
+from fmjax.nn.mask import Mask
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import LayerOutput
@@ -120,7 +121,7 @@ class Shared(NamedTuple):
         start: positions already in the cache.
     """
 
-    mask: Array
+    mask: Mask
     start: Array | int
 
 

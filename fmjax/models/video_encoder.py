@@ -17,9 +17,9 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.models import PART, cnn, family_for, fields_of, resnet, vit
-from fmjax.nn.attention import make_attention_mask
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.linear import Dense
+from fmjax.nn.mask import make_attention_mask
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.stack import run_stack

@@ -1,4 +1,4 @@
-"""Attention: masks, the key-value cache, the one function that every family calls, the layer."""
+"""Attention: the key-value cache, the one function that every family calls, the layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.dropout import dropout
+from fmjax.nn.fused_attention import fused, fused_attention
 from fmjax.nn.linear import Dense
+from fmjax.nn.mask import Mask, keep_of
 from fmjax.nn.position import Rotary, rotate
 from fmjax.tree import flatten
 
@@ -93,58 +95,12 @@ def prefix_length(variables: Mapping[str, Any]) -> int:
     return lengths.pop() if lengths else 0
 
 
-def make_attention_mask(
-    mask: Array | None,
-    *,
-    query_length: int,
-    key_length: int,
-    causal: bool,
-    start: Array | int = 0,
-    window: int | None = None,
-) -> Array | None:
-    """Which key positions each query position may see; None where all may see all.
-
-    Args:
-        mask: None, [B, S] (keys that are not padding) or [B, T, S]; nonzero = keep.
-        query_length: T.
-        key_length: S.
-        causal: whether position t sees only keys up to t.
-        start: key position of the first query, for cached decoding.
-        window: of a causal mask, how many keys a query sees, itself included; None for all. Of a
-            mask that is not causal, keys at a distance below it are seen.
-
-    Returns:
-        bool [B or 1, 1, T, S], or None.
-
-    Raises:
-        ValueError: the mask does not fit T and S.
-    """
-    keep = None
-    if mask is not None:
-        if mask.shape[-1] != key_length or mask.ndim not in (2, 3):
-            raise ValueError(
-                f"attention_mask has shape {mask.shape}; it must be [B, {key_length}] or "
-                f"[B, {query_length}, {key_length}] (with a cache, its whole length)"
-            )
-        keep = mask.astype(bool)
-        keep = keep[:, None, None, :] if mask.ndim == 2 else keep[:, None]  # [B, 1, 1 | T, S]
-    if causal or window is not None:
-        query = start + jnp.arange(query_length)[:, None]
-        distance = query - jnp.arange(key_length)[None, :]  # [T, S]
-        near = distance >= 0 if causal else jnp.ones_like(distance, bool)
-        if window is not None:
-            near = near & (jnp.abs(distance) < window)
-        near = near[None, None]  # [1, 1, T, S]
-        keep = near if keep is None else keep & near
-    return keep
-
-
 def attend(
     query: Array,
     key: Array,
     value: Array,
     *,
-    mask: Array | None = None,
+    mask: Mask | Array | None = None,
     bias: Array | None = None,
     prefix: Cache | None = None,
     scale: float | Array | None = None,
@@ -155,12 +111,14 @@ def attend(
 ) -> tuple[Array, Array | None]:
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
+    On a GPU a fused kernel computes it where one can; see `fmjax.nn.fused_attention`.
+
     Args:
         query: [B, T, H, K].
         key, value: [B, G, S, K]; G divides H, and G < H is grouped-query attention. The values'
             head size may differ from the keys'.
         mask: bool, broadcastable to [B, H, T, S]; True = keep. A row that keeps nothing attends
-            everywhere alike, as in PyTorch.
+            everywhere alike, as in PyTorch. A `Mask` lets kernels skip what it says nobody sees.
         bias: added to the scaled scores, broadcastable to [B, H, T, S].
         prefix: keys and values [G, P, K] that every query sees besides, without mask or bias.
         scale: of the scores; None is 1 / sqrt(K).
@@ -172,6 +130,12 @@ def attend(
     Returns:
         ([B, T, H, K], [B, H, T, S] or None; [B, H, T, P + S] with a prefix, which comes first).
     """
+    dropped_rate = dropout_rate if rng is not None else 0.0
+    plain = prefix is not None or softcap is not None or with_probabilities or dropped_rate > 0.0
+    if not plain and (kernel := fused(query, key, value)) is not None:
+        out = fused_attention(query, key, value, mask=mask, bias=bias, scale=scale, kernel=kernel)
+        return out, None
+    mask = keep_of(mask)
     batch, length, heads, size = query.shape
     groups, keys = key.shape[1], key.shape[2]
     # Heads are brought forward once and the mask is added, not selected: measured on CPU, the
@@ -195,8 +159,8 @@ def attend(
         scores = jnp.concatenate([capped(before), scores], axis=-1)  # [B, H, T, P + S]
     probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)  # [B, H, T, S]
     dropped = probabilities
-    if rng is not None and dropout_rate > 0.0:
-        dropped = dropout(rng, probabilities, dropout_rate)
+    if rng is not None and dropped_rate > 0.0:
+        dropped = dropout(rng, probabilities, dropped_rate)
     dropped = dropped.reshape(batch, groups, heads // groups * length, -1)
     if prefix is None:
         out = jnp.einsum("BGTS,BGSK->BGTK", dropped, value)
@@ -261,7 +225,7 @@ class Attention(nn.Module):
         self,
         x: Array,
         *,
-        mask: Array | None,
+        mask: Mask | Array | None,
         bias: Array | None = None,
         rotary: Rotary | None = None,
         others: Array | None = None,
@@ -274,7 +238,7 @@ class Attention(nn.Module):
 
         Args:
             x: [B, T, D].
-            mask: bool, broadcastable to [B, H, T, S].
+            mask: see `attend`.
             bias: added to the scores, broadcastable to [B, H, T, S].
             rotary: tables for the positions of x, by which queries and keys are rotated.
             others: what the keys and values are made of; None is x.

@@ -12,11 +12,12 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.activation import ACTIVATIONS
-from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask, prefix_length
+from fmjax.nn.attention import cache_capacity, empty_cache, prefix_length
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
+from fmjax.nn.mask import Mask, make_attention_mask
 from fmjax.nn.sides import empty_seq2seq_cache
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output, PyTree
@@ -54,8 +55,8 @@ class Inputs(NamedTuple):
         assert self.input_ids is not None  # checked: exactly one of the two is there
         return word(self.input_ids)
 
-    def mask(self, window: int | None = None) -> Array:
-        """The causal mask, bool [B | 1, 1, T, S], perhaps of a sliding window."""
+    def mask(self, window: int | None = None) -> Mask:
+        """The causal mask, perhaps of a sliding window."""
         mask = make_attention_mask(
             self.attention_mask,
             query_length=self.length,

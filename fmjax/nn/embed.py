@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,33 @@ def token_shape(ids: Array | None, embeds: Array | None, prefix: str = "") -> tu
     if embeds is not None and ids is None:
         return embeds.shape[:-1]
     raise ValueError(f"give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
+
+
+FEW = 64
+"""Rows of a table up to which an accelerator compares ids with all of them."""
+
+
+def look_up(table: Array, ids: Array) -> Array:
+    """Rows [..., D] of a table [V, D] by their numbers, in the table's dtype."""
+    return jax.lax.platform_dependent(
+        table, ids, cpu=partial(jnp.take, axis=0), default=_look_up_on_accelerators
+    )
+
+
+def _look_up_on_accelerators(table: Array, ids: Array) -> Array:
+    """The same, for the sake of its gradient: a sum over the tokens that read a row.
+
+    Thousands of threads that add to one of few rows wait for each other (measured on an H200:
+    a table of 2 rows took more than half of BERT-large's step), and they can add to float32 only.
+    """
+    rows = table.astype(jnp.float32)
+    if table.shape[0] <= FEW:
+        vectors = jnp.zeros((*ids.shape, table.shape[1]))
+        for i in range(table.shape[0]):
+            vectors = jnp.where((ids == i)[..., None], rows[i], vectors)
+    else:
+        vectors = jnp.take(rows, ids, axis=0)
+    return vectors.astype(table.dtype)
 
 
 class Embed(nn.Module):
@@ -59,7 +87,7 @@ class Embed(nn.Module):
         return table if self.padding_index is None else table.at[self.padding_index].set(0.0)
 
     def __call__(self, ids: Array) -> Array:  # [...] -> [..., D]
-        vectors = jnp.take(self.embedding, ids, axis=0)
+        vectors = look_up(self.embedding, ids)
         if self.has_variable("adapters", "prompt"):
             prompt = self.get_variable("adapters", "prompt").astype(vectors.dtype)
             own = ids - self.num_embeddings

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.attention import cache_capacity, empty_cache, make_attention_mask, prefix_length
+from fmjax.nn.attention import cache_capacity, empty_cache, prefix_length
 from fmjax.nn.checks import check_head
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.linear import Dense
+from fmjax.nn.mask import Mask, make_attention_mask
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import StackOutput, run_stack
 from fmjax.types import Output, PyTree
@@ -56,8 +57,8 @@ class Inputs(NamedTuple):
         """T."""
         return self.batch_shape[-1]
 
-    def mask(self, *, causal: bool = False, window: int | None = None) -> Array | None:
-        """Which keys each query may see, bool [B | 1, 1, T | 1, S], or None for all."""
+    def mask(self, *, causal: bool = False, window: int | None = None) -> Mask | None:
+        """Which keys each query may see; None for all."""
         return make_attention_mask(
             self.attention_mask,
             query_length=self.length,
@@ -72,7 +73,7 @@ class Shared(NamedTuple):
     """What every block reads.
 
     Args:
-        mask: bool [B | 1, 1, T | 1, S] or None.
+        mask: of self-attention, or None.
         start: positions already in the cache, int32 [].
         encoder: [B, S, D] or None.
         encoder_mask: bool [B, 1, 1, S] or None.
@@ -81,7 +82,7 @@ class Shared(NamedTuple):
         extra: what one family's blocks read besides.
     """
 
-    mask: Array | None
+    mask: Mask | Array | None
     start: Array | int
     encoder: Array | None
     encoder_mask: Array | None

@@ -10,7 +10,7 @@ from jax import Array
 
 from fmjax.nn.adapter import adapted, adapters
 from fmjax.nn.parameter import parameter
-from fmjax.nn.product import matmul
+from fmjax.nn.product import affine, matmul
 
 
 class Dense(nn.Module):
@@ -32,6 +32,8 @@ class Dense(nn.Module):
         bias = None
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
+        if adapters(self) is None:
+            return affine(x, kernel, bias)
         return dense(self, x, kernel, bias).astype(x.dtype)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 
 def matmul(x: Array, kernel: Array, *, transposed: bool = False) -> Array:
@@ -25,11 +26,64 @@ def matmul(x: Array, kernel: Array, *, transposed: bool = False) -> Array:
     return _low_precision(x, kernel, transposed)
 
 
+def affine(x: Array, kernel: Array, bias: Array | None) -> Array:
+    """``x @ kernel + bias`` in x's dtype, accumulated in float32.
+
+    Args:
+        x: [..., I].
+        kernel: [I, O].
+        bias: [O] or None.
+
+    Returns:
+        [..., O].
+    """
+    if x.dtype == jnp.float32:
+        y = _product(x, kernel.astype(x.dtype), False)
+        return y if bias is None else y + bias
+    return _low_affine(x, kernel.astype(x.dtype), None if bias is None else bias.astype(x.dtype))
+
+
 def _product(x: Array, kernel: Array, transposed: bool) -> Array:
+    return _dot(x, kernel, transposed, jnp.float32)
+
+
+def _dot(x: Array, kernel: Array, transposed: bool, dtype: DTypeLike) -> Array:
     contracted = ((x.ndim - 1,), (1 if transposed else 0,))
-    return jax.lax.dot_general(
-        x, kernel, (contracted, ((), ())), preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=dtype)
+
+
+def _rounded(x: Array, kernel: Array, bias: Array | None, transposed: bool) -> Array:
+    """The product with its bias in the operands' dtype, which is below float32.
+
+    On a GPU it is asked for in that dtype, and the bias is added to what is rounded: the product
+    would be written in float32 otherwise, twice the bytes for it and all that reads it. On CPUs
+    float32 products are the quicker ones.
+    """
+
+    def on_cpu(x: Array, kernel: Array, bias: Array | None) -> Array:
+        y = _product(x, kernel, transposed)
+        return (y if bias is None else y + bias).astype(x.dtype)
+
+    def elsewhere(x: Array, kernel: Array, bias: Array | None) -> Array:
+        y = _dot(x, kernel, transposed, x.dtype)
+        return y if bias is None else y + bias
+
+    return jax.lax.platform_dependent(x, kernel, bias, cpu=on_cpu, default=elsewhere)
+
+
+def _backward(x: Array, kernel: Array, g: Array, transposed: bool) -> tuple[Array, Array]:
+    """The gradients of a product of operands below float32: of x and of the kernel."""
+    # dot_general's own transpose would promote the operands to the cotangent's float32, and lose
+    # the low-precision product in two thirds of the work.
+    g = g.astype(x.dtype)
+    dx = _rounded(g, kernel, None, not transposed)  # [..., I]
+    rows = x.reshape(-1, x.shape[-1])  # [N, I]
+    g = g.reshape(-1, g.shape[-1])  # [N, O]
+    first, second = (g, rows) if transposed else (rows, g)
+    dkernel = jax.lax.platform_dependent(
+        first, second, cpu=_gram_on_cpu, default=gram
+    )  # [I, O] or [O, I]
+    return dx, dkernel.astype(kernel.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -37,26 +91,32 @@ def _low_precision(x: Array, kernel: Array, transposed: bool) -> Array:
     return _product(x, kernel, transposed)
 
 
-def _forward(x: Array, kernel: Array, transposed: bool) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, transposed), (x, kernel)
+_low_precision.defvjp(
+    lambda x, kernel, transposed: (_product(x, kernel, transposed), (x, kernel)),
+    lambda transposed, residuals, g: _backward(*residuals, g, transposed),
+)
 
 
-def _backward(transposed: bool, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    # dot_general's own transpose would promote the operands to the cotangent's float32, and lose
-    # the low-precision product in two thirds of the work.
-    x, kernel = residuals
-    g = g.astype(x.dtype)
-    dx = _product(g, kernel, not transposed)  # [..., I]
-    rows = x.reshape(-1, x.shape[-1])  # [N, I]
-    g = g.reshape(-1, g.shape[-1])  # [N, O]
-    first, second = (g, rows) if transposed else (rows, g)
-    dkernel = jax.lax.platform_dependent(
-        first, second, cpu=_gram_on_cpu, default=gram
-    )  # [I, O] or [O, I]
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+@jax.custom_vjp
+def _low_affine(x: Array, kernel: Array, bias: Array | None) -> Array:
+    return _rounded(x, kernel, bias, False)
 
 
-_low_precision.defvjp(_forward, _backward)
+def _affine_backward(
+    residuals: tuple[Array, Array, Array | None], g: Array
+) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias = residuals
+    dx, dkernel = _backward(x, kernel, g, False)
+    if bias is None:
+        return dx, dkernel, None
+    dbias = jnp.sum(g, axis=tuple(range(g.ndim - 1)), dtype=jnp.float32)
+    return dx, dkernel, dbias.astype(bias.dtype)
+
+
+_low_affine.defvjp(
+    lambda x, kernel, bias: (_rounded(x, kernel, bias, False), (x, kernel, bias)),
+    _affine_backward,
+)
 
 
 def gram(a: Array, b: Array) -> Array:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.attention import Attention, Cache, cache_capacity, make_attention_mask
+from fmjax.nn.attention import Attention, Cache, cache_capacity
 from fmjax.nn.embed import Embed, token_shape
+from fmjax.nn.mask import Mask, make_attention_mask
 from fmjax.nn.stack import StackOutput
 from fmjax.types import Output, PyTree
 
@@ -37,7 +38,7 @@ class Tokens(NamedTuple):
     length: int
     capacity: int
     start: Array | int
-    mask: Array | None
+    mask: Mask | None
     train: bool = False
     output_hidden_states: bool = False
     output_attentions: bool = False
@@ -62,7 +63,7 @@ class Shared(NamedTuple):
         bias: added to the scores of self-attention, [B | 1, H, T, S] or None.
     """
 
-    mask: Array | None
+    mask: Mask | None
     start: Array | int = 0
     encoder: Array | None = None
     encoder_mask: Array | None = None

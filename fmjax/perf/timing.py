@@ -24,6 +24,11 @@ class Timing:
     max: float
     all: tuple[float, ...]
 
+    def of_each(self, parts: int) -> Timing:
+        """The same of one of as many equal parts of the thunk."""
+        each = tuple(seconds / parts for seconds in self.all)
+        return Timing(self.min / parts, self.median / parts, self.max / parts, each)
+
 
 def time_alternately(
     thunks: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1

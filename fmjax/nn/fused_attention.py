@@ -1,0 +1,139 @@
+"""Attention by a platform's fused kernel, which never holds the scores of all pairs in memory.
+
+On an NVIDIA GPU that is cuDNN's (`jax.nn.dot_product_attention`), for operands in bfloat16 or
+float16: the algorithm of Dao 2023, arXiv:2307.08691. It has first derivatives alone, by
+`jax.grad` and `jax.vjp`; take gradients of gradients, and `jax.jvp`, with the plain one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fmjax.nn.mask import Mask, keep_of
+
+Kernel = Literal["plain", "xla", "cudnn"]
+_CHOSEN: ContextVar[Kernel | None] = ContextVar("attention_kernel", default=None)
+
+
+@contextlib.contextmanager
+def attention_kernel(kernel: Kernel | None) -> Iterator[None]:
+    """Chooses how attention is computed by what is traced in the ``with`` block.
+
+    A function that was compiled before keeps what it was compiled with.
+
+    Args:
+        kernel: "plain" for products and a softmax; "cudnn", where the operands suit it; "xla" for
+            JAX's own composition in place of cuDNN's, on any device and in any dtype (it checks
+            that the two are called alike); None to choose by device, which is the default.
+
+    Raises:
+        ValueError: another kernel.
+    """
+    if kernel not in (None, "plain", "xla", "cudnn"):
+        raise ValueError(f"kernel={kernel!r}; choose 'plain', 'xla', 'cudnn' or None")
+    token = _CHOSEN.set(kernel)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def fused(query: Array, key: Array, value: Array) -> Literal["xla", "cudnn"] | None:
+    """The fused kernel for these operands of `fmjax.nn.attention.attend`; None for the plain way.
+
+    cuDNN takes heads of up to 128 features (256 since Hopper) that are a multiple of 8, keys and
+    values alike. One query, as in decoding, reads each key once whatever the kernel.
+    """
+    chosen = _CHOSEN.get()
+    if chosen == "plain" or (chosen is None and jax.default_backend() != "gpu"):
+        return None
+    batch, length, _, size = query.shape
+    if length == 1 or batch == 0 or key.shape != value.shape:
+        return None
+    if chosen == "xla":
+        return "xla"
+    if (
+        query.dtype not in (jnp.bfloat16, jnp.float16)
+        or not query.dtype == key.dtype == value.dtype
+    ):
+        return None
+    return "cudnn" if size % 8 == 0 and size <= _widest_head() else None
+
+
+def _widest_head() -> int:
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    return 256 if float(capability) >= 9.0 else 128
+
+
+def fused_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | Array | None,
+    bias: Array | None,
+    scale: float | Array | None,
+    kernel: Literal["xla", "cudnn"],
+) -> Array:
+    """What `fmjax.nn.attention.attend` computes of the same arguments, [B, T, H, K].
+
+    Where a mask with padding is causal, a query whose visible keys are all padding attends to
+    those alike, and not to the later ones too.
+
+    Args:
+        query: [B, T, H, K].
+        key, value: [B, G, S, K].
+        mask, bias, scale: as there.
+        kernel: from `fused`.
+    """
+    if scale is not None and not isinstance(scale, int | float):
+        query, scale = (query * scale).astype(query.dtype), 1.0
+    batch, length, keys = query.shape[0], query.shape[1], key.shape[2]
+    causal, window = False, None
+    if isinstance(mask, Mask) and mask.causal:
+        causal = True
+        window = None if mask.window is None else (mask.window - 1, 0)
+        mask = mask.padding
+
+    def whole(part: Array | None) -> Array | None:  # cuDNN wants T and S in full
+        if part is None:
+            return None
+        part = part.reshape(*(1 for _ in range(4 - part.ndim)), *part.shape)
+        return jnp.broadcast_to(part, (*part.shape[:2], length, keys))
+
+    keep, bias = whole(keep_of(mask)), whole(bias)
+    lengths: dict[str, Array] = {}
+    if length % 2 or keys % 2:  # cuDNN's gradients are for even lengths
+        query, key, value = (
+            _evened(part, (axis,)) for part, axis in ((query, 1), (key, 2), (value, 2))
+        )
+        keep, bias = (None if part is None else _evened(part, (2, 3)) for part in (keep, bias))
+        lengths["query_seq_lengths"] = jnp.full(batch, length, jnp.int32)
+        lengths["key_value_seq_lengths"] = jnp.full(batch, keys, jnp.int32)
+    if bias is not None and keep is not None and bias.shape[0] != batch:
+        bias = jnp.broadcast_to(bias, (batch, *bias.shape[1:]))
+    out = jax.nn.dot_product_attention(
+        query,
+        jnp.swapaxes(key, 1, 2),
+        jnp.swapaxes(value, 1, 2),
+        bias=None if bias is None else bias.astype(query.dtype),
+        mask=keep,
+        scale=scale,
+        is_causal=causal,
+        local_window_size=window,
+        implementation=kernel,
+        **lengths,
+    )
+    return out[:, :length]
+
+
+def _evened(x: Array, axes: tuple[int, ...]) -> Array:
+    """x with a row of zeros at the end of each of these axes whose length is odd."""
+    return jnp.pad(x, [(0, size % 2 if axis in axes else 0) for axis, size in enumerate(x.shape)])

@@ -1,0 +1,45 @@
+"""Products below float32, and lookups as accelerators do them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fmjax.nn.embed import FEW, _look_up_on_accelerators, look_up
+from fmjax.nn.product import affine
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_affine_below_float32_is_float32s_but_for_rounding(with_bias: bool) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel, bias = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, ((3, 5, 16), (16, 6), (6,)), strict=True)
+    )
+
+    def outcome(*operands):
+        def total(x, kernel, bias):
+            y = affine(x, kernel, bias if with_bias else None)
+            return jnp.sum(jnp.cos(jnp.arange(y.size).reshape(y.shape)) * y), y
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*operands)
+
+    ours = outcome(x, kernel, bias)
+    chex.assert_equal(ours[1][0].dtype, jnp.bfloat16)
+    exact = outcome(*(operand.astype(jnp.float32) for operand in (x, kernel, bias)))
+    (_, y), gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), ours)
+    for one, other in zip((y, *gradients), (exact[0][1], *exact[1]), strict=True):
+        # bfloat16 keeps 8 bits of the result, and of the gradient that it is made from.
+        assert jnp.abs(one - other).max() <= 2**-7 * jnp.abs(other).max()
+
+
+@pytest.mark.parametrize("rows", [3, FEW + 1])
+def test_accelerators_look_the_same_up(rows: int) -> None:
+    table = jax.random.normal(jax.random.key(0), (rows, 4))
+    ids = jnp.array([[0, 1, 1], [2, 2, 2]])
+    weight = jnp.arange(24.0).reshape(2, 3, 4)
+
+    def outcome(look):
+        return jax.value_and_grad(lambda table: jnp.sum(weight * look(table, ids)))(table)
+
+    chex.assert_trees_all_close(outcome(look_up), outcome(_look_up_on_accelerators), rtol=1e-6)
