@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from fmjax.nn.parameter import parameter
+from fmjax.nn.placement import constrain
 from fmjax.nn.product import matmul
 
 
@@ -59,7 +61,9 @@ class Embed(nn.Module):
         return table if self.padding_index is None else table.at[self.padding_index].set(0.0)
 
     def __call__(self, ids: Array) -> Array:  # [...] -> [..., D]
-        vectors = jnp.take(self.embedding, ids, axis=0)
+        # Of words that are divided each device looks up its own; their features must not be.
+        table = constrain(self.embedding, P.UNCONSTRAINED, None)
+        vectors = jnp.take(table, ids, axis=0)
         if self.has_variable("adapters", "prompt"):
             prompt = self.get_variable("adapters", "prompt").astype(vectors.dtype)
             own = ids - self.num_embeddings
