@@ -15,6 +15,7 @@ or, of a checkpoint, ``fmjax.load(folder, shardings=partial(layout, mesh=mesh))`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,10 +83,9 @@ def jit_step(
         out_shardings=(states, replicated),
         donate_argnums=0,
     )
-    names = batch_spec[0] if isinstance(batch_spec[0], tuple) else (batch_spec[0],)
-    parts = 1
-    for name in names:
-        parts *= mesh.shape[name]
+    over = batch_spec[0] if batch_spec else None
+    names = over if isinstance(over, tuple) else () if over is None else (over,)
+    parts = math.prod(mesh.shape[name] for name in names)
 
     def placed(state: Any, batch: Batch) -> Any:
         # A first state that is elsewhere would have the step traced and compiled for it alone.

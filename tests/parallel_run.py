@@ -157,7 +157,7 @@ def losses(family, mesh):
         if re.search(r"(query|up|out)/kernel", path) and "tensor" in mesh.shape:
             assert "tensor" in jax.tree.leaves(tuple(leaf.sharding.spec)), (path, leaf.sharding)
         if family == "mixtral" and "mlp/up/kernel" in path and "expert" in mesh.shape:
-            assert leaf.sharding.spec[0] in ("expert", ("expert",)), (path, leaf.sharding)
+            assert leaf.sharding.spec[0] == "expert", (path, leaf.sharding)
 
     map_with_path(check, state)
     assert divided == ({"trainable", "opt_state"} if "fsdp" in mesh.shape else set())
@@ -193,12 +193,10 @@ def collectives(family, mesh):
 
 
 def restores(family, mesh):
-    """A state drawn where it lies, saved from one mesh, comes back on others, bitwise."""
-    model, _, _ = built(family)
-    inputs = family_of(family).inputs(model.config, model.head)
+    """A state made where it lies, saved from one mesh, comes back on others, bitwise."""
 
     def make():
-        return init_state(model.init(jax.random.key(2), **inputs), TX, KEY)
+        return init_state(to_device(built(family)[2]), TX, KEY)
 
     init = jit_init(make, mesh, PLACES)
     state, abstract = init(), jax.eval_shape(init)
@@ -248,7 +246,7 @@ def loads(family, mesh):
         fmjax.save(folder, model, variables)
         with (
             mock.patch("jax.make_array_from_callback", spying),
-            mock.patch("fmjax.weights.rules._own", lambda *_: 1 / 0),  # copies whole tensors
+            mock.patch("fmjax.weights.rules._own", None),  # which copies whole tensors
         ):
             _, loaded = fmjax.load(folder, scan=scanned, shardings=partial(PLACES, mesh=mesh))
     places = flatten(PLACES(abstract_variables(model), mesh))
@@ -266,9 +264,5 @@ if __name__ == "__main__":
     check = {"losses": losses, "collectives": collectives, "restores": restores, "loads": loads}
     for case in sys.argv[1:]:
         name, family, text = case.split(":")
-        try:
-            check[name](family, parse_mesh(text))
-        except Exception as error:
-            error.add_note(f"of {case}")
-            raise
+        check[name](family, parse_mesh(text))
         print(case, "holds", flush=True)
