@@ -108,7 +108,7 @@ def layout(abstract_state: PyTree, mesh: Mesh, *, threshold: int = 2**16) -> PyT
         ValueError: an axis that does not divide; all are listed, with sizes that do.
     """
     parameters: set[tuple[str, tuple[int, ...]]] = set()
-    problems: dict[str, None] = {}
+    problems: dict[str, None] = {}  # a parameter's is also its moments'
 
     def own(path: str) -> str:
         """The parameter's path in that of a moment."""
@@ -120,28 +120,23 @@ def layout(abstract_state: PyTree, mesh: Mesh, *, threshold: int = 2**16) -> PyT
 
     def place(path: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name, shape = own(path), leaf.shape
-        first = int(is_stacked(name))
+        first = int(is_stacked(name))  # the axis of layers is nobody's
         spec: list[tuple[str, ...]] = [()] * len(shape)
-        found = [roles for pattern, roles in TABLE if re.search(pattern, name)]
-        roles = found[0] if found and name.startswith("params/") else ()
-        if (name, shape) not in parameters:  # what an optimizer keeps in another form
-            roles = ()
-        roles = roles[max(0, first + len(roles) - len(shape)) :]
+        # Not of what an optimizer keeps in another form.
+        roles = _roles(name, len(shape) - first) if (name, shape) in parameters else ()
         for axis, role in enumerate(roles, start=len(shape) - len(roles)):
             along = TENSOR if role == VOCABULARY else role
-            parts = 1 if along is None else mesh.shape.get(along, 1)
-            if along is None or parts == 1:
-                continue
-            if shape[axis] % parts == 0:
+            parts = mesh.shape.get(along, 1)
+            if parts > 1 and along is not None and shape[axis] % parts == 0:
                 spec[axis] = (along,)
-            elif role != VOCABULARY:
-                problems[_indivisible(name, shape, shape[axis], along, parts)] = None
+            elif parts > 1 and role != VOCABULARY:
+                problems[_indivisible(name, shape, shape[axis], role, parts)] = None
         parts = mesh.shape.get(FSDP, 1)
-        if parts > 1 and math.prod(shape[first:]) >= max(threshold, 1) and len(shape) > first:
+        if parts > 1 and len(shape) > first and math.prod(shape[first:]) >= threshold:
             free = [
                 axis
                 for axis in range(first, len(shape))
-                if shape[axis] % (parts * math.prod(mesh.shape[n] for n in spec[axis])) == 0
+                if shape[axis] % (parts * math.prod(mesh.shape[there] for there in spec[axis])) == 0
             ]
             if free:
                 axis = max(free, key=lambda axis: (not spec[axis], shape[axis]))
@@ -159,7 +154,17 @@ def layout(abstract_state: PyTree, mesh: Mesh, *, threshold: int = 2**16) -> PyT
     return placed
 
 
-def _indivisible(name: str, shape: tuple[int, ...], size: int, along: str, parts: int) -> str:
+def _roles(name: str, axes: int) -> tuple[str | None, ...]:
+    """What the table says of a parameter's last axes; of experts' kernels, E comes first."""
+    for pattern, roles in TABLE:
+        if name.startswith("params/") and re.search(pattern, name):
+            return roles[max(0, len(roles) - axes) :]
+    return ()
+
+
+def _indivisible(
+    name: str, shape: tuple[int, ...], size: int, along: str | None, parts: int
+) -> str:
     return (
         f"{name} {shape}: {size} does not divide by {along}={parts}; the nearest sizes of {along} "
         f"that do: {nearest_parts(size, parts)}"
