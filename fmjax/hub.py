@@ -172,7 +172,9 @@ def load(
         scan: layers stacked and scanned.
         remat: blocks recomputed in the backward pass.
         shardings: where each leaf goes: a tree like the variables, a function from their abstract
-            tree to such a tree, or None for the default device.
+            tree to such a tree (``partial(fmjax.train.layout, mesh=mesh)``), or None for the
+            default device. Of files that layouts let be sliced, each process then reads no more
+            than its devices hold.
         rng: typed key for what `new` names; None is ``jax.random.key(0)``.
 
     Returns:

@@ -31,6 +31,7 @@ from fmjax.train import (
     make_mesh,
     make_train_step,
     parse_mesh,
+    start,
 )
 from fmjax.train.sharding import batch_spec
 from fmjax.tree import flatten, is_stacked
@@ -119,7 +120,9 @@ def test_two_processes_are_one_and_a_dead_one_is_named(tmp_path):
         seen = json.loads(written.read_text())
         np.testing.assert_allclose(seen["losses"], losses, rtol=1e-5)
         assert (seen["same"], seen["step"]) == (True, two_processes.STEPS)
-        assert "batch sizes {'y': 3} do not divide by the 4 devices" in seen["refused"]
+        uneven, shared = seen["refused"]
+        assert "'weight': 3} do not divide by the 4 devices" in uneven
+        assert f"process {index} gave 8 rows and its devices hold 16 of 16" in shared
         assert f"process {index} of 2" in outputs[index][1]
         assert "start all again by the same command" in outputs[index][1]
     # What two wrote, one process goes on from.
@@ -260,3 +263,16 @@ def test_meshes_are_parsed():
         assert problem in str(error.value)
     with pytest.raises(ValueError, match="needs 8 devices and there are 4"):
         parse_mesh("data=8")
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"index": 0}, "give all three"),
+        ({"coordinator": "host:1", "processes": 2, "index": 2}, "below processes=2"),
+        ({"heartbeat": 0}, "at least 1 second"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(given, match):
+    with pytest.raises(ValueError, match=match):
+        start(**given)
