@@ -36,7 +36,7 @@ from fmjax.tree import flatten, map_with_path
 B, T, V = 16, 8, 64
 THRESHOLD = 256
 PLACES = partial(layout, threshold=THRESHOLD)
-TX = optax.chain(adamw(1e-2), track_ema(0.9))
+LONG, SHORT = optax.chain(adamw(1e-2), track_ema(0.9)), optax.sgd(0.1, momentum=0.9)
 KEY = jax.random.key(1)
 
 
@@ -64,6 +64,11 @@ CASES = {
     "mixtral": ("causal_lm", sized(
         "mixtral", **LLAMA, num_local_experts=4, router_jitter_noise=0.0, num_hidden_layers=1)),
 }  # fmt: skip
+
+
+def tx_of(family):
+    """All kinds of moments for one family; it takes the compiler as long as the model does."""
+    return LONG if family == "llama" else SHORT
 
 
 def loss_of(model):
@@ -103,7 +108,11 @@ def built(family):
     head, config = CASES[family]
     scan = family == "llama"
     model, variables = fmjax.create(family, config, head=head, rng=jax.random.key(0), scan=scan)
-    return model, make_train_step(gradient(loss_of(model)), TX), jax.device_get(variables)
+    return (
+        model,
+        make_train_step(gradient(loss_of(model)), tx_of(family)),
+        jax.device_get(variables),
+    )
 
 
 def run(family, step, state, steps=5):
@@ -117,7 +126,7 @@ def run(family, step, state, steps=5):
 @cache
 def reference(family):
     _, step, variables = built(family)
-    return run(family, jit_step(step), init_state(to_device(variables), TX, KEY))[1]
+    return run(family, jit_step(step), init_state(to_device(variables), tx_of(family), KEY))[1]
 
 
 def to_device(variables):
@@ -127,7 +136,7 @@ def to_device(variables):
 def started(family, mesh):
     """(state on the mesh, its shardings): what is made of divided weights lies as they do."""
     variables = built(family)[2]
-    state = init_state(jax.device_put(variables, PLACES(variables, mesh)), TX, KEY)
+    state = init_state(jax.device_put(variables, PLACES(variables, mesh)), tx_of(family), KEY)
     return state, PLACES(state, mesh)
 
 
@@ -196,7 +205,7 @@ def restores(family, mesh):
     """A state made where it lies, saved from one mesh, comes back on others, bitwise."""
 
     def make():
-        return init_state(to_device(built(family)[2]), TX, KEY)
+        return init_state(to_device(built(family)[2]), tx_of(family), KEY)
 
     init = jit_init(make, mesh, PLACES)
     state, abstract = init(), jax.eval_shape(init)
