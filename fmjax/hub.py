@@ -24,6 +24,8 @@ from fmjax.tree import flatten, layer_paths, stacked_place, unflatten, unstack_l
 from fmjax.types import PyTree, Variables
 from fmjax.weights import (
     Rule,
+    Sliceable,
+    Stack,
     export_params,
     fit_prefix,
     import_params,
@@ -170,7 +172,9 @@ def load(
         scan: layers stacked and scanned.
         remat: blocks recomputed in the backward pass.
         shardings: where each leaf goes: a tree like the variables, a function from their abstract
-            tree to such a tree, or None for the default device.
+            tree to such a tree (``partial(fmjax.train.layout, mesh=mesh)``), or None for the
+            default device. Of files that layouts let be sliced, each process then reads no more
+            than its devices hold.
         rng: typed key for what `new` names; None is ``jax.random.key(0)``.
 
     Returns:
@@ -272,6 +276,7 @@ def _read(
             new=new,
             ignored=family.IGNORED,
             known=_known_names(family, rules, config, head, tensors),
+            sliced=placer.sliced,
         )
     fresh = [path for path in abstract if path not in read]
     if fresh:
@@ -289,13 +294,19 @@ def _keras_layout(family: Any) -> KerasFamily:
 
 
 class _Placer:
-    """Puts leaves on devices one at a time; for a scanned model, once all layers are there."""
+    """Puts leaves on devices one at a time; for a scanned model, once all layers are there.
+
+    Where there are shardings, leaves are sliced: of a checkpoint, each process reads what its
+    devices hold.
+    """
 
     def __init__(
         self, abstract: Mapping[str, Any], dtype: Any, shardings: PyTree, scan: bool
     ) -> None:
         self.dtype = dtype
         self.placed: dict[str, Array] = {}
+        self.sliced = shardings is not None
+        self.views: dict[str, dict[int, Sliceable]] = {}
         self.stacks: dict[str, np.ndarray] = {}
         self.filled: dict[str, int] = {}
         self.layers: dict[str, int] = {}
@@ -304,7 +315,7 @@ class _Placer:
             self.layers[self._stacked(path)[0]] = self.layers.get(self._stacked(path)[0], 0) + 1
         self.order = list(self.layers)
         if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-            self.shardings = dict.fromkeys(self.order, shardings)
+            self.shardings: dict[str, Any] = dict.fromkeys(self.order, shardings)
         else:
             self.shardings = flatten(shardings)
         if missing := sorted(set(self.order) - set(self.shardings)):
@@ -314,7 +325,10 @@ class _Placer:
         """The path a leaf ends up under, and its place in the stack of layers if it has one."""
         return (stacked_place(path) if self.scan else None) or (path, None)
 
-    def place(self, path: str, leaf: np.ndarray) -> None:
+    def place(self, path: str, leaf: Any) -> None:
+        if self.sliced:
+            self._place_slices(path, leaf)
+            return
         leaf = leaf.astype(_dtype_for(leaf.dtype, self.dtype), copy=False)
         final, layer = self._stacked(path)
         if layer is not None:
@@ -325,16 +339,26 @@ class _Placer:
             if self.filled[final] < self.layers[final]:
                 return
             leaf = self.stacks.pop(final)
-        self.placed[final] = _put(leaf, self.shardings[final])
+        # Waiting keeps no more than one leaf twice in memory.
+        self.placed[final] = jax.device_put(leaf).block_until_ready()
 
+    def _place_slices(self, path: str, leaf: Sliceable) -> None:
+        final, layer = self._stacked(path)
+        if layer is not None:
+            views = self.views.setdefault(final, {})
+            views[layer] = leaf
+            if len(views) < self.layers[final]:
+                return
+            leaf = Stack([views[i] for i in range(len(views))])
+            del self.views[final]
+        dtype = _dtype_for(leaf.dtype, self.dtype)
 
-def _put(leaf: np.ndarray, sharding: Any) -> Array:
-    """The leaf on its devices; waiting keeps no more than one leaf twice in memory."""
-    if sharding is None:
-        return jax.device_put(leaf).block_until_ready()
-    return jax.make_array_from_callback(
-        leaf.shape, sharding, lambda at: leaf[at]
-    ).block_until_ready()
+        def read(at: Any) -> np.ndarray:
+            # A copy, because the device may keep it as its own, to be written to.
+            return np.array(leaf[at], dtype, order="C")
+
+        array = jax.make_array_from_callback(leaf.shape, self.shardings[final], read)
+        self.placed[final] = array.block_until_ready()
 
 
 def _drawing(model: Any, rng: Array) -> Callable[[str], Array]:

@@ -15,6 +15,7 @@ from fmjax.nn.dropout import dropout
 from fmjax.nn.fused_attention import fused, fused_attention
 from fmjax.nn.linear import Dense
 from fmjax.nn.mask import Mask, keep_of
+from fmjax.nn.placement import constrain_heads
 from fmjax.nn.position import Rotary, rotate
 from fmjax.tree import flatten
 
@@ -264,6 +265,7 @@ class Attention(nn.Module):
             if self.width_norm is not None and name != "value":
                 y = self.width_norm(name=f"{name}_norm")(y)
             y = y.reshape(*y.shape[:-1], heads, size)  # [B, T, H, K]
+            y = constrain_heads(y, "/".join((*self.path, name)))
             if name == "value" and not self.rotary_value:
                 return y
             if name != "value" and self.head_norm is not None:

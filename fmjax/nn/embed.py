@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from fmjax.nn.parameter import parameter
+from fmjax.nn.placement import constrain
 from fmjax.nn.product import matmul
 
 
@@ -87,7 +89,9 @@ class Embed(nn.Module):
         return table if self.padding_index is None else table.at[self.padding_index].set(0.0)
 
     def __call__(self, ids: Array) -> Array:  # [...] -> [..., D]
-        vectors = look_up(self.embedding, ids)
+        # Of words that are divided each device looks up its own; their features must not be.
+        table = constrain(self.embedding, P.UNCONSTRAINED, None)
+        vectors = look_up(table, ids)
         if self.has_variable("adapters", "prompt"):
             prompt = self.get_variable("adapters", "prompt").astype(vectors.dtype)
             own = ids - self.num_embeddings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from fmjax.nn.activation import activation
 from fmjax.nn.linear import Dense
 from fmjax.nn.parameter import parameter
+from fmjax.nn.placement import BATCH, EXPERT, axis_size, divided_over, nearest_parts
 from fmjax.nn.product import matmul
 
 
@@ -123,6 +126,49 @@ def _backward(act: str, residuals: Residuals, g: Array) -> tuple[Array, Array, E
 mix_experts.defvjp(_forward, _backward)
 
 
+def spread_experts(act: str, x: Array, logits: Array, top_k: int, kernels: ExpertKernels) -> Array:
+    """`mix_experts` of routed tokens: each part of a mesh's axis "expert" computes its experts.
+
+    Tokens are gathered from all parts, pass the experts of each, and their sums return to where
+    the tokens came from. Without such an axis, or where tokens do not divide over the mesh, each
+    device has all experts of its tokens.
+
+    Args:
+        act, x, kernels: as for `mix_experts`.
+        logits: [N, E].
+        top_k: experts a token passes.
+
+    Raises:
+        ValueError: the experts do not divide by the axis.
+    """
+    parts, experts = axis_size(EXPERT), logits.shape[1]
+    if experts % parts:
+        raise ValueError(
+            f"the {experts} experts do not divide by the mesh's {EXPERT}={parts}; the nearest "
+            f"sizes of {EXPERT} that do: {nearest_parts(experts, parts)}"
+        )
+    over = divided_over(BATCH)
+    if parts == 1 or x.shape[0] % math.prod(map(axis_size, over)):
+        return mix_experts(act, x, route(logits, top_k), kernels)
+
+    def own(x: Array, logits: Array, kernels: ExpertKernels) -> Array:
+        shares = route(logits, top_k)  # [n, E] of the device's n tokens
+        x = jax.lax.all_gather(x, EXPERT, tiled=True)  # [parts * n, D]
+        # Each part has all experts' shares of its tokens; it needs all tokens' of its experts.
+        shares = jax.lax.all_to_all(shares, EXPERT, 1, 0, tiled=True)  # [parts * n, E / parts]
+        y = mix_experts(act, x, shares, kernels)
+        return jax.lax.psum_scatter(y, EXPERT, tiled=True)
+
+    rows = P(over)
+    return jax.shard_map(
+        own,
+        in_specs=(rows, rows, P(EXPERT)),
+        out_specs=rows,
+        axis_names=set(over),
+        check_vma=False,
+    )(x, logits, kernels)
+
+
 class Kernel(nn.Module):
     """A parameter named "kernel" in a module of its own, as dense layers have it."""
 
@@ -175,5 +221,5 @@ class Experts(nn.Module):
             kernel("up", width, self.width),
             kernel("down", self.width, width),
         )
-        y: Array = mix_experts(self.act, tokens, route(logits, self.top_k), kernels)
+        y: Array = spread_experts(self.act, tokens, logits, self.top_k, kernels)
         return y.reshape(x.shape), logits

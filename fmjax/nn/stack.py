@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fmjax.nn.placement import constrain_examples, on_a_mesh
 from fmjax.types import PyTree
 
 
@@ -66,6 +67,7 @@ def run_stack(
     if remat:
         # Inside a scan the loop itself keeps XLA from merging the recomputation away.
         block = nn.remat(block, prevent_cse=not scan)
+    hidden = jax.tree.map(constrain_examples, hidden)
     if scan:
         scanned = nn.scan(
             block,
@@ -87,7 +89,10 @@ def run_stack(
         name = f"layers_{i}"
         layer_cache = None if cache is None else cache[name]
         hidden, layer = block(**fields, name=name)(hidden, layer_cache, i, shared)
-        hidden = jax.lax.platform_dependent(hidden, cpu=_computed_once, default=lambda x: x)
+        if on_a_mesh():  # where `_computed_once` would have all devices wait for one number
+            hidden = jax.tree.map(constrain_examples, hidden)
+        else:
+            hidden = jax.lax.platform_dependent(hidden, cpu=_computed_once, default=lambda x: x)
         layers.append(layer)
     new_cache = {f"layers_{i}": layer.cache for i, layer in enumerate(layers)}
     return StackOutput(hidden, tuple(layers), None if cache is None else new_cache)

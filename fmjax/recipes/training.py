@@ -30,8 +30,10 @@ from fmjax.train import (
     inverse_sqrt,
     is_param,
     jit_step,
+    layout,
     make_mesh,
     make_train_step,
+    parse_mesh,
     warmup_cosine,
     warmup_linear,
     warmup_stable_decay,
@@ -94,6 +96,9 @@ class Training:
     """Evaluations an epoch; each may set the best checkpoint."""
     patience: int | None = None
     """Evaluations without improvement after which the run ends; never if None."""
+    mesh: str | None = None
+    """Devices by axis, as in data=4,fsdp=2,tensor=2 (and expert=): examples are divided over data,
+    parameters too over fsdp, heads and inner widths over tensor. None divides examples alone."""
     seed: int = 0
     """Of new weights, the order of examples, and dropout."""
 
@@ -191,19 +196,29 @@ def train(
     else:
         grad_fn = differentiate(loss)
     mesh = make_mesh(data=jax.device_count()) if jax.device_count() > 1 else None
-    step = jit_step(make_train_step(grad_fn, tx), mesh)
+    if settings.mesh is not None:
+        mesh = parse_mesh(settings.mesh)
+        variables = jax.device_put(variables, layout(variables, mesh))
     state = init_state(variables, tx, jax.random.key(settings.seed), is_trainable)
     del variables  # the state owns them now
+    abstract, places = jax.eval_shape(lambda: state), None
+    if settings.mesh is not None and mesh is not None:
+        places = layout(abstract, mesh)
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            *(abstract, places),
+        )
+    step = jit_step(make_train_step(grad_fn, tx), mesh, state_shardings=places)
     unlabelled = {"label_names": None, "problem_type": None}
     about = {**about, "data": {**unlabelled, **about["data"], "metric": metric, "mode": mode}}
     write_json(run / "run.json", describe_run(settings, model, state, about))
     identity = {
-        k: v for k, v in plain_settings(settings).items() if k not in ("output", *elsewhere)
+        k: v for k, v in plain_settings(settings).items() if k not in ("output", "mesh", *elsewhere)
     }
     shown = averages if settings.ema is not None else lambda state: state
     every = max(1, min(steps, stream.batches_per_epoch) // max(1, settings.evaluations))
     with Checkpoints(run / "checkpoints", settings=identity) as checkpoints:
-        restored, memory = checkpoints.restore_last(jax.eval_shape(lambda: state)), Memory()
+        restored, memory = checkpoints.restore_last(abstract), Memory()
         if restored is not None:
             state, memory = restored.state, restored.memory
             stream.set_state(restored.data)
@@ -239,7 +254,7 @@ def train(
         if int(state.step) < steps and not memory.stopped:
             checkpoints.save(state, stream.get_state(), memory)
             return None
-        best = checkpoints.restore_best(jax.eval_shape(lambda: state))
+        best = checkpoints.restore_best(abstract)
         return shown(state if best is None else best.state)
 
 

@@ -1,7 +1,8 @@
 """Train steps over any loss: compile them, place them, run them, resume them."""
 
 from fmjax.train.checkpoint import Checkpoints, saving
-from fmjax.train.compile import jit_step, pmap_step
+from fmjax.train.compile import jit_init, jit_step, pmap_step
+from fmjax.train.distributed import start
 from fmjax.train.loop import Event, Memory, evaluation, fit
 from fmjax.train.optim import adamw, decays, ema_of, track_ema
 from fmjax.train.recording import Recorder, progress, recording
@@ -11,7 +12,7 @@ from fmjax.train.schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
-from fmjax.train.sharding import make_mesh, shardings
+from fmjax.train.sharding import layout, make_mesh, parse_mesh, shardings
 from fmjax.train.signals import stop_signals
 from fmjax.train.step import (
     accumulate,
@@ -43,15 +44,19 @@ __all__ = [
     "init_state",
     "inverse_sqrt",
     "is_param",
+    "jit_init",
     "jit_step",
+    "layout",
     "make_eval_step",
     "make_mesh",
     "make_train_step",
+    "parse_mesh",
     "pmap_step",
     "progress",
     "recording",
     "saving",
     "shardings",
+    "start",
     "stop_signals",
     "track_ema",
     "warmup_cosine",

@@ -246,7 +246,11 @@ def _sharding(leaf: Any) -> Any:
 
 def _template(leaf: Any) -> Any:
     """What Orbax is asked for: a placed array, or a numpy one where no place is given."""
-    if (sharding := _sharding(leaf)) is not None or _is_key(leaf):
+    sharding = _sharding(leaf)
+    if sharding is None and _is_key(leaf):
+        # Otherwise Orbax asks for the devices it was saved from, which another machine lacks.
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if sharding is not None:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # takes no memory
 

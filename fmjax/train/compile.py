@@ -1,7 +1,21 @@
-"""Compiling a step: for one device, for a mesh, or by pmap; always donating the state."""
+"""Compiling a step: for one device, for a mesh, or by pmap; always donating the state.
+
+On a mesh, in full, for a state that no host has room for::
+
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    init = jit_init(lambda: init_state(model.init(rng, **inputs), tx, rng), mesh)
+    abstract = jax.eval_shape(init)  # with shardings: what `Checkpoints.restore_last` takes
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = jit_step(make_train_step(gradient(loss), tx), mesh, state_shardings=places)
+    state = init()
+
+or, of a checkpoint, ``fmjax.load(folder, shardings=partial(layout, mesh=mesh))``: the state that
+`init_state` makes of such variables lies as they do.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +24,29 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fmjax.train.distributed import global_batch
+from fmjax.train.sharding import batch_spec as examples_over
+from fmjax.train.sharding import layout
 from fmjax.train.step import all_reduce, make_train_step
-from fmjax.types import Batch, GradFn, PyTree, StepFn
+from fmjax.types import Batch, GradFn, PyTree, StepFn, TrainState
+
+
+def jit_init(
+    make: Callable[[], TrainState],
+    mesh: Mesh,
+    places: Callable[[PyTree, Mesh], PyTree] = layout,
+) -> Callable[[], TrainState]:
+    """`make` compiled so that each device computes and holds its parts of a state alone.
+
+    Args:
+        make: draws the variables and makes the state.
+        mesh: the devices.
+        places: of the abstract state and the mesh, the shardings.
+
+    Returns:
+        What is called as `make` is; its ``jax.eval_shape`` has the shardings.
+    """
+    return jax.jit(make, out_shardings=places(jax.eval_shape(make), mesh))
 
 
 def jit_step(
@@ -19,15 +54,19 @@ def jit_step(
     mesh: Mesh | None = None,
     *,
     state_shardings: PyTree = None,
-    batch_spec: P = P("data"),
+    batch_spec: P | None = None,
 ) -> StepFn:
     """The step compiled once per batch shape; the state's buffers are donated to the next state.
 
+    Each of several processes gives its own rows of the batch.
+
     Args:
         step: from `make_train_step`.
-        mesh: the devices to run on; None is the default device.
-        state_shardings: from `shardings`; None keeps the whole state on every device.
-        batch_spec: how every batch leaf is laid over the mesh.
+        mesh: the devices to run on; None is the default device. Models find it as
+            `fmjax.nn.placement` says.
+        state_shardings: from `layout` or `shardings`; None keeps the whole state on every device.
+        batch_spec: how every batch leaf is laid over the mesh; None is over all its axes but
+            ``tensor``.
 
     Raises:
         ValueError: when called with a batch that does not divide by the devices.
@@ -36,24 +75,26 @@ def jit_step(
         return jax.jit(step, donate_argnums=0)
     replicated = NamedSharding(mesh, P())
     states = replicated if state_shardings is None else state_shardings
+    batch_spec = examples_over(mesh) if batch_spec is None else batch_spec
+    rows = NamedSharding(mesh, batch_spec)
     compiled = jax.jit(
         step,
-        in_shardings=(states, NamedSharding(mesh, batch_spec)),
+        in_shardings=(states, rows),
         out_shardings=(states, replicated),
         donate_argnums=0,
     )
-    names = batch_spec[0] if isinstance(batch_spec[0], tuple) else (batch_spec[0],)
-    parts = 1
-    for name in names:
-        parts *= mesh.shape[name]
+    over = batch_spec[0] if batch_spec else None
+    names = over if isinstance(over, tuple) else () if over is None else (over,)
+    parts = math.prod(mesh.shape[name] for name in names)
 
     def placed(state: Any, batch: Batch) -> Any:
         # A first state that is elsewhere would have the step traced and compiled for it alone.
         if not state.step.sharding.is_equivalent_to(replicated, state.step.ndim):
             state = jax.device_put(state, states)
-        return compiled(state, batch)
+        with jax.set_mesh(mesh):
+            return compiled(state, global_batch(batch, rows))
 
-    return _checked(placed, parts)
+    return _checked(placed, max(1, parts // jax.process_count()))
 
 
 def pmap_step(
@@ -86,6 +127,8 @@ def pmap_step(
 
 
 def _checked(step: Callable[..., Any], parts: int) -> StepFn:
+    """The step of batches of which this process's rows divide by `parts`."""
+
     def checked(state: Any, batch: Batch) -> Any:
         uneven = {name: leaf.shape[0] for name, leaf in batch.items() if leaf.shape[0] % parts}
         if uneven:

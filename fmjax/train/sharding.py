@@ -10,12 +10,34 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fmjax.tree import map_with_path
+from fmjax.nn.placement import BATCH, DATA, EXPERT, FSDP, TENSOR, nearest_parts
+from fmjax.tree import is_stacked, map_with_path
 from fmjax.types import PyTree
+
+VOCABULARY = "vocabulary"
+"""Words are divided as `TENSOR` is, where they divide: their number is the tokenizer's."""
+TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # Columns of one kernel and rows of the next, so that a block sums over devices twice (Shoeybi
+    # et al. 2019, arXiv:1909.08053, section 3); experts have one axis more, before these.
+    (r"attn/(query|key|value)/kernel$", (None, TENSOR)),
+    (r"attn/(query|key|value)/bias$", (TENSOR,)),
+    (r"attn/out/kernel$", (TENSOR, None)),
+    (r"mlp/(up|gate)/kernel$", (EXPERT, None, TENSOR)),
+    (r"mlp/(up|gate)/bias$", (TENSOR,)),
+    (r"mlp/down/kernel$", (EXPERT, TENSOR, None)),
+    (r"embed/word/embedding$", (VOCABULARY, None)),
+    (r"params/head(/predictions)?/kernel$", (None, VOCABULARY)),
+    (r"params/head(/predictions)?/bias$", (VOCABULARY,)),
+)
+"""Of parameters by path, the mesh axis that divides each of their last axes. One table serves every
+family, because they name their parameters alike."""
 
 
 def make_mesh(**axes: int) -> Mesh:
     """A mesh of the available devices by axis name: ``make_mesh(data=4)``.
+
+    `layout` knows the axes ``data``, ``fsdp``, ``tensor`` and ``expert``. Name those first that
+    talk least, and ``tensor`` last: neighbours in the last axis are the nearest devices.
 
     Raises:
         ValueError: the sizes do not multiply to at most the number of devices.
@@ -34,8 +56,124 @@ def make_mesh(**axes: int) -> Mesh:
     )
 
 
+def parse_mesh(text: str) -> Mesh:
+    """`make_mesh` of a text such as ``"data=4,fsdp=2,tensor=2"``.
+
+    Raises:
+        ValueError: another axis, one twice, a size that is no number, or too few devices.
+    """
+    axes: dict[str, int] = {}
+    problems = []
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in (DATA, FSDP, TENSOR, EXPERT):
+            problems.append(f"{name!r} is no axis")
+        elif name in axes:
+            problems.append(f"{name} is there twice")
+        elif not (size.isdecimal() and int(size) > 0):
+            problems.append(f"{name} has size {size!r}")
+        else:
+            axes[name] = int(size)
+    if problems:
+        raise ValueError(
+            f"mesh {text!r}: {'; '.join(problems)}; it must be like data=4,fsdp=2,tensor=2, of the "
+            f"axes {DATA}, {FSDP}, {TENSOR} and {EXPERT}"
+        )
+    return make_mesh(**axes)
+
+
+def batch_spec(mesh: Mesh) -> P:
+    """How a batch's examples are laid over a mesh: over all its axes but ``tensor``."""
+    return P(tuple(name for name in mesh.axis_names if name in BATCH))
+
+
+def layout(abstract_state: PyTree, mesh: Mesh, *, threshold: int = 2**16) -> PyTree:
+    """A NamedSharding for every leaf of any family's state, by what the mesh's axes are named.
+
+    - ``tensor`` divides heads, inner widths and words, ``expert`` experts, as `TABLE` says.
+    - ``fsdp`` divides whatever is large, along its largest axis that it divides and nothing else
+      does (Rajbhandari et al. 2020, arXiv:1910.02054, stage 3; layers are never divided from one
+      another).
+    - ``data`` divides nothing of the state.
+
+    Moments and averages lie as their parameters do.
+
+    Args:
+        abstract_state: a `TrainState`, or variables, as arrays or ``jax.ShapeDtypeStruct``.
+        mesh: from `make_mesh`.
+        threshold: leaves of fewer numbers (of a stack of layers: a layer's) are not divided by
+            ``fsdp``: to gather them takes longer than they take memory.
+
+    Raises:
+        ValueError: an axis that does not divide; all are listed, with sizes that do.
+    """
+    parameters: set[tuple[str, tuple[int, ...]]] = set()
+    problems: dict[str, None] = {}  # a parameter's is also its moments'
+
+    def own(path: str) -> str:
+        """The parameter's path in that of a moment."""
+        return path[max(path.rfind("params/"), 0) :]
+
+    def note(path: str, leaf: jax.ShapeDtypeStruct) -> None:
+        if path.startswith(("params/", "trainable/", "non_trainable/")):
+            parameters.add((own(path), leaf.shape))
+
+    def place(path: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        name, shape = own(path), leaf.shape
+        first = int(is_stacked(name))  # the axis of layers is nobody's
+        spec: list[tuple[str, ...]] = [()] * len(shape)
+        # Not of what an optimizer keeps in another form.
+        roles = _roles(name, len(shape) - first) if (name, shape) in parameters else ()
+        for axis, role in enumerate(roles, start=len(shape) - len(roles)):
+            along = TENSOR if role == VOCABULARY else role
+            parts = mesh.shape.get(along, 1)
+            if parts > 1 and along is not None and shape[axis] % parts == 0:
+                spec[axis] = (along,)
+            elif parts > 1 and role != VOCABULARY:
+                problems[_indivisible(name, shape, shape[axis], role, parts)] = None
+        parts = mesh.shape.get(FSDP, 1)
+        if parts > 1 and len(shape) > first and math.prod(shape[first:]) >= threshold:
+            free = [
+                axis
+                for axis in range(first, len(shape))
+                if shape[axis] % (parts * math.prod(mesh.shape[there] for there in spec[axis])) == 0
+            ]
+            if free:
+                axis = max(free, key=lambda axis: (not spec[axis], shape[axis]))
+                spec[axis] = (*spec[axis], FSDP)
+            else:
+                problems[_indivisible(name, shape, max(shape[first:]), FSDP, parts)] = None
+        return NamedSharding(mesh, P(*spec))
+
+    map_with_path(note, abstract_state)
+    placed = map_with_path(place, abstract_state)
+    if problems:
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} does not divide the state:\n  " + "\n  ".join(problems)
+        )
+    return placed
+
+
+def _roles(name: str, axes: int) -> tuple[str | None, ...]:
+    """What the table says of a parameter's last axes; of experts' kernels, E comes first."""
+    for pattern, roles in TABLE:
+        if name.startswith("params/") and re.search(pattern, name):
+            return roles[max(0, len(roles) - axes) :]
+    return ()
+
+
+def _indivisible(
+    name: str, shape: tuple[int, ...], size: int, along: str | None, parts: int
+) -> str:
+    return (
+        f"{name} {shape}: {size} does not divide by {along}={parts}; the nearest sizes of {along} "
+        f"that do: {nearest_parts(size, parts)}"
+    )
+
+
 def shardings(abstract_state: PyTree, mesh: Mesh, rules: Sequence[tuple[str, P]]) -> PyTree:
-    """A NamedSharding for every leaf: the first rule whose pattern is found in its path.
+    """A NamedSharding for every leaf, by a table of one's own (`layout` has one for all families):
+    the first rule whose pattern is found in its path.
 
     A moment or an average has the path of its parameter inside its own
     (``opt_state/0/mu/params/layers_0/mlp/up/kernel``), so one table places them alike. Leaves that

@@ -29,7 +29,7 @@ from fmjax.weights.tables import (
     renamed,
     vocabulary_rules,
 )
-from fmjax.weights.tensor import Tensor
+from fmjax.weights.tensor import Sliceable, Stack, Tensor
 from fmjax.weights.transforms import (
     CONV1D,
     CONV2D,
@@ -54,6 +54,8 @@ __all__ = [
     "TRANSPOSE",
     "Checkpoint",
     "Rule",
+    "Sliceable",
+    "Stack",
     "Tensor",
     "Transform",
     "also_named",

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from fmjax.weights.compare import Mismatch
-from fmjax.weights.tensor import Shape, Tensor
+from fmjax.weights.tensor import Shape, Stack, Tensor
 from fmjax.weights.transforms import IDENTITY, Transform
 
 T = TypeVar("T")
@@ -112,10 +112,11 @@ def import_params(
     tensors: Mapping[str, Tensor],
     abstract: Mapping[str, ShapeDtype],
     *,
-    place: Callable[[str, np.ndarray], T],
+    place: Callable[[str, Any], T],
     new: Sequence[str] = (),
     ignored: Sequence[str] = (),
     known: Collection[str] = (),
+    sliced: bool = False,
 ) -> dict[str, T]:
     """Reads a model's parameters from a checkpoint, one at a time and the largest first.
 
@@ -133,6 +134,8 @@ def import_params(
             ("head/",). Parameters they match are not read and not in the result.
         ignored: regular expressions searched for in the names of tensors that no rule reads.
         known: names of tensors that may be left unread, such as those of the family's other heads.
+        sliced: `place` is given not an array of its own but a `Sliceable`: views of the files
+            wherever layouts allow, so that what is read is what it slices, while they are open.
 
     Returns:
         {path: what `place` returned} for every parameter that is not new.
@@ -177,13 +180,21 @@ def import_params(
         if not sources and site.rule.default is not None:
             arrays = [site.rule.default()]
         else:
-            arrays = site.rule.transform.load([source.read() for source in sources])
+            arrays = _loaded(site.rule.transform, sources, sliced)
         for path, array in zip(site.params, arrays, strict=True):
             if path not in fresh:
-                result[path] = place(path, _own(array, release))
+                result[path] = place(path, array if sliced else _own(array, release))
         del arrays, array
         release()
     return {path: result[path] for path in abstract if path in result}
+
+
+def _loaded(transform: Transform, sources: Sequence[Tensor], sliced: bool) -> list[Any]:
+    """The parameters that tensors are."""
+    arrays = [source.read() for source in sources]
+    if sliced and transform.each is not None:
+        return [Stack([transform.each.load([array])[0] for array in arrays])]
+    return transform.load(arrays)
 
 
 def _matching(

@@ -52,6 +52,26 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Stack:
+    """Arrays of one shape as one with a leading axis, of which only what is asked for is read.
+
+    Args:
+        parts: at least one; numpy's arrays, perhaps views of a file, or stacks.
+    """
+
+    def __init__(self, parts: Sequence[Sliceable]) -> None:
+        self.parts = list(parts)
+        self.shape: Shape = (len(self.parts), *self.parts[0].shape)
+        self.dtype = self.parts[0].dtype
+
+    def __getitem__(self, at: tuple[slice, ...]) -> np.ndarray:
+        return np.stack([part[at[1:]] for part in self.parts[at[0]]])
+
+
+Sliceable = np.ndarray | Stack
+"""What gives a new array for one slice an axis."""
+
+
 def check_shape(where: str, shape: Sequence[object], itemsize: int) -> tuple[Shape, int]:
     """A shape from a file as a tuple, and the bytes that an array of it takes.
 

@@ -29,6 +29,7 @@ class Transform:
         save: its parameters -> its tensors.
         load_shapes: their shapes; ValueError where `load` does not apply.
         save_shapes: their shapes; ValueError where `save` does not apply.
+        each: where all that `load` does is to stack the tensors, what it does to each before.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Transform:
     save: Callable[[Arrays], list[np.ndarray]]
     load_shapes: Callable[[Shapes], list[Shape]]
     save_shapes: Callable[[Shapes], list[Shape]]
+    each: Transform | None = None
 
 
 def _same(given: Sequence[T]) -> list[T]:
@@ -306,7 +308,7 @@ def stacked(each: Transform = IDENTITY) -> Transform:
         _has_axis(name, shape, 0)
         return _exactly(name, each.save_shapes([shape[1:]]), 1) * shape[0]
 
-    return Transform(name, load, save, load_shapes, save_shapes)
+    return Transform(name, load, save, load_shapes, save_shapes, each)
 
 
 def _exactly(name: str, shapes: Shapes, count: int) -> list[Shape]:

@@ -1,5 +1,7 @@
 """What every recipe's training does beside its loop."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ def run(tmp_path):
     images = rng.integers(0, 256, (12, 4, 4, 1), dtype=np.uint8)
     examples = ImageExamples(images, (np.arange(12) % 3).astype(np.int32), ("a", "b", "c"))
 
-    def run(ema):
+    def run(ema, mesh=None):
         config = cnn.Config(
             image_size=4, hidden_sizes=(2,), depths=(1,), pooled_size=2, dense_sizes=(),
             id2label=("a", "b", "c"),
@@ -36,7 +38,7 @@ def run(tmp_path):
 
         settings = Training(
             output=tmp_path / str(ema), epochs=1, batch_size=4, learning_rate=0.1, warmup=0.0,
-            evaluations=3, ema=ema,
+            evaluations=3, ema=ema, mesh=mesh,
         )  # fmt: skip
         state = train(
             settings,
@@ -69,3 +71,20 @@ def test_averages_are_evaluated_and_returned(run):
         np.testing.assert_array_equal(left_average[name], averaged[1][name])
     with pytest.raises(ValueError, match=r"decay is 1\.5"):
         run(1.5)
+
+
+def test_a_run_goes_on_on_another_mesh(run, tmp_path):
+    seen, left = run(None, "data=2,fsdp=2")
+    (tmp_path / "None").rename(tmp_path / "meshed")
+    plain, _ = run(None)
+    for meshed, alone in zip(seen, plain, strict=True):
+        for name, value in alone.items():
+            np.testing.assert_allclose(meshed[name], value, rtol=1e-5, atol=1e-6)
+    shutil.rmtree(tmp_path / "None")
+    (tmp_path / "meshed").rename(tmp_path / "None")
+    again, same = run(None, "data=4")  # it is done: nothing is left to train
+    assert len(again) == 1
+    for name, value in left.items():
+        np.testing.assert_array_equal(same[name], value)
+    with pytest.raises(ValueError, match="'model' is no axis"):
+        run(None, "model=2")
