@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.parameter import parameter
+from fmjax.nn.compact import rows
+from fmjax.nn.parameter import kept
 from fmjax.nn.product import matmul
 
 
@@ -50,16 +51,14 @@ class Embed(nn.Module):
     padding_index: int | None = None
 
     def setup(self) -> None:
-        self.embedding = parameter(
-            self, "embedding", self._init, (self.num_embeddings, self.features)
-        )
+        self.embedding = kept(self, "embedding", self._init, (self.num_embeddings, self.features))
 
     def _init(self, rng: Array, shape: tuple[int, ...]) -> Array:
         table = self.embedding_init(rng, shape, jnp.float32)
         return table if self.padding_index is None else table.at[self.padding_index].set(0.0)
 
     def __call__(self, ids: Array) -> Array:  # [...] -> [..., D]
-        vectors = jnp.take(self.embedding, ids, axis=0)
+        vectors = rows(self.embedding, ids)
         if self.has_variable("adapters", "prompt"):
             prompt = self.get_variable("adapters", "prompt").astype(vectors.dtype)
             own = ids - self.num_embeddings

@@ -8,21 +8,28 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fmjax.nn.compact import Compact, Factors, whole
 
-def matmul(x: Array, kernel: Array, *, transposed: bool = False) -> Array:
+
+def matmul(x: Array, kernel: Array | Compact, *, transposed: bool = False) -> Array:
     """``x @ kernel`` (or ``x @ kernel.T``) accumulated and returned in float32.
 
     Args:
         x: [..., I].
         kernel: [I, O], or [O, I] if `transposed` (an embedding table); cast to x's dtype.
+            Of factors the product is not formed.
 
     Returns:
         [..., O] float32.
     """
-    kernel = kernel.astype(x.dtype)
+    if isinstance(kernel, Factors) and not transposed:
+        return matmul(matmul(x, kernel.down).astype(x.dtype), kernel.up)
+    array = whole(kernel)
+    if array.dtype != x.dtype:
+        array = array.astype(x.dtype)
     if x.dtype == jnp.float32:
-        return _product(x, kernel, transposed)
-    return _low_precision(x, kernel, transposed)
+        return _product(x, array, transposed)
+    return _low_precision(x, array, transposed)
 
 
 def _product(x: Array, kernel: Array, transposed: bool) -> Array:
