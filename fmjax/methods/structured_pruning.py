@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import ArrayLike
 
 import fmjax.hub as hub
 from fmjax.methods.adapted_layers import choose_adapters, with_adapters
@@ -40,7 +41,7 @@ UNITS = (
 )  # fmt: skip
 """Under which names configs say how many heads and inner units there are."""
 
-Chosen = Mapping[str, Sequence[int]]
+Chosen = Mapping[str, ArrayLike]
 """Numbers of heads or units by the path of their block, ``{"layers_0/attn": (0, 3)}``; of a scanned
 model [L, n], as many in each layer."""
 
