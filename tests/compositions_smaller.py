@@ -3,9 +3,10 @@
 import functools
 
 import jax
+import numpy as np
 import optax
 from composition_table import composition
-from made_up import made, pictures, texts
+from made_up import made, pictures, steps_of_agents, texts
 
 from fmjax.methods import lora
 from fmjax.methods.adapted_layers import is_adapter
@@ -20,7 +21,24 @@ from fmjax.methods.structured_pruning import remove_heads, remove_units
 from fmjax.tasks import causal_lm, sequence_classification
 
 
-@composition("quantization", "lora", on="llama scanned, language modelling")
+@composition("quantization", "low_rank", "structured_pruning", "lora", on="vit, classification")
+def _():
+    model, variables = made("vit", "image_classification", layers=1)
+    model, variables = remove_heads(model, variables, {"layers_0/attn": [0]})
+    thin = factorise(variables, targets=("*/mlp/up",), rank=2)
+    kept = quantize(thin, bits=4, group=4, targets=("*/attn/*/kernel",))
+    return {
+        "variables": lora.add(
+            kept, jax.random.key(1), rank=2, alpha=16.0, targets=("*/mlp/up", "*/attn/query")
+        ),
+        "loss": sequence_classification.loss(model),
+        "tx": optax.adam(3e-2),
+        "batch": pictures(),
+        "is_trainable": is_adapter,
+    }
+
+
+@composition("quantization", "lora", on="llama scanned, language modelling", slow=True)
 def _():
     model, variables = made("llama", "causal_lm", scan=True)
     kept = quantize(
@@ -35,15 +53,16 @@ def _():
     }
 
 
-@composition("quantization", "pruning", "optimizers", on="cnn, image classification")
+@composition("quantization", "pruning", "optimizers", on="mlp, classification")
 def _():
-    model, variables = made("cnn", "image_classification")
-    plain = sequence_classification.loss(model)
+    model, variables = made("mlp", "classification")
+    seen = steps_of_agents()
+    labels = (seen["observations"].sum(axis=1) > 0).astype(np.int32)
     return {
         "variables": variables,
-        "loss": quantization_aware(plain, bits=4, targets=("params/dense_*/kernel",)),
-        "tx": gradually(lion(1e-2, weight_decay=0.0), cubic(0.5, steps=4), every=2),
-        "batch": pictures(),
+        "loss": quantization_aware(sequence_classification.loss(model), bits=4),
+        "tx": gradually(lion(3e-2, weight_decay=0.0), cubic(0.5, steps=8), every=2),
+        "batch": {"features": seen["observations"], "labels": labels, "weight": seen["weight"]},
         "steps": 12,
     }
 
@@ -69,7 +88,7 @@ def _():
     }
 
 
-@composition("low_rank", "structured_pruning", "spikes", on="vit, image classification")
+@composition("low_rank", "structured_pruning", "spikes", on="vit, image classification", slow=True)
 def _():
     model, variables = made("vit", "image_classification")
     model, variables = remove_heads(model, variables, {"layers_0/attn": [0]})

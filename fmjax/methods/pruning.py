@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fmjax.methods.matrices import HEAD, KERNELS, matrices
+from fmjax.methods.weight_matrices import HEAD, KERNELS, matrices
 from fmjax.tree import flatten, is_stacked, map_with_path, unflatten
 from fmjax.types import PyTree, Variables
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fmjax.methods.matrices import HEAD, KERNELS, matrices
+from fmjax.methods.weight_matrices import HEAD, KERNELS, matrices
 from fmjax.nn.compact import Quantized, in_groups, normal_levels, packed
 from fmjax.tree import flatten, unflatten
 from fmjax.types import Aux, Batch, LossFn, Variables

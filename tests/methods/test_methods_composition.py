@@ -36,7 +36,7 @@ def test_every_method_that_trains_is_there_twice():
     count = Counter(name for row in COMPOSITIONS for name in row.methods)
     parts = {
         "adapted_layers", "advantages", "compressed_files", "distillation_terms", "lora_files",
-        "matrices", "peft_files", "policy_gradient",
+        "peft_files", "policy_gradient", "weight_matrices",
     }  # fmt: skip
     for path in (ROOT / "fmjax" / "methods").glob("*.py"):
         if path.stem == "__init__" or path.stem in parts:

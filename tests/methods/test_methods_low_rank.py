@@ -59,6 +59,7 @@ def test_factors_are_the_best_of_their_rank():
     jax.tree.map(np.testing.assert_array_equal, stack_layers(alone), stacked)
 
 
+@pytest.mark.slow
 def test_adapters_on_factors():
     model, variables = made("mlp", "classification")
     thin = factorise(variables, targets=("dense_0",), rank=2)
