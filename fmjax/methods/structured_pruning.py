@@ -181,7 +181,8 @@ def least_important(
     """The least important heads or units, as `remove_heads` and `remove_units` take them.
 
     Args:
-        importance: of `head_importance` or `unit_importance`.
+        importance: of `head_importance` or `unit_importance`; where queries share keys, added up
+            over those that do.
         count: how many of each layer; with scope "global" of all together, where layers are
             compared after division by their norm (Michel et al. 2019, section 2.2; Molchanov et
             al. 2017, section 2.2) and each keeps at least one.

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composition import check_trains
+from made_up import made, steps_of_agents
 
 from fmjax.methods.pruning import (
     apply_masks,
@@ -17,6 +19,8 @@ from fmjax.methods.pruning import (
     n_of_m_masks,
     sparsity_of,
 )
+from fmjax.methods.quantization import is_float, quantize
+from fmjax.tasks import sequence_classification
 from fmjax.tree import flatten, stack_layers, unstack_layers
 
 
@@ -171,6 +175,31 @@ def test_the_lottery_rewinds():
         trained = np.abs(flatten(early)[path] + 0.5 * flatten(weights(seed=1))[path])
         first = flatten(tickets[0].masks)[path]
         np.testing.assert_array_equal(first, trained >= np.sort(trained.ravel())[20])
+
+
+@slow
+def test_checkpoints_keep_masks_and_integers(tmp_path):
+    """Half of a run, saved and restored, ends bitwise as the whole: masks of the optimizer's state
+    beside frozen integers."""
+    model, variables = made("mlp", "classification")
+    seen = steps_of_agents()
+    kept = quantize(variables, bits=8, targets=("params/dense_0/kernel",))
+    trains = is_float(kept)
+    tx = gradually(optax.adam(0.1), cubic(0.5, steps=6), every=2, targets=("*/kernel",), but=())
+    state, _ = check_trains(
+        kept,
+        sequence_classification.loss(model),
+        tx,
+        {
+            "features": seen["observations"],
+            "labels": (seen["observations"].sum(axis=1) > 0).astype(np.int32),
+            "weight": seen["weight"],
+        },
+        is_trainable=trains,
+        folder=tmp_path,
+    )
+    assert sparsity_of(masks_of(state.opt_state)) == 0.5
+    assert not trains("params/dense_0/kernel")
 
 
 def test_refusals():
