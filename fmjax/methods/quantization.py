@@ -149,7 +149,7 @@ def sizes(variables: Variables) -> Mapping[str, int]:
 def straight_through(weights: Array, *, bits: int, group: int | None = None, axis: int = -2):
     """The weights as `quantize` rounds them, with the gradient of the weights themselves.
 
-    Bengio et al. 2013, arXiv:1308.3432, section 4: rounding counts as the identity. As scales are
+    Bengio et al. 2013, arXiv:1308.3432: rounding counts as the identity. As scales are
     the largest magnitudes, no weight lies outside the levels, where Jacob et al. 2018 (eq. 12)
     would clip.
 

@@ -184,7 +184,7 @@ def least_important(
         importance: of `head_importance` or `unit_importance`; where queries share keys, added up
             over those that do.
         count: how many of each layer; with scope "global" of all together, where layers are
-            compared after division by their norm (Michel et al. 2019, section 2.2; Molchanov et
+            compared after division by their norm (Michel et al. 2019, section 4.1; Molchanov et
             al. 2017, section 2.2) and each keeps at least one.
         scope: "layer" or "global"; a scanned model's layers keep alike many.
 
