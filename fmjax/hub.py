@@ -20,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from fmjax.config import config_to_json, default_labels, parse_config, read_config, write_json
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import families, family_for, family_of
+from fmjax.nn.compact import Compact
 from fmjax.tree import flatten, layer_paths, stacked_place, unflatten, unstack_layers
 from fmjax.types import PyTree, Variables
 from fmjax.weights import (
@@ -510,13 +511,20 @@ def save(
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: variables that are not this model's, or adapters among them.
+        ValueError: variables that are not this model's; or adapters, or parameters in another
+            form than arrays, among them.
     """
     folder = Path(path).expanduser()
     if "adapters" in variables:
         raise ValueError(
             "the variables have adapters, for which a model's files have no place: merge them into "
             "the kernels first, or save them as adapters"
+        )
+    if compact := [path for path, leaf in flatten(variables).items() if isinstance(leaf, Compact)]:
+        raise ValueError(
+            f"{len(compact)} parameters ({compact[0]}, ...) are quantised or in factors, for which "
+            "a model's files have no place: save fmjax.nn.compact.whole_arrays(variables), or "
+            "write them as they are"
         )
     family = family_for(model)
     leaves = flatten(unstack_layers(variables) if model.scan else variables)

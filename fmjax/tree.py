@@ -135,13 +135,14 @@ def _stack(leaves: list[Any]) -> Any:
     first = leaves[0]
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
-    return jnp.stack(leaves)
+    # A leaf may be several arrays that stand for one.
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *leaves)
 
 
 def _take(leaf: Any, index: int) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-    return leaf[index]
+    return jax.tree.map(lambda part: part[index], leaf)
 
 
 def count(tree: PyTree) -> int:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fmjax.nn.adapter import AXES, LOW_RANK, column_norms
+from fmjax.nn.compact import Compact, whole
 from fmjax.tree import flatten, is_stacked, layer_paths, merge, override, unflatten
 from fmjax.types import Variables
 
@@ -131,6 +132,8 @@ def draw(
 def merge_adapters(variables: Variables) -> Variables:
     """The base model's variables with the adapters in its kernels: the same function without them.
 
+    Adapted kernels that are quantised or factored become plain ones.
+
     Raises:
         ValueError: adapters that are no change of kernels, or several to choose from.
     """
@@ -166,7 +169,7 @@ def _moved(variables: Variables, adapters: Variables, move: Callable[..., Any]) 
         elif "magnitude" in leaves and move is _unmerged:
             problems.append(f"{module}: its columns' lengths before are lost; keep the base model")
         else:
-            new[kernel] = move(flat[kernel], leaves)
+            new[kernel] = move(whole(flat[kernel]), leaves)
             if "out_scale" in leaves and bias in flat:
                 factor = leaves["out_scale"]
                 new[bias] = flat[bias] * factor if move is _merged else flat[bias] / factor
@@ -212,7 +215,7 @@ def _unmerged(kernel: Array, leaves: Mapping[str, Array]) -> Array:
     return (base - _update(leaves) if "down" in leaves else base).astype(kernel.dtype)
 
 
-def lengths(kernel: Array, down: Array, up: Array, scale: Array) -> Array:
+def lengths(kernel: Array | Compact, down: Array, up: Array, scale: Array) -> Array:
     """`fmjax.nn.adapter.column_norms` of a kernel, or of L scanned ones."""
     norms = column_norms if kernel.ndim == 2 else jax.vmap(column_norms)
     return norms(kernel, down, up, scale)

@@ -22,6 +22,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.activation import activation
+from fmjax.nn.compact import Compact, whole
 from fmjax.nn.dropout import dropout
 from fmjax.nn.product import matmul
 
@@ -59,7 +60,7 @@ def adapters(module: nn.Module) -> Leaves | None:
 
 
 def adapted(
-    leaves: Leaves, x: Array, kernel: Array, bias: Array | None, rng: Array | None
+    leaves: Leaves, x: Array, kernel: Array | Compact, bias: Array | None, rng: Array | None
 ) -> Array:
     """A dense layer with its adapters.
 
@@ -91,7 +92,7 @@ def adapted(
         dropped = x
         if rng is not None and "dropout" in leaves:
             dropped = dropout(rng, x, _along(leaves["dropout"], x, 0).astype(jnp.float32))
-        update = low_rank(dropped, leaves["down"], leaves["up"], leaves["scale"])
+        update = update_of(dropped, leaves["down"], leaves["up"], leaves["scale"])
         if norms is None:
             y = y + update
         else:
@@ -109,22 +110,22 @@ def adapted(
     return y
 
 
-def low_rank(x: Array, down: Array, up: Array, scale: Array) -> Array:
+def update_of(x: Array, down: Array, up: Array, scale: Array) -> Array:
     """``x @ down @ up * scale``: [..., I] -> [..., O] float32; factors as in `_product`."""
     update = _product(_product(x, down).astype(x.dtype), up)
     return update * _along(scale.astype(jnp.float32), update, 0)
 
 
-def column_norms(kernel: Array, down: Array, up: Array, scale: Array) -> Array:
+def column_norms(kernel: Array | Compact, down: Array, up: Array, scale: Array) -> Array:
     """Lengths of the columns of ``kernel + scale * down @ up``, which is not formed; [O] float32.
 
     |w + s d u|^2 = |w|^2 + u (2 s d w + s^2 d d u), column by column. They are constants to
     differentiation.
     """
-    kernel, down, up, scale = jax.lax.stop_gradient((kernel, down, up, scale))
+    array, down, up, scale = jax.lax.stop_gradient((whole(kernel), down, up, scale))
     down, up, scale = (leaf.astype(jnp.float32) for leaf in (down, up, scale))
-    squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0)  # [O]
-    across = matmul(down.T.astype(kernel.dtype), kernel)  # [R, O]
+    squares = jnp.sum(jnp.square(array.astype(jnp.float32)), axis=0)  # [O]
+    across = matmul(down.T.astype(array.dtype), array)  # [R, O]
     own = (down.T @ down) @ up  # [R, O]
     changes = jnp.sum(up * (2 * scale * across + jnp.square(scale) * own), axis=0)
     return jnp.sqrt(jnp.maximum(squares + changes, 0.0))

@@ -179,6 +179,8 @@ class Attention(nn.Module):
     Where there is a collection "adapters", its ``prefix_key`` and ``prefix_value`` [P, G * K] here
     are keys and values that every query sees besides: as they are, neither normed nor rotated.
 
+    Once heads were removed, there are as many as the kernels have columns for.
+
     Args:
         num_heads: H.
         dropout_rate: of the probabilities.
@@ -254,7 +256,18 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         size = width // self.num_heads if self.head_dim is None else self.head_dim
+        count = self.held("query", self.num_heads, size)
         groups = self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
+        groups = self.held("key", groups, size)
+        for name, given, own in (
+            ("cache", None if cache is None else cache.key, groups),
+            ("bias of scores", bias, count),
+        ):
+            if given is not None and given.ndim > 2 and given.shape[-3] not in (own, 1):
+                raise ValueError(
+                    f"the {name} has {given.shape[-3]} heads, and {'/'.join(self.path)} has {own}: "
+                    "layers that lack heads which the config counts cannot use it"
+                )
 
         def project(states: Array, heads: int, name: str) -> Array:
             init = self.query_init if name == "query" else None
@@ -272,7 +285,7 @@ class Attention(nn.Module):
                 y = self.head_norm(name=f"{name}_norm")(y)
             return y if rotary is None else rotate(y, rotary, interleaved=self.interleaved)
 
-        query = project(x, self.num_heads, "query")
+        query = project(x, count, "query")
         if fixed is None:
             source = x if others is None else others
             keyed = source if keys is None else keys
@@ -299,11 +312,17 @@ class Attention(nn.Module):
             dropout_rate=self.dropout_rate,
             with_probabilities=self.with_probabilities,
         )
-        out = out.reshape(*x.shape[:-1], self.num_heads * size)  # [B, T, H * K]
+        out = out.reshape(*x.shape[:-1], count * size)  # [B, T, H * K]
         out_bias = self.use_bias if self.out_bias is None else self.out_bias
         out_init = self.kernel_init if self.out_init is None else self.out_init
         out = Dense(width, out_bias, out_init, name="out")(out)  # [B, T, D]
         return out, probabilities, cache
+
+    def held(self, name: str, heads: int, size: int) -> int:
+        """How many of so many heads a projection's kernel has columns for."""
+        if not self.has_variable("params", name):
+            return heads
+        return min(heads, self.get_variable("params", name)["kernel"].shape[-1] // size)
 
     def prefix(self, groups: int, size: int) -> Cache | None:
         """The layer's own keys and values [G, P, K], or None."""

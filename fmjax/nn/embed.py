@@ -11,7 +11,8 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from fmjax.nn.parameter import parameter
+from fmjax.nn.compact import Compact, rows
+from fmjax.nn.parameter import kept
 from fmjax.nn.placement import constrain
 from fmjax.nn.product import matmul
 
@@ -80,18 +81,18 @@ class Embed(nn.Module):
     padding_index: int | None = None
 
     def setup(self) -> None:
-        self.embedding = parameter(
-            self, "embedding", self._init, (self.num_embeddings, self.features)
-        )
+        self.embedding = kept(self, "embedding", self._init, (self.num_embeddings, self.features))
 
     def _init(self, rng: Array, shape: tuple[int, ...]) -> Array:
         table = self.embedding_init(rng, shape, jnp.float32)
         return table if self.padding_index is None else table.at[self.padding_index].set(0.0)
 
     def __call__(self, ids: Array) -> Array:  # [...] -> [..., D]
-        # Of words that are divided each device looks up its own; their features must not be.
-        table = constrain(self.embedding, P.UNCONSTRAINED, None)
-        vectors = look_up(table, ids)
+        if isinstance(self.embedding, Compact):
+            vectors = rows(self.embedding, ids)
+        else:
+            # Of words that are divided each device looks up its own; their features must not be.
+            vectors = look_up(constrain(self.embedding, P.UNCONSTRAINED, None), ids)
         if self.has_variable("adapters", "prompt"):
             prompt = self.get_variable("adapters", "prompt").astype(vectors.dtype)
             own = ids - self.num_embeddings

@@ -11,7 +11,7 @@ from fmjax.nn.activation import activation
 from fmjax.nn.embed import Embed
 from fmjax.nn.linear import Dense, dense
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.parameter import parameter
+from fmjax.nn.parameter import kept, parameter
 from fmjax.nn.product import add_bias
 
 
@@ -35,7 +35,7 @@ class Unembedding(nn.Module):
         kernel, bias = None, None
         if not self.tied:
             shape = (x.shape[-1], self.vocab_size)
-            kernel = parameter(self, "kernel", self.kernel_init, shape)
+            kernel = kept(self, "kernel", self.kernel_init, shape)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.vocab_size,))
         if kernel is not None:
@@ -71,5 +71,5 @@ class VocabularyHead(nn.Module):
         bias = parameter(self, "bias", nn.initializers.zeros, (self.vocab_size,))
         if self.tied:
             return add_bias(embed.attend(x), bias)
-        kernel = parameter(self, "kernel", self.kernel_init, (width, self.vocab_size))
+        kernel = kept(self, "kernel", self.kernel_init, (width, self.vocab_size))
         return dense(self, x, kernel, bias, add_bias)

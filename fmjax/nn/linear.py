@@ -9,7 +9,8 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.adapter import adapted, adapters
-from fmjax.nn.parameter import parameter
+from fmjax.nn.compact import Compact
+from fmjax.nn.parameter import kept, parameter
 from fmjax.nn.product import affine, matmul
 
 
@@ -28,11 +29,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., I] -> [..., O]
-        kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = kept(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = None
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
-        if adapters(self) is None:
+        if adapters(self) is None and not isinstance(kernel, Compact):
             return affine(x, kernel, bias)
         return dense(self, x, kernel, bias).astype(x.dtype)
 
@@ -40,7 +41,7 @@ class Dense(nn.Module):
 def dense(
     module: nn.Module,
     x: Array,
-    kernel: Array,
+    kernel: Array | Compact,
     bias: Array | None,
     add: Callable[[Array, Array], Array] = jnp.add,
 ) -> Array:

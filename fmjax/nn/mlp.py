@@ -16,6 +16,8 @@ class Mlp(nn.Module):
     """``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (Shazeer 2020,
     arXiv:2002.05202).
 
+    Once units were removed, the inner width is what the kernels have.
+
     Args:
         width: F, the inner width.
         act: name of the activation, as in config.json.
@@ -38,8 +40,12 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
+        width = self.width
+        if self.has_variable("params", "up"):
+            width = min(width, self.get_variable("params", "up")["kernel"].shape[-1])
+
         def dense(name: str) -> Dense:
-            return Dense(self.width, self.use_bias, self.kernel_init, name=name)
+            return Dense(width, self.use_bias, self.kernel_init, name=name)
 
         hidden = dense("up")(x)  # [..., F]
         act = activation(self.act)

@@ -8,11 +8,20 @@ from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 from jax import Array
 
+from fmjax.nn.compact import Compact, whole
+
 
 def parameter(
     module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
 ) -> Array:
-    """A parameter of a module, made by `init` where there is none yet.
+    """A parameter of a module, made by `init` where there is none yet: see `kept`."""
+    return whole(kept(module, name, init, shape))
+
+
+def kept(
+    module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
+) -> Array | Compact:
+    """A parameter of a module as the variables keep it.
 
     As ``module.param``, which traces the initializer at every application to learn the shape:
     two fifths of the time that tracing a model takes (measured: BERT, 0.28 s and 0.17 s).

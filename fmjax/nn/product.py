@@ -9,21 +9,26 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from fmjax.nn.compact import Compact, Factors, whole
 
-def matmul(x: Array, kernel: Array, *, transposed: bool = False) -> Array:
+
+def matmul(x: Array, kernel: Array | Compact, *, transposed: bool = False) -> Array:
     """``x @ kernel`` (or ``x @ kernel.T``) accumulated and returned in float32.
 
     Args:
         x: [..., I].
         kernel: [I, O], or [O, I] if `transposed` (an embedding table); cast to x's dtype.
+            Of factors the product is not formed.
 
     Returns:
         [..., O] float32.
     """
-    kernel = kernel.astype(x.dtype)
+    if isinstance(kernel, Factors) and not transposed:
+        return matmul(matmul(x, kernel.down).astype(x.dtype), kernel.up)
+    array = _cast(whole(kernel), x.dtype)
     if x.dtype == jnp.float32:
-        return _product(x, kernel, transposed)
-    return _low_precision(x, kernel, transposed)
+        return _product(x, array, transposed)
+    return _low_precision(x, array, transposed)
 
 
 def affine(x: Array, kernel: Array, bias: Array | None) -> Array:
@@ -37,10 +42,16 @@ def affine(x: Array, kernel: Array, bias: Array | None) -> Array:
     Returns:
         [..., O].
     """
+    kernel = _cast(kernel, x.dtype)
     if x.dtype == jnp.float32:
-        y = _product(x, kernel.astype(x.dtype), False)
+        y = _product(x, kernel, False)
         return y if bias is None else y + bias
-    return _low_affine(x, kernel.astype(x.dtype), None if bias is None else bias.astype(x.dtype))
+    return _low_affine(x, kernel, None if bias is None else _cast(bias, x.dtype))
+
+
+def _cast(array: Array, dtype: DTypeLike) -> Array:
+    """An array that has the dtype stays what it is, which need not be JAX's own class."""
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 def _product(x: Array, kernel: Array, transposed: bool) -> Array:

@@ -35,8 +35,8 @@ def test_every_method_that_trains_is_there_twice():
     """Files and terms of another method, and programs around steps, have tests of their own."""
     count = Counter(name for row in COMPOSITIONS for name in row.methods)
     parts = {
-        "adapted_layers", "advantages", "distillation_terms", "lora_files", "peft_files",
-        "policy_gradient",
+        "adapted_layers", "advantages", "compressed_files", "distillation_terms", "lora_files",
+        "peft_files", "policy_gradient", "weight_matrices",
     }  # fmt: skip
     for path in (ROOT / "fmjax" / "methods").glob("*.py"):
         if path.stem == "__init__" or path.stem in parts:
