@@ -1,5 +1,8 @@
 """What every composition of methods must do, whatever it is composed of."""
 
+import dataclasses
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,42 @@ from fmjax.train import gradient, init_state, is_param, jit_step, make_train_ste
 from fmjax.train.checkpoint import Checkpoints
 from fmjax.train.loop import Memory
 from fmjax.tree import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+    """One row: what is composed, and how it is trained.
+
+    Attributes:
+      methods: names of files in methods/.
+      on: family and task.
+      devices: how the step runs.
+      slow: whether its methods are all in other rows, too, and it is for `make test-all`.
+      make: gives the arguments of `check_trains`.
+    """
+
+    methods: tuple[str, ...]
+    on: str
+    make: Callable[[], dict]
+    devices: str = "one device"
+    slow: bool = False
+
+    @property
+    def name(self):
+        return f"{'+'.join(self.methods)} on {self.on}"
+
+
+COMPOSITIONS = []
+
+
+def composition(*methods, on, devices="one device", slow=False):
+    """Adds a function's arguments of `check_trains` to the table."""
+
+    def add(make):
+        COMPOSITIONS.append(Composition(methods, on, make, devices, slow))
+        return make
+
+    return add
 
 
 def check_trains(

@@ -3,15 +3,15 @@
 python tests/compositions.py          prints the README's table of methods
 """
 
-import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 
+import compositions_partly_labelled  # noqa: F401  more rows
 import jax
 import numpy as np
 import optax
+from composition import COMPOSITIONS, composition
 from made_up import (
     B,
     agents,
@@ -51,42 +51,6 @@ from fmjax.methods.spikes import skip_spikes
 from fmjax.tasks import causal_lm, seq2seq, sequence_classification, token_classification
 from fmjax.tasks.feature_extraction import encoder
 from fmjax.train import accumulate, gradient, is_param, make_mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class Composition:
-    """One row: what is composed, and how it is trained.
-
-    Attributes:
-      methods: names of files in methods/.
-      on: family and task.
-      devices: how the step runs.
-      slow: whether its methods are all in other rows, too, and it is for `make test-all`.
-      make: gives the arguments of `check_trains`.
-    """
-
-    methods: tuple[str, ...]
-    on: str
-    make: Callable[[], dict]
-    devices: str = "one device"
-    slow: bool = False
-
-    @property
-    def name(self):
-        return f"{'+'.join(self.methods)} on {self.on}"
-
-
-COMPOSITIONS = []
-
-
-def composition(*methods, on, devices="one device", slow=False):
-    """Adds a function's arguments of `check_trains` to the table."""
-
-    def add(make):
-        COMPOSITIONS.append(Composition(methods, on, make, devices, slow))
-        return make
-
-    return add
 
 
 @composition("lora", "adapted_layers", "privacy", on="vit, image classification")
