@@ -91,7 +91,7 @@ def _added(
 
 def ramped(highest: float = 3.0, *, begin: int, end: int) -> optax.Schedule:
     """alpha(t) of pseudo-labels: 0 until `begin`, then on a line to `highest` at `end` (Lee 2013,
-    equation 16; 3 there, from step 100 to 600).
+    equation 16; 3, 100 and 600 there).
 
     Raises:
         ValueError: steps that do not follow each other, or a negative coefficient.
