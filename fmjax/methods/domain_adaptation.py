@@ -92,6 +92,9 @@ def with_domain_classifier(
 ) -> Variables:
     """The variables with a perceptron that tells domains apart, which trains (`is_adapted`).
 
+    Its last layer begins at 0: a perceptron that has learnt nothing yet would turn round noise, and
+    features run away from it faster than it follows.
+
     Args:
         variables: the model's.
         rng: a typed key.
@@ -116,6 +119,8 @@ def with_domain_classifier(
             zip(jax.random.split(rng, len(sizes) - 1), sizes[:-1], sizes[1:], strict=True)
         )
     }
+    last = layers[f"dense_{len(sizes) - 2}"]
+    last["kernel"] = jnp.zeros_like(last["kernel"])
     return {**variables, DOMAIN: layers}
 
 

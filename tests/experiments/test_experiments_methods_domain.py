@@ -15,6 +15,7 @@ def test_domain_shift(tiny_bert, sentence_files, tmp_path, capsys):
         *("--target-val", f"{sentence_files}/val.csv", "--batch-size", "16", "--max-length", "16"),
         *("--steps", "60", "--pretraining-steps", "3", "--learning-rate", "5e-3"),
         *("--source-texts", "150", "--target-texts", "40", "--threshold", "0.6", "--tau", "0.6"),
+        *("--frozen-layers", "0"),
     ]
     experiment("domain_shift").main(arguments)
     assert "| continued pretraining" in capsys.readouterr().out

@@ -71,6 +71,9 @@ def test_dann_is_its_equations(family):
         model, variables = made("bert", "sequence_classification", layers=1)
         batch, width, features = halves(texts()), 8, pooled("cls")
     variables = with_domain_classifier(variables, jax.random.key(1), width=width, hidden=(5,))
+    last = variables["domain"]["dense_1"]
+    assert not last["kernel"].any()  # undecided, so nothing turns round yet
+    last["kernel"] = jax.random.normal(jax.random.key(2), last["kernel"].shape)
     variables = with_progress(variables)
     variables["progress"]["step"] = jnp.int32(3)
     strength = 2 / (1 + np.exp(-10 * 0.3)) - 1
