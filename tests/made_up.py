@@ -115,6 +115,14 @@ def rounds(batch):
     return {name: leaf.reshape(4, 1, 2, *leaf.shape[1:]) for name, leaf in batch.items()}
 
 
+def halves(batch):
+    """The first half of the rows with their labels, the second without."""
+    half = B // 2
+    labelled = {f"labelled/{name}": leaf[:half] for name, leaf in batch.items()}
+    rest = {f"unlabelled/{name}": leaf[half:] for name, leaf in batch.items() if name != "labels"}
+    return labelled | rest
+
+
 def agents():
     """Networks for a policy and its values, and their variables."""
     policy, first = made("mlp", "classification")

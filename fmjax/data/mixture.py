@@ -13,6 +13,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from fmjax.data.batches import check_state
+from fmjax.types import Batch
+
+
+def part(batch: Batch, name: str) -> dict[str, Any]:
+    """What a batch has of one stream, by the stream's own names.
+
+    Raises:
+        ValueError: nothing.
+    """
+    found = {
+        key.removeprefix(f"{name}/"): value
+        for key, value in batch.items()
+        if key.startswith(f"{name}/")
+    }
+    if not found:
+        raise ValueError(f"the batch has nothing called {name}/..., only {sorted(batch)}")
+    return found
 
 
 class Stream(Protocol):

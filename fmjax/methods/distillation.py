@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,10 @@ from jax import Array
 from fmjax.methods.distillation_terms import Both, Term, rows
 from fmjax.tasks.apply import apply_fn
 from fmjax.tasks.vocabulary_loss import unembed_fn
+from fmjax.tasks.watched import Watched, run
 from fmjax.train import is_param
 from fmjax.tree import flatten
-from fmjax.types import Aux, Batch, LossFn, Mean, Output, Variables
+from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 ATTACHES = ("variables", "loss")
 
@@ -91,10 +92,10 @@ def distilled(
             )
         given = {name: tree for name, tree in variables.items() if name != TEACHER}
         taught = jax.lax.stop_gradient(variables[TEACHER])
-        watched = _Watched(student, asks, values)
+        watched = Watched(student, asks, values)
         value, aux = task_loss(watched)(given, batch, rng)
         passed = watched.passed()
-        (output, made), _ = _run(
+        (output, made), _ = run(
             teacher, taught, passed.inputs, passed.flags, values, train=False, rngs={}, mutable=[]
         )
         both = Both(
@@ -162,71 +163,6 @@ def is_student(path: str) -> bool:
 def student_only(variables: Variables) -> Variables:
     """The variables without teacher and projections: what is evaluated and exported."""
     return {name: tree for name, tree in variables.items() if name not in (TEACHER, PROJECTIONS)}
-
-
-class _Passed(NamedTuple):
-    """A full pass of the student: what it was given and what it gave."""
-
-    inputs: dict[str, Any]
-    flags: dict[str, Any]
-    output: Output
-    values: Mapping[str, Array]
-
-
-class _Watched:
-    """A model for one trace of a task's loss, that remembers its full pass."""
-
-    def __init__(self, model: Any, asks: Mapping[str, bool], values: bool) -> None:
-        self.config, self.head = model.config, model.head
-        self._model, self._asks, self._values = model, asks, values
-        self._passes: list[_Passed] = []
-
-    def apply(self, variables: Variables, *args: Any, **options: Any) -> Any:
-        """As the model's."""
-        if "method" in options:
-            return self._model.apply(variables, *args, **options)
-        how = {name: options.pop(name) for name in ("train", "rngs", "mutable")}
-        flags = {name: value for name, value in options.items() if name.startswith("output_")}
-        inputs = {name: value for name, value in options.items() if name not in flags}
-        flags |= self._asks
-        found, updates = _run(self._model, variables, inputs, flags, self._values, **how)
-        output, made = found
-        self._passes.append(_Passed(inputs, flags, output, made))
-        return output, updates
-
-    def passed(self) -> _Passed:
-        """The one pass.
-
-        Raises:
-            ValueError: there was none, or there were several.
-        """
-        if len(self._passes) != 1:
-            raise ValueError(
-                f"the task's loss ran the student {len(self._passes)} times; a student is compared "
-                "with its teacher in tasks that run the model once"
-            )
-        return self._passes[0]
-
-
-def _run(
-    model: Any,
-    variables: Variables,
-    inputs: dict[str, Any],
-    flags: dict[str, Any],
-    values: bool,
-    *,
-    mutable: list[str],
-    **how: Any,
-) -> tuple[tuple[Output, dict[str, Array]], Variables]:
-    """((output, values of attention by path), updates)."""
-    watching: dict[str, Any] = {}
-    if values:
-        mutable = [*mutable, "intermediates"]
-        watching["capture_intermediates"] = lambda module, _: module.name == "value"
-    output, updates = model.apply(variables, **inputs, **flags, **how, **watching, mutable=mutable)
-    updates = dict(updates)
-    made = flatten(updates.pop("intermediates", {}))
-    return (output, {path: calls[0] for path, calls in made.items()}), updates
 
 
 def _incomparable(student: Any, teacher: Any) -> list[str]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from fmjax.data.mixture import part
 from fmjax.methods.federated import client_update, pseudo_gradient
 from fmjax.tasks.feature_extraction import Encode
 from fmjax.train.step import is_param
@@ -26,25 +27,6 @@ from fmjax.tree import flatten, merge, override, split
 from fmjax.types import Aux, Batch, GradFn, LossFn, Mean, Variables
 
 ATTACHES = ("loss", "gradient")
-
-
-def part(batch: Batch, name: str) -> dict[str, Any]:
-    """The arrays of "support" or "query": [B, S, ...].
-
-    Raises:
-        ValueError: the batch has none.
-    """
-    found = {
-        key.removeprefix(f"{name}/"): value
-        for key, value in batch.items()
-        if key.startswith(f"{name}/")
-    }
-    if not found:
-        raise ValueError(
-            f"the batch has nothing called {name}/..., only {sorted(batch)}; episodes have both "
-            "support/ and query/"
-        )
-    return found
 
 
 def prototypical(encode: Encode, ways: int, *, train: bool = True) -> LossFn:

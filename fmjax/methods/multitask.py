@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from fmjax.data.mixture import part
 from fmjax.train import gradient
 from fmjax.tree import flatten, merge, override, split, unflatten
 from fmjax.types import Aux, Batch, GradFn, LossFn, Mean, PyTree, Variables
@@ -104,12 +105,7 @@ def _of_task(loss_fn: LossFn, task: str) -> LossFn:
     """A task's loss as a function of the joined variables and a batch with its names in front."""
 
     def seen_loss(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
-        own = {
-            name.removeprefix(f"{task}/"): value
-            for name, value in batch.items()
-            if name.startswith(f"{task}/")
-        }
-        loss, aux = loss_fn(_seen(variables, task), own, rng)
+        loss, aux = loss_fn(_seen(variables, task), part(batch, task), rng)
         flat, updates = flatten(variables), {}
         for path, leaf in flatten(aux.updates).items():
             collection, _, rest = path.partition("/")

@@ -40,18 +40,8 @@ def encoder(model: Any, *, pooling: str = "mean", normalize: bool = False) -> En
                 f"the model has the head {model.head!r}, which returns no last_hidden_state; load "
                 'it with head="model"'
             )
-        # [B, T, D]; of pictures T are patches, or the places of a grid, and all are kept.
-        hidden = hidden.astype(jnp.float32).reshape(hidden.shape[0], -1, hidden.shape[-1])
-        mask = batch.get("attention_mask")
-        keep = jnp.ones(hidden.shape[:2], bool) if mask is None else jnp.asarray(mask).astype(bool)
-        keep = keep[..., None]  # [B, T, 1]
-        if pooling == "mean":
-            total = jnp.where(keep, hidden, 0.0).sum(axis=1)
-            vectors = total / jnp.maximum(keep.sum(axis=1), 1)
-        elif pooling == "max":
-            vectors = jnp.where(keep, hidden, -jnp.inf).max(axis=1)
-        elif pooling == "cls":
-            vectors = hidden[:, 0]
+        if pooling != "pooler":
+            vectors = pool(hidden, batch.get("attention_mask"), pooling)
         elif output.pooler_output is not None:
             vectors = output.pooler_output.astype(jnp.float32)
         else:
@@ -63,6 +53,24 @@ def encoder(model: Any, *, pooling: str = "mean", normalize: bool = False) -> En
         return vectors, updates
 
     return encode
+
+
+def pool(hidden: Array, mask: Any, pooling: str) -> Array:
+    """One vector a row of hidden states [B, T, D] or [B, X, Y, D]: [B, D] float32.
+
+    Args:
+        hidden: of pictures, T are patches, or the places of a grid, and all are kept.
+        mask: [B, T], 0 for padding; None keeps all.
+        pooling: "mean", "cls" or "max"; see `embed`.
+    """
+    hidden = hidden.astype(jnp.float32).reshape(hidden.shape[0], -1, hidden.shape[-1])
+    if pooling == "cls":
+        return hidden[:, 0]
+    keep = jnp.ones(hidden.shape[:2], bool) if mask is None else jnp.asarray(mask).astype(bool)
+    keep = keep[..., None]  # [B, T, 1]
+    if pooling == "max":
+        return jnp.where(keep, hidden, -jnp.inf).max(axis=1)
+    return jnp.where(keep, hidden, 0.0).sum(axis=1) / jnp.maximum(keep.sum(axis=1), 1)
 
 
 def embed(

@@ -333,6 +333,6 @@ def test_refusals(pair, batch):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     pairs = {f"{side}_{name}": x for name, x in inputs.items() for side in ("query", "passage")}
     refused(
-        "ran the student 2 times", encoder, with_teacher(plain, plain), pairs,
+        "ran the model 2 times", encoder, with_teacher(plain, plain), pairs,
         (1.0, last_directions()), task_loss=sentence_embedding.loss,
     )  # fmt: skip
