@@ -1,4 +1,4 @@
-"""Ensembles: several models as one, trained side by side in one program, and what is unsure.
+"""Ensembles: several models as one, trained in one program, and how unsure they are together.
 
 Deep ensembles (Lakshminarayanan, Pritzel & Blundell 2017, arXiv:1612.01474), whose members differ
 in their initial weights, random numbers and order of data; dropout at prediction as an ensemble
@@ -222,17 +222,18 @@ def dropout_log_probabilities(
     return fn
 
 
-def mean_log_probabilities(log_probabilities: Array, weights: Any = None) -> Array:
+def mean_log_probabilities(log_probabilities: Array | np.ndarray, weights: Any = None) -> Array:
     """The log of the members' mean probabilities: [..., K, C] -> [..., C].
 
     Args:
         log_probabilities: of each member.
         weights: [K], at least 0 and 1 in all (see `stacking_weights`); None weighs all alike.
     """
+    members = jnp.asarray(log_probabilities)
     if weights is None:
-        weights = jnp.full(log_probabilities.shape[-2], 1 / log_probabilities.shape[-2])
+        weights = jnp.full(members.shape[-2], 1 / members.shape[-2])
     # Logs of weights of 0 are -inf, whose exponential is the 0 that is meant.
-    return jax.nn.logsumexp(log_probabilities + jnp.log(jnp.asarray(weights))[:, None], axis=-2)
+    return jax.nn.logsumexp(members + jnp.log(jnp.asarray(weights))[:, None], axis=-2)
 
 
 class Uncertainty(NamedTuple):
@@ -254,7 +255,7 @@ class Uncertainty(NamedTuple):
     disagreement: Array
 
 
-def uncertainty(log_probabilities: Array) -> Uncertainty:
+def uncertainty(log_probabilities: Array | np.ndarray) -> Uncertainty:
     """The mixture of K members of the same weight, and where its uncertainty is from.
 
     Args:
