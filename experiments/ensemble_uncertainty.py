@@ -2,6 +2,9 @@
 
     python experiments/ensemble_uncertainty.py --output runs/ensembles
 
+About ten minutes of CPU time, as counted from single steps (of a net 0.04 s, of the ensemble 0.27
+s); the table of the default command has not been measured yet.
+
 5,000 pictures of Fashion-MNIST are trained on. On test pictures: accuracy, the likelihood (NLL,
 nats) and calibration error (ECE) of probabilities, as they are and at the temperature that fits the
 validation pictures; and how well the predictive entropy tells pictures of digits from those of
