@@ -68,7 +68,7 @@ def track_swa(*, start: int, period: int = 1) -> optax.GradientTransformation:
         mean = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
         return SwaState(jnp.zeros((), jnp.int32), jnp.int32(start == 0), mean)
 
-    def moved(state: SwaState, params: PyTree) -> SwaState:
+    def follow(state: SwaState, params: PyTree) -> SwaState:
         count = state.count + 1
         taken = (count >= start) & ((count - start) % period == 0)
         share = 1 / (state.averaged + 1)
@@ -81,7 +81,7 @@ def track_swa(*, start: int, period: int = 1) -> optax.GradientTransformation:
         means = jax.tree.map(mean, state.mean, params)
         return SwaState(count, state.averaged + taken, means)
 
-    return tracking(init, moved)
+    return tracking(init, follow)
 
 
 def averaged(state: TrainState) -> TrainState:
@@ -152,7 +152,7 @@ def with_statistics(
     if not old:
         return variables
 
-    def moved(
+    def statistics_of(
         running: dict[str, Array], variables: Variables, batch: Batch, rng: Array | None
     ) -> dict[str, Array]:
         begun = override(variables, unflatten(running))
@@ -167,7 +167,7 @@ def with_statistics(
         counts = {path: leaf for path, leaf in start.items() if path not in floats}
 
         def statistics(floats: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-            new = moved(floats | counts, variables, batch, rng)
+            new = statistics_of(floats | counts, variables, batch, rng)
             return {path: new[path] for path in floats}, {path: new[path] for path in counts}
 
         # They become (1 - m) * old + m * the batch's, which do not depend on the old ones: from
@@ -185,7 +185,7 @@ def with_statistics(
         rows = {name: np.asarray(leaf)[counted] for name, leaf in batch.items()}
         key = None if rng is None else jax.random.fold_in(rng, number)
         if not moving:
-            moving = _moving(moved, old, variables, rows, key)
+            moving = _moving(statistics_of, old, variables, rows, key)
         values, more = measure(variables, rows, key)
         weight = float(counted.sum())
         sums = {path: sums.get(path, 0.0) + weight * leaf for path, leaf in values.items()}
@@ -197,9 +197,9 @@ def with_statistics(
     return override(variables, unflatten(means | added))
 
 
-def _moving(moved: Callable[..., Any], old: dict[str, Array], *rest: Any) -> list[str]:
+def _moving(fn: Callable[..., Any], old: dict[str, Array], *rest: Any) -> list[str]:
     """The statistics that a pass changes: not those that come out as they went in."""
-    traced = jax.make_jaxpr(moved)(old, *rest).jaxpr
+    traced = jax.make_jaxpr(fn)(old, *rest).jaxpr
     pairs = zip(sorted(old), traced.invars, traced.outvars, strict=False)  # further inputs follow
     if moving := [path for path, before, after in pairs if before is not after]:
         return moving
