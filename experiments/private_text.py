@@ -43,14 +43,14 @@ import fmjax
 from fmjax.data import Columns
 from fmjax.data.sampled import UNLIKELY, capacity_of, sampled_batches
 from fmjax.methods.accounting import epsilon_of, noise_for
+from fmjax.methods.ensembles import member_states, of_members
 from fmjax.methods.membership import (
     attack_metrics,
     epsilon_lower_bound,
+    example_losses,
     fair_coins,
     likelihood_ratio,
     logit_confidence,
-    shadow_losses,
-    shadow_states,
     shadow_step,
     threshold_advantage,
 )
@@ -265,7 +265,7 @@ def audit(settings: Settings, data: Data, epsilon: float, seed: int) -> dict[str
         settings, "head", data, epsilon, size=size, rate=settings.audit_rate, counted=0.5
     )
     included = fair_coins(settings.shadows, size, seed=seed)
-    states = shadow_states(
+    states = member_states(
         lambda rng: init_state(data.variables, planned.tx, rng, data.is_trainable),
         jax.random.split(jax.random.key(seed), settings.shadows),
     )
@@ -274,7 +274,7 @@ def audit(settings: Settings, data: Data, epsilon: float, seed: int) -> dict[str
     for _ in range(settings.steps):
         states, _ = step(states, next(stream))
     stream.close()
-    losses_of = jax.jit(shadow_losses(data.loss))
+    losses_of = jax.jit(of_members(example_losses(data.loss)))
     losses = collect(
         lambda _, batch: losses_of(states, batch), {}, evaluation_batches(pool), size=size
     ).T  # [K, N]

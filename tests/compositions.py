@@ -32,6 +32,7 @@ from fmjax.data.episodes import episodes
 from fmjax.methods import bottleneck, dqn, ia3, lora, ppo, prefix_tuning, prompt_tuning, reinforce
 from fmjax.methods.adapted_layers import is_adapter
 from fmjax.methods.adversarial import attacked, free_lb, pgd, trades
+from fmjax.methods.averaging import track_swa
 from fmjax.methods.distillation import distilled, unlabelled, with_teacher
 from fmjax.methods.distillation_terms import same_hidden_states, soft_labels
 from fmjax.methods.federated import client_update, fed_adam, pseudo_gradient
@@ -343,13 +344,13 @@ def _():
     }
 
 
-@composition("federated", "few_shot", "optimizers", on="cnn, tasks as clients")
+@composition("federated", "few_shot", "optimizers", "averaging", on="cnn, tasks as clients")
 def _():
     model, variables = made("cnn", "image_classification")
     return {
         "variables": variables,
         "loss": sequence_classification.loss(model),
-        "tx": lion(1e-2, weight_decay=0.0),
+        "tx": optax.chain(lion(1e-2, weight_decay=0.0), track_swa(start=2, period=3)),
         "batch": rounds(pictures()),
         "differentiate": lambda loss: reptile(loss, optax.sgd(0.1)),
     }
@@ -451,13 +452,13 @@ def _():
     }
 
 
-@composition("ppo", "optimizers", on="mlp, steps of an agent", devices="data=2")
+@composition("ppo", "optimizers", "averaging", on="mlp, steps of an agent", devices="data=2")
 def _():
     policy, variables = agents()
     return {
         "variables": variables,
         "loss": ppo.loss(policy),
-        "tx": lamb(3e-2),
+        "tx": optax.chain(lamb(3e-2), track_swa(start=2, period=2)),
         "batch": steps_of_agents(),
         "mesh": make_mesh(data=2),
         "falls_to": None,

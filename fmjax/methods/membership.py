@@ -10,16 +10,15 @@ Clopper-Pearson intervals (Jagielski, Ullman and Oprea 2020, arXiv:2006.07709) o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from fmjax.methods.ensembles import member_step
 from fmjax.metrics.optional import optional_library
-from fmjax.tree import is_running, map_with_path, merge
-from fmjax.types import Batch, LossFn, Mean, StepFn, TrainState, Variables
+from fmjax.types import Batch, LossFn, StepFn, Variables
 
 ATTACHES = ("program",)
 
@@ -30,7 +29,8 @@ FEW_SHADOWS = 64
 def example_losses(loss_fn: LossFn) -> Callable[[Variables, Batch], Array]:
     """``(variables, batch) -> [B]``: the loss of every row alone; 0 for rows of weight 0.
 
-    With `fmjax.tasks.apply.collect` these are the losses of a whole set.
+    With `fmjax.tasks.apply.collect` these are the losses of a whole set; of all shadow models,
+    [B, K], with `fmjax.methods.ensembles.of_members`.
 
     Args:
         loss_fn: built with ``train=False``.
@@ -227,69 +227,19 @@ def fair_coins(shadows: int, size: int, *, seed: int = 0) -> np.ndarray:
     return order < shadows // 2
 
 
-def shadow_states(make: Callable[[Array], TrainState], rngs: Array) -> TrainState:
-    """K states side by side: trainable leaves, running statistics and optimizers [K, ...].
-
-    What is frozen is there once.
-
-    Args:
-        make: a key -> the state of one model, by `init_state`.
-        rngs: typed keys [K].
-    """
-    return jax.vmap(make, out_axes=_axes(jax.eval_shape(make, rngs[0])))(rngs)
-
-
-def shadow_step(step: StepFn, included: np.ndarray) -> StepFn:
+def shadow_step(step: StepFn, included: np.ndarray, *, at_once: int | None = None) -> StepFn:
     """The step of K models at once on the same batches, each without the examples it must not see.
 
-    For `jit_step` and `fit`; its metrics are means over all models.
+    See `fmjax.methods.ensembles.member_step`; the models' states are `member_states`.
 
     Args:
         step: from `make_train_step`.
         included: bool [K, N], which examples each model is trained on.
+        at_once: models that are computed side by side; None for all.
     """
     table = jnp.asarray(np.pad(included, ((0, 0), (0, 1))))  # row -1 is padding
 
-    def together(states: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-        axes = _axes(states)
+    def see(batch: Batch, model: Array) -> Batch:
+        return {**batch, "weight": batch["weight"] * table[model][batch["index"]]}
 
-        def one(state: TrainState, seen: Array) -> tuple[TrainState, dict[str, Mean]]:
-            return step(state, {**batch, "weight": batch["weight"] * seen[batch["index"]]})
-
-        states, metrics = jax.vmap(one, in_axes=(axes, 0), out_axes=(axes, 0))(states, table)
-        return states, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-
-    return together
-
-
-def shadow_losses(loss_fn: LossFn) -> Callable[[TrainState, Batch], Array]:
-    """``(states, batch) -> [B, K]``: the loss of every row alone, by each of K models.
-
-    Args:
-        loss_fn: built with ``train=False``.
-    """
-    losses = example_losses(loss_fn)
-
-    def fn(states: TrainState, batch: Batch) -> Array:
-        axes = _axes(states)
-
-        def one(trainable: Variables, non_trainable: Variables) -> Array:
-            return losses(merge(trainable, non_trainable), batch)
-
-        mapped = jax.vmap(one, in_axes=(0, axes.non_trainable), out_axes=1)
-        return mapped(states.trainable, states.non_trainable)
-
-    return fn
-
-
-def _axes(state: TrainState) -> Any:
-    """Which axis of a state's leaves is that of the models."""
-    return TrainState(
-        step=None,  # pyright: ignore[reportArgumentType]
-        trainable=0,  # pyright: ignore[reportArgumentType]
-        non_trainable=map_with_path(
-            lambda path, _: 0 if is_running(path) else None, state.non_trainable
-        ),
-        opt_state=0,  # pyright: ignore[reportArgumentType]
-        rng=0,  # pyright: ignore[reportArgumentType]
-    )
+    return member_step(step, see=see, at_once=at_once)

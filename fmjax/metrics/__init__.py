@@ -1,9 +1,11 @@
 """Metrics: thin, checked functions from numpy arrays to JSON-ready dictionaries of floats."""
 
 from fmjax.metrics.classification import (
+    brier_score,
     classification_metrics,
     expected_calibration_error,
     multi_label_metrics,
+    negative_log_likelihood,
     probabilities_from_logits,
     reliability_bins,
 )
@@ -19,11 +21,13 @@ from fmjax.metrics.translation import translation_metrics
 
 __all__ = [
     "bits_per_byte",
+    "brier_score",
     "classification_metrics",
     "detection_metrics",
     "entity_metrics",
     "expected_calibration_error",
     "multi_label_metrics",
+    "negative_log_likelihood",
     "perplexity",
     "probabilities_from_logits",
     "regression_metrics",

@@ -207,6 +207,57 @@ def expected_calibration_error(
     return float(sum(gaps) / sum(bins["count"]))
 
 
+def brier_score(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Mean squared distance between the probabilities and the label's own, over all classes.
+
+    Brier 1950, "Verification of forecasts expressed in terms of probability", equation 2.
+
+    Args:
+      probabilities: [N, C] floats, each row sums to 1.
+      labels: [N] integers in 0..C-1.
+
+    Returns:
+      The score, from 0 (certain and right) to 2 (certain and wrong).
+
+    Raises:
+      ValueError: lists every shape, range or sum that is wrong.
+    """
+    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+    _raise(_problems(probabilities, labels))
+    wide = probabilities.astype(np.float64)
+    of_label = wide[np.arange(len(wide)), labels]
+    return float(np.mean((wide**2).sum(axis=1) - 2 * of_label + 1))
+
+
+def negative_log_likelihood(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of minus the label's log-probability, in nats, computed in float64.
+
+    Args:
+      logits: [N, C] floats, or log-probabilities, which are logits of themselves; minus infinity
+        excludes a class.
+      labels: [N] integers in 0..C-1.
+
+    Returns:
+      The mean; infinity where a label is excluded.
+
+    Raises:
+      ValueError: lists every shape or range that is wrong.
+    """
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    problems = []
+    if logits.ndim != 2 or 0 in logits.shape:
+        problems.append(f"logits have shape {logits.shape}, expected [N, C] with N and C >= 1")
+    elif np.isnan(wide := logits.astype(np.float64)).any() or (wide.max(axis=1) == -np.inf).any():
+        problems.append("logits hold NaN, or rows that exclude every class")
+    elif np.isposinf(wide).any():
+        problems.append("logits hold infinity")
+    _raise(problems + _label_problems(logits, labels))
+    from scipy import special
+
+    rows = special.log_softmax(logits.astype(np.float64), axis=1)
+    return float(-np.mean(rows[np.arange(len(rows)), labels]))
+
+
 def probabilities_from_logits(
     logits: ArrayLike,
     *,
@@ -266,25 +317,9 @@ def _reports(
 
 def _problems(probabilities: np.ndarray, labels: np.ndarray) -> list[str]:
     """What is wrong with [N, C] probabilities and [N] class indices."""
-    problems = _matrix_problems(probabilities)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        problems.append(
-            f"labels have shape {labels.shape} and type {labels.dtype}, expected [N] integers"
-        )
-    if probabilities.ndim != 2 or probabilities.size == 0:
-        return problems
-    rows, num_classes = probabilities.shape
-    if num_classes < 2:
+    problems = _matrix_problems(probabilities) + _label_problems(probabilities, labels)
+    if probabilities.ndim == 2 and probabilities.size and probabilities.shape[1] < 2:
         problems.append("probabilities have one class: expected C >= 2 columns")
-    if labels.ndim == 1 and len(labels) != rows:
-        problems.append(f"{len(labels)} labels for {rows} rows of probabilities")
-    if labels.ndim == 1 and labels.dtype.kind in "iu":
-        outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
-        if outside.size:
-            problems.append(
-                f"{outside.size} labels lie outside 0..{num_classes - 1}, the first is "
-                f"{labels[outside[0]]} at row {outside[0]}"
-            )
     if not problems:
         sums = probabilities.sum(axis=1, dtype=np.float64)
         wrong = np.flatnonzero(np.abs(sums - 1.0) > SUM_TOLERANCE)
@@ -293,6 +328,25 @@ def _problems(probabilities: np.ndarray, labels: np.ndarray) -> list[str]:
                 f"{wrong.size} rows of probabilities do not sum to 1, the first is row {wrong[0]} "
                 f"with {sums[wrong[0]]:.6g}: pass the softmax of the logits"
             )
+    return problems
+
+
+def _label_problems(scores: np.ndarray, labels: np.ndarray) -> list[str]:
+    """What is wrong with [N] class indices for [N, C] probabilities or logits."""
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return [f"labels have shape {labels.shape} and type {labels.dtype}, expected [N] integers"]
+    if scores.ndim != 2 or scores.size == 0:
+        return []
+    rows, num_classes = scores.shape
+    problems = []
+    if len(labels) != rows:
+        problems.append(f"{len(labels)} labels for {rows} rows of probabilities")
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if outside.size:
+        problems.append(
+            f"{outside.size} labels lie outside 0..{num_classes - 1}, the first is "
+            f"{labels[outside[0]]} at row {outside[0]}"
+        )
     return problems
 
 

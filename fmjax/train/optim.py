@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,35 @@ class EmaState(NamedTuple):
     ema: Variables
 
 
+def tracking(
+    init: Callable[[PyTree], Any], moved: Callable[[Any, PyTree], Any]
+) -> optax.GradientTransformation:
+    """A transformation that changes nothing and follows the weights.
+
+    It must come last in the chain, because it sees the final update.
+
+    Args:
+        init: weights -> its state. It must copy what it keeps of them: the state is donated, and
+            one buffer must not be donated twice.
+        moved: (state, weights after the update) -> the new state.
+    """
+
+    def begun(params: PyTree) -> Any:
+        return init(params)
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("averages need the params: call tx.update(grads, state, params)")
+        return updates, moved(state, optax.apply_updates(params, updates))
+
+    return optax.GradientTransformation(begun, update)
+
+
 def track_ema(decay: float) -> optax.GradientTransformation:
     """An exponential moving average of the weights, kept in ``opt_state``.
 
     ``ema <- decay * ema + (1 - decay) * params`` after each update. It must come last in the
-    chain, because it sees the final update; it changes nothing itself.
+    chain; it changes nothing itself.
 
     Raises:
         ValueError: `decay` is outside [0, 1).
@@ -31,18 +55,14 @@ def track_ema(decay: float) -> optax.GradientTransformation:
     if not 0 <= decay < 1:
         raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
 
-    def init(params: PyTree) -> EmaState:
-        # A copy: the state is donated, and one buffer must not be donated twice.
-        return EmaState(jax.tree.map(jnp.copy, params))
+    def moved(state: EmaState, params: PyTree) -> EmaState:
+        return EmaState(
+            jax.tree.map(
+                lambda e, p: decay * e + (1 - decay) * p.astype(e.dtype), state.ema, params
+            )
+        )
 
-    def update(updates, state, params=None):
-        if params is None:
-            raise ValueError("track_ema needs the params: call tx.update(grads, state, params)")
-        new = optax.apply_updates(params, updates)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(e.dtype), state.ema, new)
-        return updates, EmaState(ema)
-
-    return optax.GradientTransformation(init, update)
+    return tracking(lambda params: EmaState(jax.tree.map(jnp.copy, params)), moved)
 
 
 def ema_of(opt_state: optax.OptState) -> Variables:
@@ -51,14 +71,29 @@ def ema_of(opt_state: optax.OptState) -> Variables:
     Raises:
         ValueError: there is none, or more than one.
     """
-    is_ema = lambda x: isinstance(x, EmaState)  # noqa: E731
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ema) if is_ema(x)]
+    return tracked(opt_state, EmaState, "moving averages", "track_ema").ema
+
+
+def tracked(opt_state: optax.OptState, kind: type[Any], what: str, by: str) -> Any:
+    """The one state of a kind inside an optimizer state.
+
+    Args:
+        opt_state: of a chain.
+        kind: the state's class.
+        what: such states hold, for errors.
+        by: the name of the transformation whose state it is.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    is_kind = lambda x: isinstance(x, kind)  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
     if len(found) != 1:
         raise ValueError(
-            f"the optimizer state holds {len(found)} moving averages; put exactly one track_ema "
-            "last in the optax.chain"
+            f"the optimizer state holds {len(found)} {what}; put exactly one {by} last in the "
+            "optax.chain"
         )
-    return found[0].ema
+    return found[0]
 
 
 def decays(path: str) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from methods.test_methods_privacy import loss_fn, make_batch, make_params
 from scipy import stats
 
+from fmjax.methods.ensembles import member_state, member_states, of_members
 from fmjax.methods.membership import (
     attack_metrics,
     epsilon_lower_bound,
@@ -15,8 +16,6 @@ from fmjax.methods.membership import (
     fair_coins,
     likelihood_ratio,
     logit_confidence,
-    shadow_losses,
-    shadow_states,
     shadow_step,
     threshold_advantage,
 )
@@ -48,23 +47,20 @@ def test_models_side_by_side_train_as_alone_without_what_they_must_not_see():
         rows[-3:] = -1
         weight = np.where(rows < 0, 0.0, 1.0).astype(np.float32)
         batches.append(make_batch(number) | {"index": rows, "weight": weight})
-    states = shadow_states(make, keys)
+    states = member_states(make, keys)
     chex.assert_trees_all_equal(states.non_trainable, {"params": frozen})  # once, for all models
     together = jax.jit(shadow_step(step, included))
     for batch in batches:
         states, metrics = together(states, batch)
-    losses = jax.jit(shadow_losses(plain_loss))(states, batches[0])
+    losses = jax.jit(of_members(example_losses(plain_loss)))(states, batches[0])
     for number in (0, 3):
         state = make(keys[number])
         for batch in batches:
             mine = included[number][batch["index"]] & (batch["index"] >= 0)
             state, _ = jax.jit(step)(state, batch | {"weight": mine.astype(np.float32)})
-        chex.assert_trees_all_close(
-            jax.tree.map(lambda x: x[number], states.trainable),  # noqa: B023
-            state.trainable,
-            rtol=1e-5,
-            atol=1e-6,
-        )
+        mine = member_state(states, number)
+        chex.assert_trees_all_close(mine.trainable, state.trainable, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(mine.opt_state, state.opt_state, rtol=1e-5, atol=1e-6)
         alone = example_losses(plain_loss)(merge(state.trainable, state.non_trainable), batches[0])
         np.testing.assert_allclose(losses[:, number], alone, rtol=1e-4, atol=1e-6)
     last = batches[-1]["index"]

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmjax.metrics import (
+    brier_score,
     classification_metrics,
     expected_calibration_error,
     multi_label_metrics,
+    negative_log_likelihood,
     probabilities_from_logits,
     reliability_bins,
 )
@@ -197,3 +199,23 @@ def test_bad_multi_label_input_is_named(labels, threshold, message):
 def test_bins_must_be_positive():
     with pytest.raises(ValueError, match="num_bins is 0"):
         reliability_bins(BINARY, BINARY_LABELS, num_bins=0)
+
+
+def test_likelihood_and_brier_score_match_scikit_learn():
+    from sklearn.metrics import log_loss
+
+    probabilities, labels = draw(0, 30, 4)
+    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True, dtype=np.float64)
+    expected = log_loss(labels, probabilities, labels=range(4))
+    assert negative_log_likelihood(np.log(probabilities) + 3, labels) == pytest.approx(expected)
+    squares = [
+        sum((row[c] - (c == label)) ** 2 for c in range(4))
+        for row, label in zip(probabilities, labels, strict=True)
+    ]
+    assert brier_score(probabilities, labels) == pytest.approx(np.mean(squares), rel=1e-6)
+    assert brier_score([[0.0, 1.0], [1.0, 0.0]], [0, 0]) == 1.0
+    assert negative_log_likelihood([[0.0, -np.inf]], [1]) == np.inf
+    with pytest.raises(ValueError, match=r"(?s)exclude every class.*2 labels lie outside"):
+        negative_log_likelihood([[-np.inf, -np.inf], [0.0, 1.0]], [2, -1])
+    with pytest.raises(ValueError, match="are they logits"):
+        brier_score([[3.0, -2.0]], [0])
