@@ -15,6 +15,7 @@ import optax
 from made_up import (
     B,
     agents,
+    completions,
     made,
     pairs,
     pictures,
@@ -37,12 +38,13 @@ from fmjax.methods.federated import client_update, fed_adam, pseudo_gradient
 from fmjax.methods.few_shot import maml, prototypical, reptile
 from fmjax.methods.grpo import grpo_loss
 from fmjax.methods.imbalance import class_weighted, effective_number_weights, focal
+from fmjax.methods.kto import kto_loss
 from fmjax.methods.mean_teacher import mean_teacher
 from fmjax.methods.multitask import by_uncertainty, join, mix, mix_gradients, with_uncertainty
 from fmjax.methods.optimizers import adafactor, lamb, lion, muon
 from fmjax.methods.policies import network
 from fmjax.methods.ppo_language import is_trained, ppo_loss, with_critic
-from fmjax.methods.preference import dpo_loss, orpo_loss
+from fmjax.methods.preference import dpo_loss, orpo_loss, with_reference
 from fmjax.methods.privacy import private_gradient
 from fmjax.methods.selection import bitfit, layerwise_decay, matching
 from fmjax.methods.shallower import student_of
@@ -251,6 +253,33 @@ def _():
         "tx": lion(3e-2),
         "batch": pairs(),
         "is_trainable": is_adapter,
+        "falls_to": None,
+    }
+
+
+@composition("kto", "ia3", "spikes", on="gpt2, responses", devices="accumulated")
+def _():
+    model, variables = made("gpt2", "causal_lm")
+    return {
+        "variables": ia3.add(variables),
+        "loss": kto_loss(model, beta=0.5, desirable_weight=1.5),
+        "tx": skip_spikes(optax.adam(3e-2)),
+        "batch": completions(),
+        "is_trainable": is_adapter,
+        "differentiate": lambda loss: accumulate(gradient(loss), 2),
+        "falls_to": None,
+    }
+
+
+@composition("kto", "preference", "optimizers", on="llama, responses", devices="data=2", slow=True)
+def _():
+    model, variables = made("llama", "causal_lm")
+    return {
+        "variables": with_reference(variables),
+        "loss": kto_loss(model, beta=0.5),
+        "tx": lion(3e-3),
+        "batch": completions(),
+        "mesh": make_mesh(data=2),
         "falls_to": None,
     }
 
