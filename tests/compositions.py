@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from made_up import (
     B,
+    V,
     agents,
     completions,
     made,
@@ -44,7 +45,7 @@ from fmjax.methods.multitask import by_uncertainty, join, mix, mix_gradients, wi
 from fmjax.methods.optimizers import adafactor, lamb, lion, muon
 from fmjax.methods.policies import network
 from fmjax.methods.ppo_language import is_trained, ppo_loss, with_critic
-from fmjax.methods.preference import dpo_loss, orpo_loss, with_reference
+from fmjax.methods.preference import dpo_loss, orpo_loss
 from fmjax.methods.privacy import private_gradient
 from fmjax.methods.selection import bitfit, layerwise_decay, matching
 from fmjax.methods.shallower import student_of
@@ -257,7 +258,20 @@ def _():
     }
 
 
-@composition("kto", "ia3", "spikes", on="gpt2, responses", devices="accumulated")
+@composition("kto", "optimizers", on="gpt2, responses")
+def _():
+    model, variables = made("gpt2", "causal_lm")
+    known = np.full(B, -3 * np.log(V), np.float32)
+    return {
+        "variables": variables,
+        "loss": kto_loss(model, beta=0.5),
+        "tx": lion(3e-3),
+        "batch": completions() | {"ref_completion_logps": known, "ref_mismatched_logps": known},
+        "falls_to": None,
+    }
+
+
+@composition("kto", "ia3", "spikes", on="gpt2, responses", devices="accumulated", slow=True)
 def _():
     model, variables = made("gpt2", "causal_lm")
     return {
@@ -267,19 +281,6 @@ def _():
         "batch": completions(),
         "is_trainable": is_adapter,
         "differentiate": lambda loss: accumulate(gradient(loss), 2),
-        "falls_to": None,
-    }
-
-
-@composition("kto", "preference", "optimizers", on="llama, responses", devices="data=2", slow=True)
-def _():
-    model, variables = made("llama", "causal_lm")
-    return {
-        "variables": with_reference(variables),
-        "loss": kto_loss(model, beta=0.5),
-        "tx": lion(3e-3),
-        "batch": completions(),
-        "mesh": make_mesh(data=2),
         "falls_to": None,
     }
 

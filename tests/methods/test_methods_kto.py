@@ -1,4 +1,4 @@
-"""KTO against its formula in PyTorch, the identities it must keep, and its data."""
+"""KTO against its formula in PyTorch, and the identities it must keep."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,6 @@ import pytest
 import torch
 
 import fmjax
-from fmjax.data import encode_completions
-from fmjax.data.batches import batches
 from fmjax.methods.kto import kto_loss, kto_losses
 from fmjax.methods.preference import policy_of, sequence_log_probs
 from fmjax.models import gpt2
@@ -54,27 +52,27 @@ def setting():
     score = sequence_log_probs(model)
 
     @jax.jit
-    def weighed(params, coefficients, batch):
-        """The gradient of log-probabilities under coefficients."""
+    def weighed(variables, coefficients, side):
+        """The gradient of log-probabilities under coefficients, and they themselves."""
 
         def total(params):
-            found = score({"params": params}, rows(batch, "completion"), None)
-            return jnp.sum(coefficients * found.log_probs)
+            found = score({"params": params}, side, None).log_probs
+            return jnp.sum(coefficients * found), found
 
-        return jax.grad(total)(params)
-
-    apply = jax.jit(lambda variables, ids, mask: model.apply(
-        variables, input_ids=ids, attention_mask=mask).logits)  # fmt: skip
+        return jax.grad(total, has_aux=True)(variables["params"])
 
     def log_probs(variables, side):
-        """By PyTorch, in float64, from the logits."""
-        logits = apply(variables, side["input_ids"], side["attention_mask"])
-        log_p = torch.tensor(np.asarray(logits), dtype=torch.float64).log_softmax(-1)[:, :-1]
-        labels = torch.tensor(side["labels"], dtype=torch.long)[:, 1:]
-        picked = log_p.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-        return (picked * (labels != -100)).sum(1)
+        found = weighed(variables, np.zeros(B, np.float32), side)[1]
+        return torch.tensor(np.asarray(found), dtype=torch.float64)
 
-    return model, first, second, slope, weighed, log_probs
+    def referred(batch, reference):
+        """The batch with the reference's log-probabilities."""
+        return batch | {
+            f"ref_{kind}_logps": np.float32(log_probs(reference, rows(batch, kind)))
+            for kind in ("completion", "mismatched")
+        }
+
+    return model, first, second, slope, weighed, log_probs, referred
 
 
 def close_trees(got, want):
@@ -86,7 +84,7 @@ def close_trees(got, want):
 def test_loss_and_gradient_equal_the_formula_in_pytorch(setting, swapped):
     """Once with a mean log-ratio of mismatched pairs above 0, once below; padding rows count for
     nothing, and no gradient goes through the reference point."""
-    _, first, second, slope, weighed, log_probs = setting
+    _, first, second, slope, weighed, log_probs, referred = setting
     policy, reference = (second, first) if swapped else (first, second)
     batch = make_batch()
     drift = log_probs(policy, rows(batch, "mismatched")) - log_probs(
@@ -106,7 +104,7 @@ def test_loss_and_gradient_equal_the_formula_in_pytorch(setting, swapped):
     expected = (torch.where(good, GOOD, BAD) - value).mean()
     expected.backward()
 
-    grads, loss, aux = slope({"params": policy["params"]}, {"reference": reference}, batch, None)
+    grads, loss, aux = slope(policy, {}, referred(batch, reference), None)
     assert aux.weight == 4
     np.testing.assert_allclose(loss, expected.detach(), rtol=1e-5)
     np.testing.assert_allclose(aux.metrics["reference_point"].value, point, rtol=1e-4, atol=1e-6)
@@ -119,25 +117,35 @@ def test_loss_and_gradient_equal_the_formula_in_pytorch(setting, swapped):
         )
     assert ratio.grad is not None
     coefficients = np.concatenate([ratio.grad.numpy(), np.zeros(2)]).astype(np.float32)
-    close_trees(grads["params"], weighed(policy["params"], coefficients, batch))
+    close_trees(grads["params"], weighed(policy, coefficients, rows(batch, "completion"))[0])
 
 
 def test_the_two_cases_of_the_reference_point_are_both_seen(setting):
-    _, first, second, *_, log_probs = setting
+    _, first, second, *_, log_probs, _ = setting
     side = rows(make_batch(), "mismatched")
     assert abs((log_probs(first, side) - log_probs(second, side))[:4].mean()) > 1e-3
 
 
 def test_a_policy_that_is_its_reference(setting):
     """Half of the weights, with the slope of a quarter of beta."""
-    _, first, _, slope, weighed, _ = setting
+    _, first, _, slope, weighed, _, referred = setting
     batch = make_batch()
-    grads, loss, _ = slope({"params": first["params"]}, {"reference": first}, batch, None)
+    grads, loss, _ = slope(first, {}, referred(batch, first), None)
     weights = np.where(batch["desirable"] == 1, GOOD, BAD)
     np.testing.assert_allclose(loss, weights[:4].mean() / 2, rtol=1e-6)
     signs = np.where(batch["desirable"] == 1, -1, 1)
     coefficients = np.float32(signs * weights * BETA / 4 / 4 * batch["weight"])
-    close_trees(grads["params"], weighed(first["params"], coefficients, batch))
+    close_trees(grads["params"], weighed(first, coefficients, rows(batch, "completion"))[0])
+
+
+@pytest.mark.slow
+def test_a_reference_among_the_variables(setting):
+    model, first, second, slope, _, _, referred = setting
+    batch = make_batch()
+    loss = jax.jit(kto_loss(model, beta=BETA, desirable_weight=GOOD, undesirable_weight=BAD))
+    _, expected, _ = slope(second, {}, referred(batch, first), None)
+    found, _ = loss({**second, "reference": first}, batch, None)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_values_saturate_without_cancellation():
@@ -161,34 +169,3 @@ def test_bad_settings_are_refused(setting):
     del batch["desirable"]
     with pytest.raises(ValueError, match="no 'desirable'"):
         kto_loss(model)(first, batch, None)
-
-
-def test_encoded_completions():
-    """Mismatched are responses to the next other prompt, also round the end."""
-    from fmjax.data.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(["abab abc"], kind="bytebpe", vocab_size=258, max_length=16)
-    prompts = ["ab", "ab", "ba", "ab"]
-    encoded = encode_completions(
-        tokenizer, prompts, [" a", " b", " c", " d"], [True, False, True, True],
-        max_length=8, vocab_size=258,
-    )  # fmt: skip
-    batch = next(batches(encoded, batch_size=5, shuffle=False, epochs=1, buckets=[(8, 8)]))
-    end = tokenizer.eos_token
-    shown = {
-        kind: [
-            tokenizer.decode(row[mask == 1]).removesuffix(end)
-            for row, mask in zip(
-                batch[f"{kind}_input_ids"][:4], batch[f"{kind}_attention_mask"][:4], strict=True
-            )
-        ]
-        for kind in ("completion", "mismatched")
-    }
-    assert shown["completion"] == ["ab a", "ab b", "ba c", "ab d"]
-    assert shown["mismatched"] == ["ab c", "ab c", "ba d", "ab c"]
-    assert batch["desirable"].tolist() == [1, 0, 1, 1, 0]
-    assert batch["weight"].tolist() == [1, 1, 1, 1, 0]
-    with pytest.raises(ValueError, match=r"(?s)1: desirable is 2.*all 2 prompts are 'a'.*no token"):
-        encode_completions(tokenizer, ["a", "a"], ["", "b"], [True, 2], max_length=8)
-    with pytest.raises(ValueError, match="'desirable': 1"):
-        encode_completions(tokenizer, ["a", "b"], ["a", "b"], [True], max_length=8)
