@@ -170,7 +170,7 @@ def open_study(
                     changed,
                 )
             for values in record["defaults"][len(study.trials) :]:
-                study.enqueue_trial(values)
+                study.enqueue_trial(values, user_attrs={"given": values})
             yield study
         finally:
             storage.remove_session()
@@ -225,9 +225,12 @@ def _settle(study: optuna.Study) -> int:
         attempt = trial.user_attrs.get("attempt", 1)
         if trial.state == states.RUNNING:
             if attempt <= RETRIES and trial.number not in retried:
+                # It may have ended before it had its values.
+                values = {**trial.user_attrs.get("given", {}), **trial.params}
                 study.enqueue_trial(
-                    trial.params,
+                    values,
                     user_attrs={
+                        "given": values,
                         "began_as": trial.user_attrs.get("began_as", trial.number),
                         "retry_of": trial.number,
                         "attempt": attempt + 1,
@@ -250,7 +253,9 @@ def search(
     A trial whose training is not finite (FloatingPointError, or a value that is nan) counts as
     ended early: it tells where not to look. Any other error, a signal or a kill leaves the trial to
     be tried again by the next call, with the same values and another number; the number it first
-    had is its attribute ``began_as``, for a folder of checkpoints to go on from.
+    had is its attribute ``began_as``, for a folder of checkpoints to go on from. Where a signal ends
+    a training early without an error (`fmjax.recipes.training.train` then gives None), the
+    objective is to raise KeyboardInterrupt.
 
     Args:
         study: from `open_study`.
