@@ -253,8 +253,8 @@ def search(
     A trial whose training is not finite (FloatingPointError, or a value that is nan) counts as
     ended early: it tells where not to look. Any other error, a signal or a kill leaves the trial to
     be tried again by the next call, with the same values and another number; the number it first
-    had is its attribute ``began_as``, for a folder of checkpoints to go on from. Where a signal ends
-    a training early without an error (`fmjax.recipes.training.train` then gives None), the
+    had is its user attribute ``began_as``, for a folder of checkpoints to go on from. Where a
+    signal ends a training without an error (`fmjax.recipes.training.train` then gives None), the
     objective is to raise KeyboardInterrupt.
 
     Args:
