@@ -15,7 +15,9 @@ import optax
 from composition_table import COMPOSITIONS, composition
 from made_up import (
     B,
+    V,
     agents,
+    completions,
     made,
     pairs,
     pictures,
@@ -39,6 +41,7 @@ from fmjax.methods.federated import client_update, fed_adam, pseudo_gradient
 from fmjax.methods.few_shot import maml, prototypical, reptile
 from fmjax.methods.grpo import grpo_loss
 from fmjax.methods.imbalance import class_weighted, effective_number_weights, focal
+from fmjax.methods.kto import kto_loss
 from fmjax.methods.mean_teacher import mean_teacher
 from fmjax.methods.multitask import by_uncertainty, join, mix, mix_gradients, with_uncertainty
 from fmjax.methods.optimizers import adafactor, lamb, lion, muon
@@ -217,6 +220,33 @@ def _():
         "tx": lion(3e-2),
         "batch": pairs(),
         "is_trainable": is_adapter,
+        "falls_to": None,
+    }
+
+
+@composition("kto", "optimizers", on="gpt2, responses")
+def _():
+    model, variables = made("gpt2", "causal_lm", layers=1)
+    known = np.full(B, -3 * np.log(V), np.float32)
+    return {
+        "variables": variables,
+        "loss": kto_loss(model, beta=0.5),
+        "tx": lion(3e-3),
+        "batch": completions() | {"ref_completion_logps": known, "ref_mismatched_logps": known},
+        "falls_to": None,
+    }
+
+
+@composition("kto", "ia3", "spikes", on="gpt2, responses", devices="accumulated", slow=True)
+def _():
+    model, variables = made("gpt2", "causal_lm")
+    return {
+        "variables": ia3.add(variables),
+        "loss": kto_loss(model, beta=0.5, desirable_weight=1.5),
+        "tx": skip_spikes(optax.adam(3e-2)),
+        "batch": completions(),
+        "is_trainable": is_adapter,
+        "differentiate": lambda loss: accumulate(gradient(loss), 2),
         "falls_to": None,
     }
 

@@ -83,6 +83,22 @@ def pairs():
     return batch
 
 
+def completions():
+    """Good and bad responses of three tokens, and those of the next ones."""
+    draw = np.random.default_rng(0)
+    good = np.arange(B) % 2 == 0
+    ids = draw.integers(2, 7, (B, T)) + np.where(good[:, None], 0, V // 2 - 2)
+    other = np.concatenate([ids[:, :3], np.roll(ids[:, 3:], -1, axis=0)], axis=1)
+    batch = {"desirable": good.astype(np.int32), "weight": np.ones(B, np.float32)}
+    for kind, rows in (("completion", ids), ("mismatched", other)):
+        batch |= {
+            f"{kind}_input_ids": rows,
+            f"{kind}_attention_mask": np.ones((B, T), np.int32),
+            f"{kind}_labels": np.where(np.arange(T) < 3, -100, rows),
+        }
+    return batch
+
+
 def responses():
     """Rollouts of three tokens after prompts of three, good and bad ones."""
     draw = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from fmjax.data.encoding import (
 from fmjax.data.language import TokenDocuments, encode_documents, language_batches
 from fmjax.data.pairs import encode_sentences, next_sentence_pairs, sentence_order_pairs
 from fmjax.data.parallel import read_aligned, read_pairs
-from fmjax.data.preferences import encode_preferences
+from fmjax.data.preferences import encode_completions, encode_preferences
 from fmjax.data.records import Answer, Documents, Questions, TaggedSentences, TextPairs
 from fmjax.data.squad import read_squad
 from fmjax.data.streaming import TextBlocks, stream_batches
@@ -50,6 +50,7 @@ __all__ = [
     "available",
     "encode",
     "encode_choices",
+    "encode_completions",
     "encode_documents",
     "encode_preferences",
     "encode_questions",

@@ -100,7 +100,7 @@ def sequence_log_probs(
     return sequences
 
 
-def pair_rows(batch: Batch, pad_id: int = 0) -> dict[str, Array]:
+def pair_rows(batch: Batch, pad_id: int = 0, kinds: tuple[str, str] = KINDS) -> dict[str, Array]:
     """Both sequences of every pair as rows of one batch, [2 B, T]: chosen, rejected, chosen, ...
 
     Neighbours stay on the device that has the pair. The shorter T is padded to the longer one.
@@ -108,6 +108,7 @@ def pair_rows(batch: Batch, pad_id: int = 0) -> dict[str, Array]:
     Args:
         batch: names with the prefixes ``chosen_`` and ``rejected_``; others are left out.
         pad_id: what ``input_ids`` are padded with.
+        kinds: other prefixes, without the underscore.
 
     Raises:
         ValueError: a name that only one of the two has, or no ``input_ids``.
@@ -115,12 +116,13 @@ def pair_rows(batch: Batch, pad_id: int = 0) -> dict[str, Array]:
     sides = [
         {name.removeprefix(f"{kind}_"): jnp.asarray(batch[name])
          for name in batch if name.startswith(f"{kind}_")}
-        for kind in KINDS
+        for kind in kinds
     ]  # fmt: skip
     if sides[0].keys() != sides[1].keys() or "input_ids" not in sides[0]:
         raise ValueError(
-            f"a batch of pairs needs chosen_input_ids and rejected_input_ids, and the same names "
-            f"for both; it has {sorted(sides[0])} of chosen and {sorted(sides[1])} of rejected"
+            f"a batch of pairs needs {kinds[0]}_input_ids and {kinds[1]}_input_ids, and the same "
+            f"names for both; it has {sorted(sides[0])} of {kinds[0]} and {sorted(sides[1])} of "
+            f"{kinds[1]}"
         )
     fill = {"labels": IGNORED, "input_ids": pad_id}
     joined = {}
@@ -280,7 +282,7 @@ def dpo_loss(
 
 
 def reference_log_probs(
-    model: Any, *, chunk_size: int = CHUNK_SIZE
+    model: Any, *, chunk_size: int = CHUNK_SIZE, kinds: tuple[str, str] = KINDS
 ) -> Callable[[Variables, Batch], dict[str, Array]]:
     """``(variables, batch) -> {"ref_chosen_logps", "ref_rejected_logps"}``, [B] each, in nats.
 
@@ -290,11 +292,12 @@ def reference_log_probs(
     Args:
         model: with the head ``causal_lm``.
         chunk_size: see `sequence_log_probs`.
+        kinds: see `pair_rows`.
 
     Raises:
         ValueError: when called, no reference, or two.
     """
-    names = tuple(f"ref_{kind}_logps" for kind in KINDS)
+    names = tuple(f"ref_{kind}_logps" for kind in kinds)
     sequences = sequence_log_probs(model, chunk_size=chunk_size)
 
     def log_probs(variables: Variables, batch: Batch) -> dict[str, Array]:
@@ -312,9 +315,10 @@ def reference_log_probs(
                 "there is no reference to compare with: train with_reference(variables), or "
                 f"adapters, or give {list(names)} in the batch"
             )
-        found = sequences(jax.lax.stop_gradient(reference), pair_rows(batch), None)
-        chosen, rejected = _halves(jax.lax.stop_gradient(found.log_probs))
-        return dict(zip(names, (chosen, rejected), strict=True))
+        rows = pair_rows(batch, kinds=kinds)
+        found = sequences(jax.lax.stop_gradient(reference), rows, None)
+        halves = _halves(jax.lax.stop_gradient(found.log_probs))
+        return dict(zip(names, halves, strict=True))
 
     return log_probs
 

@@ -35,12 +35,13 @@ def test_dpo_style(documents, tmp_path, capsys):
         ]
     )
     runs = json.loads((run / "results.json").read_text())["runs"]
-    assert list(runs) == ["before", "chosen only", "DPO", "ORPO"]
+    assert list(runs) == ["before", "chosen only", "DPO", "ORPO", "KTO"]
     for by_seed in runs.values():
         assert 0 <= by_seed["0"]["accuracy"] <= 1
         assert by_seed["0"]["perplexity"] > 1
     assert runs["before"]["0"]["nats more"] == 0
     assert runs["DPO"]["0"]["nats more"] != 0
+    assert runs["KTO"]["0"]["nats more"] != 0
     assert "| DPO" in capsys.readouterr().out
     assert (run / "curves.png").exists()
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from composition import check_trains
 
 import fmjax
-from fmjax.data import encode_preferences
+from fmjax.data import encode_completions, encode_preferences
 from fmjax.data.batches import batches
 from fmjax.methods.preference import (
     dpo_loss,
@@ -287,10 +287,14 @@ def test_bad_settings_are_refused(policy):
         pair_rows({"chosen_input_ids": np.ones((1, 3)), "rejected_labels": np.ones((1, 3))})
 
 
-def test_encoded_preferences():
+@pytest.fixture(scope="module")
+def tokenizer():
     from fmjax.data.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(["abab abc"], kind="bytebpe", vocab_size=258, max_length=16)
+    return train_tokenizer(["abab abc"], kind="bytebpe", vocab_size=258, max_length=16)
+
+
+def test_encoded_preferences(tokenizer):
     texts = {"prompts": ["ab", "long prompt"], "chosen": [" c", " cab"], "rejected": [" d", " a"]}
     stream = batches(
         encode_preferences(tokenizer, **texts, max_length=8, vocab_size=258),
@@ -320,3 +324,31 @@ def test_encoded_preferences():
     }
     with pytest.raises(ValueError, match=r"(?s)0: the prompt.*0: the rejected.*1: both.*2: a resp"):
         encode_preferences(tokenizer, **wrong, max_length=8)
+
+
+def test_encoded_completions(tokenizer):
+    """Mismatched are responses to the next other prompt, also round the end."""
+    prompts = ["ab", "ab", "ba", "ab"]
+    encoded = encode_completions(
+        tokenizer, prompts, [" a", " b", " c", " d"], [True, False, True, True],
+        max_length=8, vocab_size=258,
+    )  # fmt: skip
+    batch = next(batches(encoded, batch_size=5, shuffle=False, epochs=1, buckets=[(8, 8)]))
+    end = tokenizer.eos_token
+    shown = {
+        kind: [
+            tokenizer.decode(row[mask == 1]).removesuffix(end)
+            for row, mask in zip(
+                batch[f"{kind}_input_ids"][:4], batch[f"{kind}_attention_mask"][:4], strict=True
+            )
+        ]
+        for kind in ("completion", "mismatched")
+    }
+    assert shown["completion"] == ["ab a", "ab b", "ba c", "ab d"]
+    assert shown["mismatched"] == ["ab c", "ab c", "ba d", "ab c"]
+    assert batch["desirable"].tolist() == [1, 0, 1, 1, 0]
+    assert batch["weight"].tolist() == [1, 1, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"(?s)1: desirable is 2.*all 2 prompts are 'a'.*no token"):
+        encode_completions(tokenizer, ["a", "a"], ["", "b"], [True, 2], max_length=8)
+    with pytest.raises(ValueError, match="'desirable': 1"):
+        encode_completions(tokenizer, ["a", "b"], ["a", "b"], [True], max_length=8)
