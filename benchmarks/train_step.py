@@ -74,7 +74,7 @@ def masked_lm_loss(model: Any, *, chunk_size: int) -> LossFn:
         found = vocabulary_loss(
             unembed_fn(model, variables),
             output.last_hidden_state,
-            batch["labels"],
+            jnp.asarray(batch["labels"]),
             jnp.ones(batch["labels"].shape),
             chunk_size=chunk_size,
         )

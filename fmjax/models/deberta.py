@@ -17,6 +17,7 @@ from fmjax.models import bert
 from fmjax.models.bert import inputs
 from fmjax.nn.activation import activation
 from fmjax.nn.attention import attend
+from fmjax.nn.compact import whole
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.encoder import Inputs, Shared, TextEmbeddings
@@ -325,7 +326,7 @@ class Model(bert.Model):
 
     def relative_vectors(self) -> Array:
         """[P, D]: the table of relative positions."""
-        return self.relative.embedding
+        return whole(self.relative.embedding)
 
     def shared(self, inputs: Inputs, embedded: Array) -> Shared:
         mask = keep_of(inputs.mask())

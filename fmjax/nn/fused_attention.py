@@ -109,14 +109,14 @@ def fused_attention(
         return jnp.broadcast_to(part, (*part.shape[:2], length, keys))
 
     keep, bias = whole(keep_of(mask)), whole(bias)
-    lengths: dict[str, Array] = {}
+    query_lengths = key_lengths = None
     if length % 2 or keys % 2:  # cuDNN's gradients are for even lengths
         query, key, value = (
             _evened(part, (axis,)) for part, axis in ((query, 1), (key, 2), (value, 2))
         )
         keep, bias = (None if part is None else _evened(part, (2, 3)) for part in (keep, bias))
-        lengths["query_seq_lengths"] = jnp.full(batch, length, jnp.int32)
-        lengths["key_value_seq_lengths"] = jnp.full(batch, keys, jnp.int32)
+        query_lengths = jnp.full(batch, length, jnp.int32)
+        key_lengths = jnp.full(batch, keys, jnp.int32)
     if bias is not None and keep is not None and bias.shape[0] != batch:
         bias = jnp.broadcast_to(bias, (batch, *bias.shape[1:]))
     out = jax.nn.dot_product_attention(
@@ -129,7 +129,8 @@ def fused_attention(
         is_causal=causal,
         local_window_size=window,
         implementation=kernel,
-        **lengths,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
     )
     return out[:, :length]
 

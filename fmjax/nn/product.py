@@ -102,10 +102,15 @@ def _low_precision(x: Array, kernel: Array, transposed: bool) -> Array:
     return _product(x, kernel, transposed)
 
 
-_low_precision.defvjp(
-    lambda x, kernel, transposed: (_product(x, kernel, transposed), (x, kernel)),
-    lambda transposed, residuals, g: _backward(*residuals, g, transposed),
-)
+def _forward(x: Array, kernel: Array, transposed: bool) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, transposed), (x, kernel)
+
+
+def _reverse(transposed: bool, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    return _backward(*residuals, g, transposed)
+
+
+_low_precision.defvjp(_forward, _reverse)
 
 
 @jax.custom_vjp

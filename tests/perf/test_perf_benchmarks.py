@@ -154,3 +154,27 @@ def test_file_names_say_the_device(benchmarks) -> None:
     assert record.device_slug(gpu) == "nvidia-h200-x1"
     cpu = {"devices": [{"platform": "cpu", "kind": "cpu"}], "cpu": "AMD EPYC", "cores": 2}
     assert record.device_slug(cpu) == "amd-epyc-2-cores"
+
+
+def test_compare_puts_devices_side_by_side(benchmarks, tmp_path, capsys) -> None:
+    """The committed files, among them a GPU's, with its share of the peak and its joules."""
+    import compare
+
+    results = FOLDER / "results"
+    files = tuple(sorted(results.glob("*gpt2*.json")))
+    compare.main(compare.Settings(files, chart=tmp_path / "chart.png"))
+    out = capsys.readouterr().out
+    for words in ("gpt2-medium", "nvidia-h200-x1", "gpt2-clm-float32", "amd-epyc-2-cores"):
+        assert words in out
+    assert (tmp_path / "chart.png").stat().st_size > 0
+    doc = json.loads((results / "accelerator-gpt2-medium-nvidia-h200-x1.json").read_text())
+    for row, line in zip(doc["rows"], compare.lines(doc), strict=True):
+        assert line.tokens_per_second == pytest.approx(row["tokens_per_second"])
+        rate = row["model_flops"] / row["seconds"]["median"]
+        assert line.utilisation == pytest.approx(rate / 989e12)
+        assert line.tokens_per_joule == pytest.approx(16 * 1024 / row["joules"])
+    other = json.loads((results / "input-amd-epyc-2-cores.json").read_text())
+    with pytest.raises(ValueError, match="rows of 'input' have no"):
+        compare.lines(other)
+    with pytest.raises(ValueError, match="at least one result file"):
+        compare.main(compare.Settings(()))
