@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -501,10 +502,27 @@ def finetune(args: Settings) -> None:
     print(results_table(args.output, results))
 
 
+def _keep_what_is_compiled() -> None:
+    """A second command of the kind need not compile again, unless JAX was told where to keep it.
+
+    By model of processor: code made for one may not run on another that shares the folder.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    from fmjax.data.assets import home
+    from fmjax.perf.device import cpu_name
+
+    place = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    jax.config.update("jax_compilation_cache_dir", str(home() / "compiled" / place))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; bad input is printed without a traceback and ends with 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fmjax").setLevel(logging.INFO)
+    _keep_what_is_compiled()
     # Of these, the one that every user without PyTorch would see is that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sub = tyro.conf.subcommand

@@ -30,7 +30,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "devices": [
@@ -48,7 +48,8 @@ def _device_memory(device: Any) -> int | None:
     return stats.get("bytes_limit") if stats else None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model of the processor, as its maker writes it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

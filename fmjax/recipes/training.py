@@ -41,6 +41,7 @@ from fmjax.train import (
 from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.loop import Memory, evaluation, fit
 from fmjax.train.optim import ema_of, track_ema
+from fmjax.train.profiling import parse_steps, profiled
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
@@ -99,6 +100,8 @@ class Training:
     mesh: str | None = None
     """Devices by axis, as in data=4,fsdp=2,tensor=2 (and expert=): examples are divided over data,
     parameters too over fsdp, heads and inner widths over tensor. None divides examples alone."""
+    profile: str | None = None
+    """START:STOP, steps of which a trace is left in the run's folder, for xprof or Perfetto."""
     seed: int = 0
     """Of new weights, the order of examples, and dropout."""
 
@@ -177,6 +180,7 @@ def train(
         OSError: files that cannot be read or written.
         FloatingPointError: the loss is not finite.
     """
+    traced = None if settings.profile is None else parse_steps(settings.profile)
     run = writable_folder(settings.output)
     steps = max(1, math.ceil(settings.epochs * stream.batches_per_epoch))
     if settings.max_steps is not None:
@@ -209,11 +213,15 @@ def train(
             *(abstract, places),
         )
     step = jit_step(make_train_step(grad_fn, tx), mesh, state_shardings=places)
+    if traced is not None:
+        step = profiled(step, *traced, run / "profile")
     unlabelled = {"label_names": None, "problem_type": None}
     about = {**about, "data": {**unlabelled, **about["data"], "metric": metric, "mode": mode}}
     write_json(run / "run.json", describe_run(settings, model, state, about))
     identity = {
-        k: v for k, v in plain_settings(settings).items() if k not in ("output", "mesh", *elsewhere)
+        k: v
+        for k, v in plain_settings(settings).items()
+        if k not in ("output", "mesh", "profile", *elsewhere)
     }
     shown = averages if settings.ema is not None else lambda state: state
     every = max(1, min(steps, stream.batches_per_epoch) // max(1, settings.evaluations))
