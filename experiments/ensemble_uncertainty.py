@@ -2,8 +2,20 @@
 
     python experiments/ensemble_uncertainty.py --output runs/ensembles
 
-About ten minutes of CPU time, as counted from single steps (of a net 0.04 s, of the ensemble 0.27
-s); the table of the default command has not been measured yet.
+Measured on 2 busy CPU cores in 16 minutes, means of 3 seeds (standard deviations in the report):
+
+    arm             accuracy  NLL    ECE    NLL, ECE at the temperature  AUROC of digits
+    single          0.831     0.461  0.017  0.461  0.016                 0.730
+    MC dropout      0.831     0.470  0.037  0.464  0.016                 0.797
+    ensemble        0.833     0.457  0.026  0.457  0.017                 0.747
+    SWA             0.828     0.464  0.019  0.465  0.017                 0.668
+    uniform soup    0.814     0.492  0.015  0.492  0.016                 0.621
+    greedy soup     0.818     0.480  0.014  0.480  0.013                 0.635
+    of ingredients  0.816     0.491  0.017  0.491  0.016                 0.625
+    blend           0.836     0.447  0.022  0.447  0.016                 0.747
+
+The ensemble and the blend are worth more than their members' calibration; dropout tells digits from
+clothes best, and needs its temperature most. Weights averaged in so short a run gain nothing.
 
 5,000 pictures of Fashion-MNIST are trained on. On test pictures: accuracy, the likelihood (NLL,
 nats) and calibration error (ECE) of probabilities, as they are and at the temperature that fits the
