@@ -7,6 +7,7 @@ import pytest
 from scripts import experiment
 
 
+@pytest.mark.slow
 def test_adversarial_images(stripes, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = [

@@ -9,6 +9,7 @@ from scripts import experiment, write_tagged
 import fmjax
 
 
+@pytest.mark.slow
 def test_text_classification(tiny_bert, sentence_files, tmp_path, capsys):
     files = [*("--data", str(sentence_files / "train.csv")), *("--max-length", "32")]
     files += ["--model", str(tiny_bert), "--test", str(sentence_files / "test.csv")]
@@ -25,6 +26,7 @@ def test_text_classification(tiny_bert, sentence_files, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_pos_tagging(tiny_bert, tmp_path, capsys):
     write_tagged(tmp_path)
     run = tmp_path / "run"

@@ -254,6 +254,7 @@ def test_logits_and_scores_of_each_step(decoder):
     np.testing.assert_array_equal(out.step_scores.argmax(axis=-1), out.tokens)
 
 
+@pytest.mark.slow
 def test_sampling_has_the_processed_distribution(decoder):
     """The first token of many draws against transformers' chain on the model's logits."""
     import torch
@@ -292,6 +293,7 @@ def test_sampling_has_the_processed_distribution(decoder):
     np.testing.assert_array_equal(again.tokens, out.tokens)
 
 
+@pytest.mark.slow
 def test_sampled_beams(decoder):
     """Beams that are drawn: different for different keys, each as probable as it says."""
     model, variables = decoder

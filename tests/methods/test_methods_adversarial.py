@@ -146,6 +146,7 @@ def sentences():
 TABLE = "params/embed/word/embedding"
 
 
+@pytest.mark.slow
 def test_unmoved_embeddings_have_the_plain_gradient():
     model, variables, batch = sentences()
     loss = task.loss(model, train=False)

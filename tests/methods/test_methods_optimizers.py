@@ -56,6 +56,7 @@ def every(rate):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -37,6 +37,7 @@ def test_every_second_layer_runs_as_before(rng):
     np.testing.assert_allclose(jax.jit(scanned.apply)(stacked, ids).logits, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_other_families(rng):
     config = gpt2.Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=3, n_head=2)
     model, variables = fmjax.create("gpt2", config, head="causal_lm", rng=rng)

@@ -62,6 +62,7 @@ def test_mbart_sequence_classification_equals_pytorch(tmp_path):
     check_head(mbart, config, "sequence_classification", tmp_path, inputs)
 
 
+@pytest.mark.slow
 def test_mbart_question_answering_equals_pytorch(tmp_path):
     config = config_of(mbart)
     inputs = seq2seq_inputs(config, pad_id=1)

@@ -36,6 +36,7 @@ def test_equals_pytorch(head, tmp_path):
     check_head(segformer, SMALL, head, tmp_path, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["model", "semantic_segmentation"])
 def test_unusual_configs_equal_pytorch(head, tmp_path):
     config = UNUSUAL if head != "model" else without_labels(UNUSUAL, head)
@@ -57,6 +58,7 @@ def test_images_are_resized_as_in_pytorch(size):
     np.testing.assert_allclose(resize(x, size), theirs.movedim(1, -1), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rates_of_stochastic_depth_rise_block_by_block():
     """A rate that is an array drops as one that is a number; the first block drops nothing."""
     x = np.ones((1000, 3), np.float32)

@@ -46,6 +46,7 @@ def test_frames_are_pooled_as_by_hand(pooling):
     assert_near(logits, pooled @ head["kernel"] + head["bias"], "logits")
 
 
+@pytest.mark.slow
 def test_the_transformer_over_time_is_a_vit_over_frames():
     """Its class token, positions and blocks; order counts, and frames that fill up do not."""
     model, variables = fmjax.create("video-encoder", TINY, rng=jax.random.key(0))

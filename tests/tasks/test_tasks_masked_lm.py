@@ -250,6 +250,7 @@ def test_evaluate_and_predict(pretraining):
     np.testing.assert_allclose(probabilities, np.sort(full)[..., :-4:-1], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_pattern_is_learnt(precision):
     """A row repeats one token: a masked one follows from its neighbours."""

@@ -123,6 +123,7 @@ def test_smoothing_and_class_weights_equal_pytorch(model, batch, smoothing):
     np.testing.assert_allclose(aux.weight, np.dot(counts, weights), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_pieces_of_unequal_weight_give_the_gradient_of_the_whole(model, batch):
     """Ignored pixels and padding rows are spread unevenly; statistics are not the batch's."""
     net, variables = model

@@ -106,6 +106,7 @@ def test_rows_of_one_label_are_no_negatives(model_and_variables):
     np.testing.assert_allclose(loss, -np.diag(log_p).mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_sharded_equals_one_device(model_and_variables):
     model, variables = model_and_variables
     tx, batch = optax.sgd(0.1), make_batch(rows=8)
