@@ -68,6 +68,7 @@ def test_products_of_axes_on_encoders_and_what_is_stored():
     )
 
 
+@pytest.mark.slow
 def test_products_of_axes_on_the_other_families():
     hold(
         f"losses:gpt2:{PRODUCT}",
