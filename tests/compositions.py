@@ -74,7 +74,7 @@ def _():
     }
 
 
-@composition("distillation", "multitask", on="bert, classes and tags", devices="data=2")
+@composition("distillation", "multitask", on="bert, classes and tags", devices="data=2", slow=True)
 def _():
     sentiment, first = made("bert", "sequence_classification")
     tagger, second = made("bert", "token_classification")

@@ -9,6 +9,7 @@ from scripts import experiment
 import fmjax
 
 
+@pytest.mark.slow
 def test_maze(tmp_path, capsys):
     """Everything finds the shorter of two ways, which breadth-first search has measured."""
     drawing = "S...\n.##.\n.#..\n...G"

@@ -225,6 +225,7 @@ def test_sequence_to_sequence(name, score, tmp_path, capsys):
     assert (run / "export" / "generation_config.json").exists()
 
 
+@pytest.mark.slow
 def test_mnist_cnn(stripes, tmp_path, capsys):
     """Pictures in folders, augmented; the processor that it leaves is read by transformers."""
     from PIL import Image

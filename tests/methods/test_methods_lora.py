@@ -72,6 +72,7 @@ def forward(base):
     return jax.jit(lambda variables: base[0].apply(variables, **INPUTS).logits)
 
 
+@pytest.mark.slow
 def test_nothing_changes_at_first(base, forward):
     _, variables = base
     plain = forward(variables)

@@ -41,6 +41,7 @@ def setting():
     return model, variables, batch, loss
 
 
+@pytest.mark.slow
 def test_follows_once_a_step(setting):
     _, variables, batch, loss = setting
     grad_fn = mean_teacher(accumulate(gradient(loss), 2), decay=0.75)

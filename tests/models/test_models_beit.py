@@ -65,6 +65,7 @@ def test_without_pooler_equals_pytorch(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_segmentation_equals_pytorch(train, tmp_path):
     """Both heads, their gradients, and the running statistics they leave."""

@@ -39,6 +39,7 @@ def test_equals_pytorch(head, config, tmp_path):
     check_head(mobilenet_v2, config, head, tmp_path, inputs, attentions=False)
 
 
+@pytest.mark.slow
 def test_training_equals_pytorch(tmp_path):
     """As TensorFlow: PyTorch's class has the momentum the wrong way round, so it is told 0.003."""
 

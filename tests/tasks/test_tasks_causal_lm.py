@@ -170,6 +170,7 @@ def test_unpack_restarts_positions():
     assert labels.tolist() == [[11, -100, 12, 12, -100, -100], [-100] * 6]
 
 
+@pytest.mark.slow
 def test_padding_and_accumulation(model_and_variables, loss_fn):
     _, variables = model_and_variables
     batch = make_batch()
@@ -221,6 +222,7 @@ def test_load_balance_equals_transformers():
     np.testing.assert_allclose(found, 1.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_counting_is_learnt(precision, model_and_variables):
     model, _ = model_and_variables
