@@ -516,6 +516,7 @@ def _keep_what_is_compiled() -> None:
 
     place = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
     jax.config.update("jax_compilation_cache_dir", str(home() / "compiled" / place))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # a command is short
 
 
 def main(argv: list[str] | None = None) -> int:

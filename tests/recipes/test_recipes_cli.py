@@ -189,4 +189,4 @@ def test_what_is_compiled_is_kept_in_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setattr("fmjax.perf.device.cpu_name", lambda: "AMD EPYC(tm) 7/9")
     cli._keep_what_is_compiled()
     place = tmp_path / "compiled" / "amd-epyc-tm-7-9"
-    assert told == {"jax_compilation_cache_dir": str(place)}
+    assert told["jax_compilation_cache_dir"] == str(place)
