@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,12 +145,12 @@ def _search(
 ) -> tuple[list[tuple[Candidate, dict[str, Any], Compiled | None]], int | None]:
     """What was tried, and the place of the best in it.
 
-    A candidate whose state alone is larger than a chip is never compiled; nor is one that keeps
-    all activations after another that did so did not fit though it needs no more for its state:
-    activations are divided over all chips, however these are laid.
+    A candidate whose state alone is larger than a chip is never compiled; nor is one that would not
+    fit with the activations of another that recomputes as much: activations are divided over all
+    chips, however these are laid.
     """
     done: list[tuple[Candidate, dict[str, Any], Compiled | None]] = []
-    failed: dict[bool, int] = {}
+    activations: dict[bool, float] = {}
     undivided: list[dict[str, int]] = []
     compiles = 0
     for one in found:
@@ -157,13 +158,12 @@ def _search(
             why = f"state and gradients alone take {one.least / 1e9:.1f} GB of a chip"
             done.append((one, _row(one, "too large", why), None))
             continue
-        if compiles == settings.compiles:
+        if compiles == settings.compiles or one.mesh in undivided:
             continue
-        if one.least >= failed.get(one.remat, one.least + 1):
-            why = "needs more than one like it that did not fit"
+        expected = one.least + activations.get(one.remat, 0.0)
+        if expected > target.memory:
+            why = f"{expected / 1e9:.1f} GB a chip, with the activations of what did not fit"
             done.append((one, _row(one, "not compiled", why), None))
-            continue
-        if one.mesh in undivided:  # with the other remat, for the same reason
             continue
         name = mesh_name(one.mesh)
         logger.info("compiling %s, remat %s", name, "block" if one.remat else "none")
@@ -179,17 +179,16 @@ def _search(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             compiles += 1
-            failed[one.remat] = min(one.least, failed.get(one.remat, one.least))
-            done.append((one, _row(one, "too large", _first_words(error)), None))
+            text = str(error).splitlines()[0]
+            activations.setdefault(one.remat, _refused_activations(text, one, target))
+            done.append((one, _row(one, "too large", f"the compiler: {text[:200]}"), None))
             continue
         compiles += 1
         row = _compiled_row(one, compiled, step, target, settings, flops)
         if row["status"] == "too large":
-            failed[one.remat] = min(one.least, failed.get(one.remat, one.least))
+            activations.setdefault(one.remat, compiled.memory.total - one.least)
         keep = compiled if settings.measure else None  # a large program's text is large too
         done.append((one, row, keep))
-        if row["status"] == "fits" and target.chips == 1:
-            break  # with one chip there is no mesh to choose, and what recomputes is slower
     fitting = [place for place, (_, row, _) in enumerate(done) if row["status"] == "fits"]
     best = min(fitting, key=lambda place: _order(done[place][1]), default=None)
     return done, best
@@ -200,10 +199,17 @@ def _order(row: dict[str, Any]) -> tuple[float, float]:
     return (bound if bound is not None else 0.0, row["compiled"]["peak_bytes"])
 
 
-def _first_words(error: Exception) -> str:
-    """What a compiler says of memory, without the list of buffers."""
-    line = next((line for line in str(error).splitlines() if "sed" in line), str(error))
-    return "the compiler: " + line.strip()[:200]
+def _refused_activations(text: str, one: Candidate, target: Target) -> float:
+    """Bytes of activations on a chip, from what a compiler says of memory that it lacks.
+
+    libtpu names what temporaries take, gradients among them, or all that a program uses; from
+    another message no more is known than that it did not fit.
+    """
+    found = re.search(r"(temporaries|Used) \(?([\d.]+)([MG])", text)
+    if found is None:
+        return target.memory - one.least
+    size = float(found[2]) * 2 ** {"M": 20, "G": 30}[found[3]]
+    return size - (one.gradients if found[1] == "temporaries" else one.least)
 
 
 def _row(one: Candidate, status: str, reason: str | None) -> dict[str, Any]:

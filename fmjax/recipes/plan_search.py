@@ -22,6 +22,7 @@ class Candidate(NamedTuple):
         mesh: chips by axis.
         remat: whether blocks are recomputed.
         least: bytes on a chip that it needs at the least: its state and gradients.
+        gradients: bytes of those.
         talk: bytes a chip sends for parameters, gradients and activations, roughly; orders what is
             compiled, and is told nobody.
     """
@@ -29,6 +30,7 @@ class Candidate(NamedTuple):
     mesh: dict[str, int]
     remat: bool
     least: int
+    gradients: int
     talk: float
 
 
@@ -76,7 +78,7 @@ def candidates(
         rows = rows_over(mesh) * step.work.microbatches
         if step.work.batch % rows:
             why = f"batch={step.work.batch} does not divide by {rows}"
-            refused.append((Candidate(mesh, chosen[0], 0, 0), why))
+            refused.append((Candidate(mesh, chosen[0], 0, 0, 0.0), why))
             continue
         try:
             state = places(step, devices, mesh)
@@ -84,18 +86,18 @@ def candidates(
             if axes is not None:
                 raise
             why = str(error).splitlines()[min(1, str(error).count("\n"))].strip()
-            refused.append((Candidate(mesh, chosen[0], 0, 0), why))
+            refused.append((Candidate(mesh, chosen[0], 0, 0, 0.0), why))
             continue
-        least = sum(state_bytes(state)) + bytes_per_chip(state.trainable)
+        gradients = bytes_per_chip(state.trainable)
+        least = sum(state_bytes(state)) + gradients
         talk = _talk(step, state, mesh)
-        found += [Candidate(mesh, remat, least, talk * (1.3 if remat else 1)) for remat in chosen]
+        found += [Candidate(mesh, remat, least, gradients, talk) for remat in chosen]
     if not found:
         raise ValueError(
             f"no mesh of {target.chips} chips divides batch={step.work.batch} and the model: "
             f"{refused[0][1]}"
         )
-    # What recomputes nothing comes first: where it fits, nothing else is faster.
-    found.sort(key=lambda one: (one.least > target.memory, one.remat, one.talk, one.least))
+    found.sort(key=lambda one: (one.least > target.memory, one.talk, one.least, one.remat))
     return found, refused
 
 

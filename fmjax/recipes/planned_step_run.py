@@ -29,7 +29,7 @@ def measure(compiled: Compiled) -> dict[str, Any]:
         not say.
     """
     before = _resident("VmRSS") if _forget_peak() else None
-    state, batch = jax.tree.map(_filled, (compiled.state, compiled.batch))
+    state, batch = _filled((compiled.state, compiled.batch))
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -41,11 +41,16 @@ def measure(compiled: Compiled) -> dict[str, Any]:
     return {"step_seconds": statistics.median(times), "peak_bytes": grown}
 
 
-def _filled(leaf: Any) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.device_put(jax.random.key(0), leaf.sharding)
-    # Written in parts where they lie, so that no more memory is touched than the state's.
-    return jax.jit(lambda: jnp.ones(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+def _filled(tree: Any) -> Any:
+    """Arrays of ones where abstract ones lie; of a key, a key."""
+
+    def leaf(abstract: Any) -> jax.Array:
+        if jnp.issubdtype(abstract.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jnp.ones(abstract.shape, abstract.dtype)
+
+    places = jax.tree.map(lambda abstract: abstract.sharding, tree)
+    return jax.jit(lambda: jax.tree.map(leaf, tree), out_shardings=places)()
 
 
 def _resident(name: str) -> int | None:

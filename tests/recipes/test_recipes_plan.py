@@ -32,6 +32,7 @@ def test_one_device_in_full(tmp_path, capsys):
     """What is compiled is what the step's own compilation says, and what runs takes about that."""
     file, chart = tmp_path / "plan.json", tmp_path / "plan.png"
     command = "plan gpt2/tiny --target cpu --batch 8 --length 16 --precision float32 --remat none"
+    command += " --dropout none"
     assert main([*command.split(), "--measure", "--json", str(file), "--chart", str(chart)]) == 0
     printed = capsys.readouterr().out
     assert "compiled" in printed
@@ -139,19 +140,24 @@ def test_search_takes_what_fits(monkeypatch):
     replicated = [row for row in doc["plans"] if row["mesh"]["data"] == 4]
     assert {row["status"] for row in replicated} == {"too large"}  # by the state's size alone
     assert all(mesh["data"] < 4 for mesh, _ in asked)
-    # Without recomputation it was tried, and then not again where the state is no smaller.
-    tried = [mesh for mesh, remat in asked if not remat]
-    assert tried
-    assert len(asked) <= 3
+    # What keeps all activations was tried once: they are as many however chips are laid.
+    assert [remat for _, remat in asked].count(False) == 1
+    assert len(asked) == 3
     assert len(doc["plans"]) == 2 * len(list(meshes(4)))
 
 
-def test_search_that_finds_nothing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(recipe, "compile_step", stand_in({False: 10**9, True: 10**9}, []))
-    chart = tmp_path / "plan.svg"
-    doc = plan(dataclasses.replace(BERT, memory=40e6, chart=chart))
+def test_search_that_finds_nothing(monkeypatch, capsys):
+    def refuses(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: the memory required for HLO temporaries (0.5G) exceeds 15.75G"
+        )
+
+    monkeypatch.setattr(recipe, "compile_step", refuses)
+    doc = plan(dataclasses.replace(BERT, memory=40e6))
     assert doc["best"] is None
-    assert b"<svg" in chart.read_bytes()
+    said = [row["reason"] for row in doc["plans"] if row["status"] == "too large"]
+    assert any("temporaries (0.5G)" in reason for reason in said)
+    assert any("state and gradients alone" in reason for reason in said)
     print_plan(doc)
     assert "nothing that was compiled fits" in capsys.readouterr().out
 
@@ -191,7 +197,7 @@ def test_search_with_the_compiler():
         ({"mesh": "data=2"}, "it is of 2 chips, and cpu:4 has 4"),
         ({"mesh": "rows=4"}, "'rows' is no axis"),
         ({"mesh": "data=4", "batch": 6}, "batch=6 does not divide by the 4 parts"),
-        ({"mesh": "tensor=4"}, "the nearest sizes of tensor"),
+        pytest.param({"mesh": "tensor=4"}, "the nearest sizes of tensor", marks=pytest.mark.slow),
         ({"price": -1.0, "compiles": 0}, "price=-1.0 must not be negative; compiles=0"),
         ({"chart": "a.gif"}, "must end with .png, .svg or .pdf"),
         ({"target": "h100", "measure": True}, "h100 is not here to run on"),
