@@ -26,6 +26,14 @@ from fmjax.perf.device import Peak, describe_machine, published_peak
 TPUS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5", "v6e": "TPU v6e"}
 """The published figures' keys by the names of libtpu's topologies."""
 
+# What libtpu else asks a cloud's server; and that it may be loaded while another process has it.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Board:
@@ -138,15 +146,27 @@ class Target:
                 "target_config": config,
                 "topology": self.topology,
             }
-        else:  # libtpu otherwise asks a cloud's server what machine this is
-            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        else:
+            for name, value in _LIBTPU.items():
+                os.environ.setdefault(name, value)
+            sides = [int(side) for side in self.topology.partition(":")[2].split("x")]
+            # A host has 2 x 2 chips (of each 3-dimensional slice's layer), a small slice fewer.
+            bounds = (min(2, sides[0]), min(2, sides[1]), 1)
+            options["chips_per_host_bounds"] = bounds
+            if self.model == "v4":  # both cores of a chip as one device, as a v4's runtime has it
+                options["chip_config_name"] = "megacore"
         try:
-            return list(topologies.get_topology_desc(**options).devices)
+            found = list(topologies.get_topology_desc(**options).devices)
         except Exception as error:
             text = str(error)
             if re.search("not installed|not implemented for", text):
                 raise ImportError(_missing(self)) from error
             raise ValueError(f"the compiler refuses {self.name}: {text.splitlines()[0]}") from error
+        if len(found) != self.chips:
+            raise ValueError(
+                f"the compiler knows {self.name} as {len(found)} devices, not {self.chips}"
+            )
+        return found
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:

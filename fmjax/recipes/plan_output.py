@@ -160,9 +160,8 @@ def draw(doc: Mapping[str, Any], path: Path) -> None:
         heights = [bound.get(f"{name}_seconds", 0.0) * 1e3 for bound in bounds]
         right.barh([place + 0.27 * (number - 1) for place in places], heights, 0.25, label=name)
     right.set_xlabel("ms a step, at the least (bound)")
-    for axes, side in ((left, "left"), (right, "right")):
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, fontsize="small", loc=f"outside lower {side}", ncols=3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3)
     figure.suptitle(f"{doc['model']} on {doc['target']['name']}")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], dpi=150)
