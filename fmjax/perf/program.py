@@ -249,11 +249,19 @@ def _moved(one: _Instruction, inside: _Computation, computations: dict[str, _Com
     if op == "fusion":
         (name,) = one.called("calls")
         callee = computations[name]
+        root = next(inner for inner in callee.values() if inner.root)
+        # Of a TPU's collective in three kernels the first reads and the last writes.
+        if "AsyncCollectiveDone" in root.rest:
+            return _in_memory(one.shape)
+        if name.startswith("async_collective_fusion"):
+            callee = {key: inner for key, inner in callee.items() if inner.op not in KINDS}
         reads = sum(
             min(_in_memory(shape), _read(callee, number, computations))
             for number, shape in enumerate(operands)
         )
-        return reads + _written(callee, one.shape)
+        if "AsyncCollectiveStart" in root.rest:
+            return reads
+        return reads + _written(callee, root, one.shape)
     if op == "custom-call":
         # What follows the results of a library's call is its scratch memory.
         results = re.sub(r"(, (/\*index=\d+\*/)?[su]8\[\d+\](\{[^}]*\})?)+\)$", ")", one.shape)
@@ -288,18 +296,17 @@ def _read(callee: _Computation, number: int, computations: dict[str, _Computatio
     return total
 
 
-def _written(callee: _Computation, shape: str) -> int:
+def _written(callee: _Computation, root: _Instruction, shape: str) -> int:
     """Bytes that a kernel writes."""
-    root = next(one for one in callee.values() if one.root)
-    results = [root] if root.op != "tuple" else [callee[name] for name in root.operands]
+    results = [root] if root.op != "tuple" else [callee.get(name) for name in root.operands]
     arrays = _arrays(shape)
     if len(results) != len(arrays):
         return _in_memory(shape)
     total = 0
     for result, (size, there) in zip(results, arrays, strict=True):
-        while result.op == "bitcast" and result.operands[0] in callee:
+        while result is not None and result.op == "bitcast" and result.operands[0] in callee:
             result = callee[result.operands[0]]
-        if not there or (result.op == "parameter" and root.op == "tuple"):
+        if result is None or not there or (result.op == "parameter" and root.op == "tuple"):
             continue
         if result.op == "dynamic-update-slice":
             size = min(size, _whole(callee[result.operands[1]].shape))

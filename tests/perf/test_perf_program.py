@@ -29,7 +29,8 @@ TPU = """HloModule jit_f, is_scheduled=true
 
 %fused_done (param_0.66: bf16[1,256,512]) -> bf16[1,512,512] {
   %param_0.66 = bf16[1,256,512]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
-  ROOT %all-gather.23 = bf16[1,512,512]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%param_0.66), channel_id=8, replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, dimensions={1}
+  %all-gather.23 = bf16[1,512,512]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.66), channel_id=8, replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, dimensions={1}
+  ROOT %custom-call.6 = bf16[1,512,512]{2,1,0:T(8,128)(2,1)} custom-call(%param_0.66, %all-gather.23), custom_call_target="AsyncCollectiveDone"
 }
 
 %all-reduce-scatter.clone.1 (input.2: f32[512,512]) -> f32[256,512] {
@@ -47,7 +48,7 @@ TPU = """HloModule jit_f, is_scheduled=true
   %get-tuple-element.317 = f32[512,512]{1,0:T(8,128)} get-tuple-element(%wide.param.4), index=2
   %slice_fusion.4 = bf16[1,256,512]{2,1,0:T(8,128)(2,1)S(1)} fusion(%get-tuple-element.316, %copy.9), kind=kLoop, calls=%fused_slice
   %async-collective-start = (bf16[1,256,512]{2,1,0:T(8,128)(2,1)S(1)}, bf16[1,512,512]{2,1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) fusion(%slice_fusion.4), kind=kCustom, calls=%fused_start
-  %async-collective-done = bf16[1,512,512]{2,1,0:T(8,128)(2,1)S(1)} fusion(%slice_fusion.4), kind=kCustom, calls=%fused_done
+  %async-collective-done = bf16[1,512,512]{2,1,0:T(8,128)(2,1)} fusion(%slice_fusion.4), kind=kCustom, calls=%fused_done
   %fusion.25 = f32[256,512]{1,0:T(8,128)S(1)} fusion(%get-tuple-element.317), kind=kCustom, calls=%all-reduce-scatter.clone.1
   %all-reduce.6 = f32[256,512]{1,0:T(8,128)S(1)} all-reduce(%fusion.25), channel_id=6, replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add.1.clone
   %one = s32[]{:T(128)} constant(1)
@@ -80,8 +81,8 @@ def test_a_tpu_program():
     assert found.sent == 4 * (half // 2 + whole // 2 + whole // 2)
     assert found.unknown_loops == 0
     # A turn reads its layer's slice, the array whose parts are summed, and the loop's counter
-    # and a constant; all else lies in vector memory.
-    assert found.moved == 4 * (256 * 512 * 2 + whole + 4 + 4)
+    # and a constant, and writes what was gathered, once; all else lies in vector memory.
+    assert found.moved == 4 * (256 * 512 * 2 + whole + 4 + 4 + half)
 
 
 def test_a_loop_that_does_not_say_its_turns():
