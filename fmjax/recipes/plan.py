@@ -146,11 +146,11 @@ def _search(
     """What was tried, and the place of the best in it.
 
     A candidate whose state alone is larger than a chip is never compiled; nor is one that would not
-    fit with the activations of another that recomputes as much: activations are divided over all
-    chips, however these are laid.
+    fit with the activations of another that recomputes as much and did not fit. What a compiler
+    refuses, which it does soon, is not counted as compiled.
     """
     done: list[tuple[Candidate, dict[str, Any], Compiled | None]] = []
-    activations: dict[bool, float] = {}
+    too_large: list[tuple[Candidate, float]] = []  # and their activations
     undivided: list[dict[str, int]] = []
     compiles = 0
     for one in found:
@@ -160,7 +160,10 @@ def _search(
             continue
         if compiles == settings.compiles or one.mesh in undivided:
             continue
-        expected = one.least + activations.get(one.remat, 0.0)
+        expected = one.least + max(
+            (_at_least(one, other, size) for other, size in too_large if other.remat == one.remat),
+            default=0.0,
+        )
         if expected > target.memory:
             why = f"{expected / 1e9:.1f} GB a chip, with the activations of what did not fit"
             done.append((one, _row(one, "not compiled", why), None))
@@ -178,15 +181,14 @@ def _search(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            compiles += 1
             text = str(error).splitlines()[0]
-            activations.setdefault(one.remat, _refused_activations(text, one, target))
+            too_large.append((one, _refused_activations(text, one, target)))
             done.append((one, _row(one, "too large", f"the compiler: {text[:200]}"), None))
             continue
         compiles += 1
         row = _compiled_row(one, compiled, step, target, settings, flops)
         if row["status"] == "too large":
-            activations.setdefault(one.remat, compiled.memory.total - one.least)
+            too_large.append((one, compiled.memory.total - one.least))
         keep = compiled if settings.measure else None  # a large program's text is large too
         done.append((one, row, keep))
     fitting = [place for place, (_, row, _) in enumerate(done) if row["status"] == "fits"]
@@ -197,6 +199,15 @@ def _search(
 def _order(row: dict[str, Any]) -> tuple[float, float]:
     bound = row.get("bound", {}).get("step_seconds")
     return (bound if bound is not None else 0.0, row["compiled"]["peak_bytes"])
+
+
+def _at_least(one: Candidate, other: Candidate, activations: float) -> float:
+    """Bytes of activations that a candidate has at the least, by those of another.
+
+    Axes of examples divide all of them. The tensor axis divides some only: what it leaves whole
+    grows with it, as fewer chips are left to divide examples.
+    """
+    return activations * min(1.0, one.mesh.get("tensor", 1) / other.mesh.get("tensor", 1))
 
 
 def _refused_activations(text: str, one: Candidate, target: Target) -> float:

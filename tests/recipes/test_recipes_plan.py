@@ -56,7 +56,6 @@ def test_flops_and_sizes_are_the_models():
     batch = {"input_ids": jax.numpy.zeros((8, 16), "int32"), "weight": jax.numpy.ones(8)}
     args = (variables, {}, batch, jax.random.key(0))
     assert step.flops(False) == count_flops(gradient(causal_lm.loss(model)), *args).total
-    assert step.flops(True) > step.flops(False)
     assert step.sizes()["trained"] == sum(x.size for x in jax.tree.leaves(variables["params"]))
     assert step.tokens == 128
 
@@ -153,7 +152,7 @@ def test_search_that_finds_nothing(monkeypatch, capsys):
         )
 
     monkeypatch.setattr(recipe, "compile_step", refuses)
-    doc = plan(dataclasses.replace(BERT, memory=40e6))
+    doc = plan(dataclasses.replace(BERT, memory=40e6, remat="none"))
     assert doc["best"] is None
     said = [row["reason"] for row in doc["plans"] if row["status"] == "too large"]
     assert any("temporaries (0.5G)" in reason for reason in said)
@@ -173,6 +172,12 @@ def test_bounds_where_figures_are_published(monkeypatch):
     assert bound["mfu"] == pytest.approx(1)
     rate = 8 * 16 / bound["step_seconds"]
     assert bound["cost_per_billion_tokens"] == pytest.approx(2 * 4 / 3600 * 1e9 / rate)
+
+
+@pytest.mark.slow
+def test_recomputing_costs():
+    step = describe("gpt2/tiny", Work(batch=8, length=16))
+    assert step.flops(True) > step.flops(False)
 
 
 @pytest.mark.slow
