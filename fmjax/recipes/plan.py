@@ -45,8 +45,9 @@ class Settings(Work):
     """Bytes of a chip, instead of the published ones."""
     price: float | None = None
     """Of a chip for an hour, in any currency."""
-    compiles: int = 4
-    """Plans that are compiled at most, the most promising first."""
+    compiles: int = 3
+    """Plans that are compiled at most, the most promising first; what a compiler refuses for want of
+    memory is not counted."""
     measure: bool = False
     """Also run the best plan for a few steps; of the target cpu alone."""
     json: Path | None = None
