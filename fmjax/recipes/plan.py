@@ -46,8 +46,8 @@ class Settings(Work):
     price: float | None = None
     """Of a chip for an hour, in any currency."""
     compiles: int = 3
-    """Plans that are compiled at most, the most promising first; what a compiler refuses for want of
-    memory is not counted."""
+    """Plans that are compiled at most, the most promising first, beside what a compiler refuses for
+    want of memory."""
     measure: bool = False
     """Also run the best plan for a few steps; of the target cpu alone."""
     json: Path | None = None
