@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fmjax.recipes.plan import Settings as Plan
 from fmjax.recipes.text_classification import Settings
 from fmjax.recipes.texts import TextData
 
@@ -495,6 +496,17 @@ def report(args: Report) -> None:
     print(write_report(args.run))
 
 
+def plan(args: Plan) -> None:
+    import jax
+
+    from fmjax.recipes.plan import plan
+    from fmjax.recipes.plan_output import print_plan
+
+    # Nothing runs on an accelerator, and one that is here may be busy.
+    jax.config.update("jax_platforms", "cpu")
+    print_plan(plan(args))
+
+
 def finetune(args: Settings) -> None:
     from fmjax.recipes.text_classification import finetune, results_table
 
@@ -541,7 +553,8 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Translate, sub("translate")]
         | Annotated[Classify, sub("classify")]
         | Annotated[Detect, sub("detect")]
-        | Annotated[Report, sub("report")],
+        | Annotated[Report, sub("report")]
+        | Annotated[Plan, sub("plan")],
         prog="fmjax",
         description="Foundation models as pure functions in JAX.",
         args=argv,
@@ -576,6 +589,8 @@ def main(argv: list[str] | None = None) -> int:
                 detect(args)
             case Report():
                 report(args)
+            case Plan():
+                plan(args)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("FMJAX_DEBUG"):
             raise

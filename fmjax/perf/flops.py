@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 # Kernels whose arithmetic the jaxpr does not show.
 _OPAQUE = frozenset({"pallas_call", "ffi_call", "scaled_matmul_wrapper"})
@@ -66,7 +67,25 @@ def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> FlopCount:
     >>> count_flops(lambda x, w: x @ w, x, w).total == 2 * 8 * 4 * 16
     True
     """
-    tally = _walk(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
+    return _count(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
+
+
+def count_needed_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> FlopCount:
+    """As `count_flops`, without work that no result needs.
+
+    A custom rule gives gradients of frozen weights too; a compiler leaves them out.
+
+    >>> x = jax.ShapeDtypeStruct((8, 8), "float32")
+    >>> count_needed_flops(lambda x: (x @ x, x)[1], x).total
+    0
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return _count(needed)
+
+
+def _count(jaxpr: core.Jaxpr) -> FlopCount:
+    tally = _walk(jaxpr)
     return FlopCount(
         total=tally.total(),
         by_primitive=dict(tally.flops),

@@ -77,12 +77,7 @@ def jit_step(
     states = replicated if state_shardings is None else state_shardings
     batch_spec = examples_over(mesh) if batch_spec is None else batch_spec
     rows = NamedSharding(mesh, batch_spec)
-    compiled = jax.jit(
-        step,
-        in_shardings=(states, rows),
-        out_shardings=(states, replicated),
-        donate_argnums=0,
-    )
+    compiled = jit_over(step, mesh, states, rows)
     over = batch_spec[0] if batch_spec else None
     names = over if isinstance(over, tuple) else () if over is None else (over,)
     parts = math.prod(mesh.shape[name] for name in names)
@@ -95,6 +90,23 @@ def jit_step(
             return compiled(state, global_batch(batch, rows))
 
     return _checked(placed, max(1, parts // jax.process_count()))
+
+
+def jit_over(step: StepFn, mesh: Mesh, states: PyTree, rows: NamedSharding) -> Any:
+    """``jax.jit`` of a step over a mesh, to be called or lowered under ``jax.set_mesh(mesh)``.
+
+    Args:
+        step: from `make_train_step`.
+        mesh: the devices, which need not be there if the step is only lowered and compiled.
+        states: shardings of the state.
+        rows: the sharding of every batch leaf.
+    """
+    return jax.jit(
+        step,
+        in_shardings=(states, rows),
+        out_shardings=(states, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )
 
 
 def pmap_step(

@@ -62,6 +62,15 @@ def parse_mesh(text: str) -> Mesh:
     Raises:
         ValueError: another axis, one twice, a size that is no number, or too few devices.
     """
+    return make_mesh(**parse_axes(text))
+
+
+def parse_axes(text: str) -> dict[str, int]:
+    """The axes of a mesh from a text such as ``"data=4,fsdp=2,tensor=2"``.
+
+    Raises:
+        ValueError: another axis, one twice, or a size that is no number.
+    """
     axes: dict[str, int] = {}
     problems = []
     for part in text.split(","):
@@ -79,7 +88,7 @@ def parse_mesh(text: str) -> Mesh:
             f"mesh {text!r}: {'; '.join(problems)}; it must be like data=4,fsdp=2,tensor=2, of the "
             f"axes {DATA}, {FSDP}, {TENSOR} and {EXPERT}"
         )
-    return make_mesh(**axes)
+    return axes
 
 
 def batch_spec(mesh: Mesh) -> P:
