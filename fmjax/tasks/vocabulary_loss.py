@@ -6,6 +6,7 @@ float32, and the gradient is as large again. Here they exist for one chunk of to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fmjax.nn.placement import BATCH, axis_size
 from fmjax.types import Mean, PyTree, Variables
 
 CHUNK_SIZE = 1024
-"""Tokens whose logits exist at one time. Each chunk reads the output matrix once and adds to its
-gradient once, which 1024 tokens' products hide. Over several devices this counts the tokens of
-all of them: multiply it by their number."""
+"""Tokens whose logits exist at one time, on each device that has examples of its own. Each chunk
+reads the output matrix once and adds to its gradient once, which 1024 tokens' products hide; over
+several devices it gathers the one and sums the other once, too."""
 IGNORED = -100
 """The label of a token that is not predicted, as Hugging Face has it."""
 
@@ -158,11 +160,13 @@ def log_likelihood(
 
 
 def cut(arrays: tuple[Array, ...], *, chunk_size: int) -> tuple[Array, ...]:
-    """Arrays [B, T, ...] as n chunks [n, B, t, ...] of about `chunk_size` tokens, zero-padded.
+    """Arrays [B, T, ...] as n chunks [n, B, t, ...] of about `chunk_size` tokens on each device,
+    zero-padded.
 
     The cut is along T: the examples, which are spread over the devices, stay where they are.
     """
     rows, length = arrays[0].shape[:2]
+    chunk_size *= math.prod(map(axis_size, BATCH))
     count = min(max(length, 1), -(-rows * length // chunk_size))  # n
     size = -(-length // max(count, 1))  # t
     count = max(-(-length // max(size, 1)), 1)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from fmjax.nn.product import matmul
 from fmjax.tasks.vocabulary_loss import (
     IGNORED,
+    cut,
     log_likelihood,
     over_vocabulary,
     vocabulary_loss,
@@ -278,3 +279,11 @@ def test_bad_settings_are_named(change, message):
     arrays = {"hidden": hidden, "labels": labels, "weights": weights}
     with pytest.raises(ValueError, match=message):
         vocabulary_loss(unembed_of(params), **{**arrays, **change})
+
+
+def test_chunks_count_the_tokens_of_a_device():
+    """On a mesh each chunk costs a gather of the head and a sum of its gradient."""
+    hidden = jnp.zeros((8, 16, 2))
+    assert cut((hidden,), chunk_size=16)[0].shape == (8, 8, 2, 2)
+    with jax.set_mesh(make_mesh(data=2, tensor=2)):
+        assert cut((hidden,), chunk_size=16)[0].shape == (4, 8, 4, 2)
