@@ -85,6 +85,8 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     model, variables = create(case)
     prompts = dataclasses.replace(case, length=PROMPT)
     batch = make_batch(prompts)
+    # Without a mask, transformers would take the tokens that are its padding token for padding.
+    batch["attention_mask"] = np.ones(batch["input_ids"].shape, np.int32)
 
     def generate() -> np.ndarray:
         out = fmjax.generate(model, variables, **inputs_of(batch), max_new_tokens=case.length)

@@ -4,6 +4,7 @@
 
     {"schema": 3, "benchmark": NAME, "started": ISO time, "repeats": n, "smoke": false,
      "machine": fmjax.perf.device.describe_machine(),
+     "commit": of the working tree, with "+" where files differ from it; null outside git,
      "load_before": the machine's load average when the run began; 0 is idle,
      "matmul_peak": {"float32": FLOP/s, ...},           measured in the same run
      "rows": [one object per case and side: the fields of `Row`],
@@ -18,6 +19,7 @@ import datetime
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -134,6 +136,21 @@ def measure_peaks(dtypes: set[str], *, smoke: bool) -> dict[str, float]:
     return {dtype: measure_matmul_peak(jnp.dtype(dtype), shapes=shapes) for dtype in sorted(dtypes)}
 
 
+def commit() -> str | None:
+    """The commit that is checked out here, with "+" where tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    if head.returncode or changes.returncode:
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
 def own_document(
     benchmark: str,
     schema: int,
@@ -161,6 +178,7 @@ def own_document(
         "repeats": repeats,
         "smoke": smoke,
         "machine": describe_machine(),
+        "commit": commit(),
         "load_before": load,
         "rows": [json.loads(json.dumps(dataclasses.asdict(r))) for r in rows],
         "ratios": ratios,
@@ -196,7 +214,7 @@ def check(doc: Mapping[str, Any]) -> None:
     """
     problems = []
     keys = {
-        "schema", "benchmark", "started", "repeats", "smoke", "machine", "load_before",
+        "schema", "benchmark", "started", "repeats", "smoke", "machine", "commit", "load_before",
         "matmul_peak", "rows", "ratios", "peak_memory",
     }  # fmt: skip
     if wrong := keys ^ doc.keys():
