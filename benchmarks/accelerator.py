@@ -25,13 +25,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import train_step
 import tyro
-from cases import Case
+from cases import Case, pictures
 from run import Settings, run
 
 from fmjax.models import bert, gpt2, llama, resnet, t5, vit
 
 CHUNK = 8192  # of tokens: an accelerator has room for their logits
-CLASSES = tuple(map(str, range(1000)))
 # config.json of the released Llama 3.2 1B, at its own pace: without the stretched positions, which
 # cost nothing.
 LLAMA_1B = llama.Config(
@@ -60,11 +59,6 @@ def _text(name: str, config: object, head: str, batch_size: int, length: int) ->
     return Case(name, config, head, batch_size, length, "bfloat16", chunk_size=CHUNK)
 
 
-def _pictures(name: str, config: vit.Config | resnet.Config, batch_size: int) -> Case:
-    config = dataclasses.replace(config, id2label=CLASSES)
-    return Case(name, config, "image_classification", batch_size, 1, "bfloat16", image_size=224)
-
-
 T5_BASE = dataclasses.replace(
     _text("t5-base", t5.VARIANTS["base"], "seq2seq_lm", 32, 512), target_length=128
 )
@@ -75,9 +69,9 @@ CASES = (
     _text("gpt2-medium", _gpt2("medium"), "causal_lm", 16, 1024),
     _text("llama-1b", LLAMA_1B, "causal_lm", 4, 2048),
     T5_BASE,
-    _pictures("vit-b16", vit.VARIANTS["b16"], 256),
-    _pictures("vit-l16", vit.VARIANTS["l16"], 128),
-    _pictures("resnet-50", resnet.VARIANTS["50"], 256),
+    pictures("vit-b16", vit.VARIANTS["b16"], 256, "bfloat16"),
+    pictures("vit-l16", vit.VARIANTS["l16"], 128, "bfloat16"),
+    pictures("resnet-50", resnet.VARIANTS["50"], 256, "bfloat16"),
 )
 
 

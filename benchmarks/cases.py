@@ -84,6 +84,12 @@ class Case:
         return type(self.config).__module__.rsplit(".", 1)[-1]
 
 
+def pictures(name: str, config: Any, batch_size: int, dtype: str) -> Case:
+    """A classifier of 1,000 classes and pictures of 224 x 224 pixels."""
+    config = dataclasses.replace(config, id2label=tuple(map(str, range(1000))))
+    return Case(name, config, "image_classification", batch_size, 1, dtype, image_size=224)
+
+
 def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[Case]:
     """The cases with these names (all if none are given); for a smoke run, made tiny.
 

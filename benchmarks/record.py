@@ -18,7 +18,6 @@ import dataclasses
 import datetime
 import json
 import os
-import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from fmjax.perf.device import describe_machine, measure_matmul_peak, published_peak
+from fmjax.perf.device import describe_machine, measure_matmul_peak, published_peak, slug
 from fmjax.perf.timing import Compiled, Timing, peak_memory_bytes
 
 SCHEMA = 3
@@ -244,7 +243,7 @@ def device_slug(machine: Mapping[str, Any]) -> str:
         name = f"{machine['cpu']} {machine['cores']} cores"
     else:
         name = f"{device['kind']} x{device['count']}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return slug(name)
 
 
 def write(doc: Mapping[str, Any], path: Path | None) -> Path:

@@ -11,28 +11,17 @@ casts them inside the call, as PyTorch's autocast does. A picture counts as one 
 
 from __future__ import annotations
 
-import dataclasses
-
 import forward
 import train_step
 import tyro
-from cases import Case
+from cases import Case, pictures
 from record import Row
 from run import Settings, run
 
 from fmjax.models import resnet, vit
 
-CLASSES = tuple(map(str, range(1000)))
 CASES = tuple(
-    Case(
-        f"{kind}-{name}-{dtype}",
-        dataclasses.replace(config, id2label=CLASSES),
-        "image_classification",
-        8,
-        1,
-        dtype,
-        image_size=224,
-    )
+    pictures(f"{kind}-{name}-{dtype}", config, 8, dtype)
     for name, config in (("vit-b16", vit.VARIANTS["b16"]), ("resnet-50", resnet.VARIANTS["50"]))
     for kind in ("forward", "step")
     for dtype in ("float32", "bfloat16")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -524,10 +523,9 @@ def _keep_what_is_compiled() -> None:
     import jax
 
     from fmjax.data.assets import home
-    from fmjax.perf.device import cpu_name
+    from fmjax.perf.device import cpu_name, slug
 
-    place = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    jax.config.update("jax_compilation_cache_dir", str(home() / "compiled" / place))
+    jax.config.update("jax_compilation_cache_dir", str(home() / "compiled" / slug(cpu_name())))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # a command is short
 
 

@@ -92,7 +92,7 @@ def create(
         ValueError: an unknown family, variant or head.
     """
     family = family_of(model_type)
-    config = _config_of(family, variant_or_config)
+    config = config_of(family, variant_or_config)
     config = _with_labels(config, num_labels)
     _check_head(model_type, family, head)
     model = family.Model(config, head=head, scan=scan, remat=remat)
@@ -109,7 +109,7 @@ def create(
     return model, unflatten(flat)
 
 
-def _config_of(family: ModuleType, variant_or_config: Any) -> Any:
+def config_of(family: ModuleType, variant_or_config: Any) -> Any:
     """The Config, or that of a variant's name."""
     model_type = family.MODEL_TYPE
     if isinstance(variant_or_config, family.Config):
@@ -233,7 +233,7 @@ def load_weights(
             listed.
     """
     family = family_of(model_type)
-    config = _with_labels(_config_of(family, variant_or_config), num_labels)
+    config = _with_labels(config_of(family, variant_or_config), num_labels)
     place = Path(file).expanduser()
     return _read(place, family, config, head, new, dtype, scan, remat, shardings, rng)
 

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fmjax.methods.distillation_terms import Both, Term, rows
-from fmjax.tasks.apply import apply_fn
+from fmjax.methods.distillation_terms import Both, Term
+from fmjax.tasks.apply import apply_fn, row_weights
 from fmjax.tasks.vocabulary_loss import unembed_fn
 from fmjax.tasks.watched import Watched, run
 from fmjax.train import is_param
@@ -125,7 +125,7 @@ def unlabelled(model: Any, *, train: bool = True) -> LossFn:
 
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         _, updates = apply(variables, batch, rng, train=train)
-        weight = jnp.sum(rows(batch))
+        weight = jnp.sum(row_weights(batch))
         return jnp.zeros(()), Aux(weight, {}, updates)
 
     return loss_fn

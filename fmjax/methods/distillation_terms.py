@@ -20,6 +20,7 @@ import optax
 from jax import Array
 
 import fmjax.hub as hub
+from fmjax.tasks.apply import row_weights
 from fmjax.tasks.causal_lm import next_tokens
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.sequence_classification import SINGLE, problem_type_of
@@ -400,7 +401,7 @@ def _counted(
 def _default_weights(both: Both, shape: tuple[int, ...], predicted: bool) -> Array:
     """[B, T] where the batch tells tokens apart, else [B]."""
     batch = both.batch
-    counts = rows(batch, shape[0])
+    counts = row_weights(batch, shape[0])
     if predicted and both.head == "causal_lm":
         return weigh(batch, next_tokens(batch))
     labels = batch.get("labels")
@@ -411,9 +412,3 @@ def _default_weights(both: Both, shape: tuple[int, ...], predicted: bool) -> Arr
         if not decoded and name in batch and batch[name].shape == shape:
             return (jnp.asarray(batch[name]) != 0) * counts[:, None]
     return counts
-
-
-def rows(batch: Batch, size: int | None = None) -> Array:
-    """float32 [B]: each row's weight, 1 where there are none."""
-    size = next(iter(batch.values())).shape[0] if size is None else size
-    return jnp.asarray(batch.get("weight", jnp.ones(size)), jnp.float32)

@@ -33,8 +33,8 @@ from fmjax.methods.partly_labelled import (
     run_once,
     strength_now,
     strength_problems,
-    weight_of,
 )
+from fmjax.tasks.apply import row_weights
 from fmjax.train import is_param
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
@@ -191,8 +191,8 @@ def dann(
         for domain, (rows, x) in enumerate(zip(parts, found, strict=True)):
             logits = _domain_logits(variables, reverse_gradient(x, scale))
             losses = optax.sigmoid_binary_cross_entropy(logits, jnp.full(logits.shape, domain))
-            domains.append(Mean.of(losses, weight_of(rows)))
-            right.append(Mean.of((logits > 0) == (domain == 1), weight_of(rows)))
+            domains.append(Mean.of(losses, row_weights(rows)))
+            right.append(Mean.of((logits > 0) == (domain == 1), row_weights(rows)))
             total += domains[-1].value
         metrics = {
             **aux.metrics,
@@ -268,7 +268,7 @@ def coral(
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         source, target = both(batch)
         loss, aux, found = run_once(task_loss, model, features, variables, (source, target), rng)
-        apart = coral_distance(found[0], found[1], weight_of(source), weight_of(target))
+        apart = coral_distance(found[0], found[1], row_weights(source), row_weights(target))
         metrics = {
             **aux.metrics,
             "task": Mean(loss * aux.weight, aux.weight),

@@ -41,6 +41,7 @@ import optax
 
 from fmjax.data.files import raise_problems
 from fmjax.methods.search_space import Space, distributions, holds, optuna_library
+from fmjax.train.optim import states_of
 from fmjax.types import TrainState
 
 if TYPE_CHECKING:
@@ -352,7 +353,7 @@ def with_values(state: TrainState, values: Mapping[str, float]) -> TrainState:
     def is_tunable(leaf: Any) -> bool:
         return isinstance(leaf, optax.InjectStatefulHyperparamsState)
 
-    found = [x for x in jax.tree.leaves(state.opt_state, is_leaf=is_tunable) if is_tunable(x)]
+    found = states_of(state.opt_state, optax.InjectStatefulHyperparamsState)
     if len(found) != 1:
         raise ValueError(
             f"the optimizer state holds {len(found)} tunable optimizers; make exactly one by "

@@ -25,6 +25,7 @@ from fmjax.methods.preference import (
     reference_log_probs,
     sequence_log_probs,
 )
+from fmjax.tasks.apply import row_weights
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
@@ -111,7 +112,7 @@ def kto_loss(
         rows = pair_rows(batch, kinds=KINDS)
         own = {name: leaf[0::2] for name, leaf in rows.items()}
         other = {name: leaf[1::2] for name, leaf in rows.items()}
-        weights = jnp.asarray(batch.get("weight", jnp.ones(own["labels"].shape[0])), jnp.float32)
+        weights = row_weights(batch)
         desirable = jnp.asarray(batch["desirable"])
 
         ours = policy_of(variables)

@@ -22,7 +22,7 @@ import optax
 from jax import Array
 
 from fmjax.data.mixture import part
-from fmjax.tasks.apply import TARGETS
+from fmjax.tasks.apply import TARGETS, row_weights
 from fmjax.tasks.feature_extraction import pool
 from fmjax.tasks.watched import Watched
 from fmjax.tree import merge
@@ -103,11 +103,6 @@ def both(batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
     return parts
 
 
-def weight_of(rows: Batch) -> Array:
-    """float32 [B]: each row's weight, 1 where there are none."""
-    return jnp.asarray(rows.get("weight", jnp.ones(_size(rows))), jnp.float32)
-
-
 def run_once(
     task_loss: TaskLoss,
     model: Any,
@@ -159,7 +154,7 @@ def _together(parts: Sequence[Batch]) -> dict[str, Any]:
     if problems:
         raise ValueError("; ".join(problems))
     rest = sum(map(_size, others))
-    for name, leaf in (("labels", jnp.asarray(first["labels"])), ("weight", weight_of(first))):
+    for name, leaf in (("labels", jnp.asarray(first["labels"])), ("weight", row_weights(first))):
         joined[name] = jnp.concatenate([leaf, jnp.zeros((rest, *leaf.shape[1:]), leaf.dtype)])
     return joined
 

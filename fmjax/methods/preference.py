@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fmjax.methods.adapted_layers import without_adapters
-from fmjax.tasks.apply import apply_fn
+from fmjax.tasks.apply import apply_fn, row_weights
 from fmjax.tasks.causal_lm import token_log_probs
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE, IGNORED
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
@@ -137,12 +137,6 @@ def pair_rows(batch: Batch, pad_id: int = 0, kinds: tuple[str, str] = KINDS) -> 
     return joined
 
 
-def _weights(batch: Batch) -> Array:
-    """float32 [B]."""
-    rows = batch["chosen_input_ids"].shape[0]
-    return jnp.asarray(batch.get("weight", jnp.ones(rows)), jnp.float32)
-
-
 def _halves(values: Array) -> tuple[Array, Array]:
     """[2 B] of `pair_rows` -> chosen [B], rejected [B]."""
     return values[0::2], values[1::2]
@@ -195,7 +189,7 @@ def reward_loss(model: Any, *, train: bool = True) -> LossFn:
         assert output.logits is not None
         chosen, rejected = _halves(output.logits[:, 0])
         losses = -jax.nn.log_sigmoid(chosen - rejected - jnp.asarray(batch.get("margin", 0.0)))
-        return _found(losses, chosen, rejected, _weights(batch), updates)
+        return _found(losses, chosen, rejected, row_weights(batch), updates)
 
     return loss_fn
 
@@ -276,7 +270,7 @@ def dpo_loss(
         )
         nll = -_halves(found.mean)[0]
         scaled = beta * ratios[0], beta * ratios[1]
-        return _found(losses, *scaled, _weights(batch), found.updates, nll=nll)
+        return _found(losses, *scaled, row_weights(batch), found.updates, nll=nll)
 
     return loss_fn
 
@@ -372,7 +366,7 @@ def orpo_loss(
             -chosen + odds_weight * odds,
             odds_weight * chosen,
             odds_weight * rejected,
-            _weights(batch),
+            row_weights(batch),
             found.updates,
             nll=-chosen,
             odds=odds,
@@ -416,6 +410,6 @@ def simpo_loss(
         chosen, rejected = _halves(found.mean)
         losses = -jax.nn.log_sigmoid(beta * (chosen - rejected) - margin)
         scaled = beta * chosen, beta * rejected
-        return _found(losses, *scaled, _weights(batch), found.updates, nll=-chosen)
+        return _found(losses, *scaled, row_weights(batch), found.updates, nll=-chosen)
 
     return loss_fn

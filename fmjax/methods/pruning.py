@@ -20,6 +20,7 @@ import optax
 from jax import Array
 
 from fmjax.methods.weight_matrices import HEAD, KERNELS, matrices
+from fmjax.train.optim import states_of
 from fmjax.tree import flatten, is_stacked, map_with_path, unflatten
 from fmjax.types import PyTree, Variables
 
@@ -307,8 +308,7 @@ def masks_of(opt_state: optax.OptState) -> Variables:
     Raises:
         ValueError: there are none, or several.
     """
-    is_pruned = lambda x: isinstance(x, PrunedState)  # noqa: E731
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_pruned) if is_pruned(x)]
+    found = states_of(opt_state, PrunedState)
     if len(found) != 1:
         raise ValueError(f"the optimizer state prunes {len(found)} times; it must be once")
     return found[0].masks

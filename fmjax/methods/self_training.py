@@ -32,8 +32,8 @@ from fmjax.methods.partly_labelled import (
     run_once,
     strength_now,
     strength_problems,
-    weight_of,
 )
+from fmjax.tasks.apply import row_weights
 from fmjax.tasks.pixels import to_floats
 from fmjax.tasks.sequence_classification import SINGLE, problem_type_of
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
@@ -129,7 +129,7 @@ def pseudo_labelled(
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         parts = both(batch)
         loss, aux, (_, logits) = run_once(task_loss, model, LOGITS, variables, parts, rng)
-        found = _confident(logits, logits, weight_of(parts[1]), threshold)
+        found = _confident(logits, logits, row_weights(parts[1]), threshold)
         return _added(loss, aux, found, strength, variables)
 
     return loss_fn
@@ -179,7 +179,7 @@ def fix_match(
             )
         ]
         loss, aux, (_, said, logits) = run_once(task_loss, model, LOGITS, variables, parts, rng)
-        found = _confident(said, logits, weight_of(unlabelled), threshold)
+        found = _confident(said, logits, row_weights(unlabelled), threshold)
         return _added(loss, aux, found, strength, variables)
 
     return loss_fn

@@ -295,7 +295,7 @@ def of_layer(sliding: Sequence[bool], index: Array | int, full: PyTree, local: P
     if isinstance(index, int):
         return local if sliding[index] else full
     slides = jnp.array(sliding)[index]
-    full, local = (keep_of(tree) if isinstance(tree, Mask) else tree for tree in (full, local))
+    full, local = keep_of(full), keep_of(local)
     return jax.tree.map(lambda one, other: jnp.where(slides, one, other), local, full)
 
 

@@ -15,6 +15,7 @@ from fmjax.nn.dropout import dropout
 from fmjax.nn.fused_attention import fused, fused_attention
 from fmjax.nn.linear import Dense
 from fmjax.nn.mask import Mask, keep_of
+from fmjax.nn.parameter import columns_held
 from fmjax.nn.placement import constrain_heads
 from fmjax.nn.position import Rotary, rotate
 from fmjax.tree import flatten
@@ -256,9 +257,9 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         size = width // self.num_heads if self.head_dim is None else self.head_dim
-        count = self.held("query", self.num_heads, size)
+        count = columns_held(self, "query", self.num_heads * size) // size
         groups = self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
-        groups = self.held("key", groups, size)
+        groups = columns_held(self, "key", groups * size) // size
         for name, given, own in (
             ("cache", None if cache is None else cache.key, groups),
             ("bias of scores", bias, count),
@@ -317,12 +318,6 @@ class Attention(nn.Module):
         out_init = self.kernel_init if self.out_init is None else self.out_init
         out = Dense(width, out_bias, out_init, name="out")(out)  # [B, T, D]
         return out, probabilities, cache
-
-    def held(self, name: str, heads: int, size: int) -> int:
-        """How many of so many heads a projection's kernel has columns for."""
-        if not self.has_variable("params", name):
-            return heads
-        return min(heads, self.get_variable("params", name)["kernel"].shape[-1] // size)
 
     def prefix(self, groups: int, size: int) -> Cache | None:
         """The layer's own keys and values [G, P, K], or None."""

@@ -51,13 +51,13 @@ def _look_up_on_accelerators(table: Array, ids: Array) -> Array:
     Thousands of threads that add to one of few rows wait for each other (measured on an H200:
     a table of 2 rows took more than half of BERT-large's step), and they can add to float32 only.
     """
-    rows = table.astype(jnp.float32)
+    exact = table.astype(jnp.float32)
     if table.shape[0] <= FEW:
         vectors = jnp.zeros((*ids.shape, table.shape[1]))
         for i in range(table.shape[0]):
-            vectors = jnp.where((ids == i)[..., None], rows[i], vectors)
+            vectors = jnp.where((ids == i)[..., None], exact[i], vectors)
     else:
-        vectors = jnp.take(rows, ids, axis=0)
+        vectors = jnp.take(exact, ids, axis=0)
     return vectors.astype(table.dtype)
 
 

@@ -10,6 +10,7 @@ from jax import Array
 from fmjax.nn.activation import activation
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
+from fmjax.nn.parameter import columns_held
 
 
 class Mlp(nn.Module):
@@ -40,9 +41,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
-        width = self.width
-        if self.has_variable("params", "up"):
-            width = min(width, self.get_variable("params", "up")["kernel"].shape[-1])
+        width = columns_held(self, "up", self.width)
 
         def dense(name: str) -> Dense:
             return Dense(width, self.use_bias, self.kernel_init, name=name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from fmjax.nn.activation import activation
 from fmjax.nn.linear import Dense
 from fmjax.nn.parameter import parameter
-from fmjax.nn.placement import BATCH, EXPERT, axis_size, divided_over, nearest_parts
+from fmjax.nn.placement import BATCH, EXPERT, axis_size, divided_over, nearest_parts, parts_over
 from fmjax.nn.product import matmul
 
 
@@ -148,7 +147,7 @@ def spread_experts(act: str, x: Array, logits: Array, top_k: int, kernels: Exper
             f"sizes of {EXPERT} that do: {nearest_parts(experts, parts)}"
         )
     over = divided_over(BATCH)
-    if parts == 1 or x.shape[0] % math.prod(map(axis_size, over)):
+    if parts == 1 or x.shape[0] % parts_over(over):
         return mix_experts(act, x, route(logits, top_k), kernels)
 
     def own(x: Array, logits: Array, kernels: ExpertKernels) -> Array:

@@ -18,6 +18,14 @@ def parameter(
     return whole(kept(module, name, init, shape))
 
 
+def columns_held(module: nn.Module, name: str, columns: int) -> int:
+    """How many of so many columns the kernel of a module's dense layer `name` has: fewer where some
+    were removed."""
+    if not module.has_variable("params", name):
+        return columns
+    return min(columns, module.get_variable("params", name)["kernel"].shape[-1])
+
+
 def kept(
     module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
 ) -> Array | Compact:

@@ -38,6 +38,11 @@ def axis_size(name: str) -> int:
     return mesh.shape[name] if name in mesh.auto_axes else 1
 
 
+def parts_over(names: Collection[str]) -> int:
+    """How many parts the current mesh divides something into that lies over these axes."""
+    return math.prod(map(axis_size, names))
+
+
 def divided_over(names: Collection[str]) -> tuple[str, ...]:
     """Those of the names that the current mesh has, in its order."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -63,8 +68,7 @@ def constrain(x: Array, *axes: Any) -> Array:
             continue
         names = () if names is None else (names,) if isinstance(names, str) else names
         there = divided_over(names)
-        parts = math.prod(map(axis_size, there))
-        spec.append(there if size % parts == 0 else P.UNCONSTRAINED)
+        spec.append(there if size % parts_over(there) == 0 else P.UNCONSTRAINED)
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 

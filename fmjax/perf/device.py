@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -57,6 +58,15 @@ def cpu_name() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A name of a device, or of a processor, as part of a file's.
+
+    >>> slug("AMD EPYC 7B13 (64 cores)")
+    'amd-epyc-7b13-64-cores'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _versions() -> dict[str, str]:

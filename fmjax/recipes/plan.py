@@ -24,6 +24,7 @@ from fmjax.recipes.plan_output import draw, mesh_name
 from fmjax.recipes.plan_search import Candidate, Remat, candidates, rows_over
 from fmjax.recipes.planned_step import Compiled, Step, Work, compile_step, describe
 from fmjax.recipes.planned_step_run import measure
+from fmjax.recipes.training import plain_settings
 from fmjax.train.sharding import parse_axes
 
 logger = logging.getLogger(__name__)
@@ -102,11 +103,7 @@ def plan(settings: Settings) -> dict[str, Any]:
             "kind": devices[0].device_kind,
             "jax": jax.__version__,
         },
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(settings).items()
-        }
-        | {"head": step.head},
+        "settings": plain_settings(settings) | {"head": step.head},
         "counted": step.sizes() | {"model_flops": flops[False], "tokens": step.tokens},
         "plans": rows + [_row(one, "refused", why) for one, why in undivided],
         "best": best,

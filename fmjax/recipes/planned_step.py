@@ -36,7 +36,7 @@ from fmjax.train import (
     make_train_step,
 )
 from fmjax.train.compile import jit_over
-from fmjax.train.sharding import batch_spec
+from fmjax.train.sharding import batch_spec, placed
 from fmjax.tree import count
 from fmjax.types import LossFn, TrainState, Variables
 
@@ -223,9 +223,7 @@ def _model_of(model: str) -> tuple[ModuleType, Any, str | None]:
             f"bert/large; the families are {hub.families()}"
         )
     family = hub.family_of(name)
-    if variant not in family.VARIANTS:
-        raise ValueError(f"{name} has no variant {variant!r}; it has {list(family.VARIANTS)}")
-    return family, family.VARIANTS[variant], None
+    return family, hub.config_of(family, variant), None
 
 
 def _prepared(variables: Variables, rng: jax.Array, *, work: Work) -> Variables:
@@ -271,16 +269,6 @@ def places(step: Step, devices: list[Any], axes: Mapping[str, int]) -> Any:
     if len(devices) == 1:
         return placed(step.state, SingleDeviceSharding(devices[0]))
     return placed(step.state, layout(step.state, mesh_over(devices, axes)))
-
-
-def placed(tree: Any, shardings: Any) -> Any:
-    """Abstract leaves with their shardings, one for all or a tree of them."""
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        *(tree, shardings),
-    )
 
 
 def compile_step(

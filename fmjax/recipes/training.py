@@ -43,6 +43,7 @@ from fmjax.train.loop import Memory, evaluation, fit
 from fmjax.train.optim import ema_of, track_ema
 from fmjax.train.profiling import parse_steps, profiled
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
+from fmjax.train.sharding import placed
 from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
 from fmjax.types import GradFn, LossFn, TrainState, Variables
@@ -208,10 +209,7 @@ def train(
     abstract, places = jax.eval_shape(lambda: state), None
     if settings.mesh is not None and mesh is not None:
         places = layout(abstract, mesh)
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            *(abstract, places),
-        )
+        abstract = placed(abstract, places)
     step = jit_step(make_train_step(grad_fn, tx), mesh, state_shardings=places)
     if traced is not None:
         step = profiled(step, *traced, run / "profile")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -57,6 +58,17 @@ def apply_fn(model: Any, **options: Any) -> Apply:
         return model.apply(variables, **inputs, **options, train=train, rngs=rngs, mutable=mutable)
 
     return apply
+
+
+def row_weights(batch: Batch, size: int | None = None) -> Array:
+    """float32 [B]: each row's weight, 1 where there are none.
+
+    Args:
+        batch: with ``weight`` [B], or not.
+        size: B; None is that of the batch's first leaf.
+    """
+    size = len(next(iter(batch.values()))) if size is None else size
+    return jnp.asarray(batch.get("weight", jnp.ones(size)), jnp.float32)
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,7 +6,6 @@ float32, and the gradient is as large again. Here they exist for one chunk of to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fmjax.nn.placement import BATCH, axis_size
+from fmjax.nn.placement import BATCH, parts_over
 from fmjax.types import Mean, PyTree, Variables
 
 CHUNK_SIZE = 1024
@@ -166,7 +165,7 @@ def cut(arrays: tuple[Array, ...], *, chunk_size: int) -> tuple[Array, ...]:
     The cut is along T: the examples, which are spread over the devices, stay where they are.
     """
     rows, length = arrays[0].shape[:2]
-    chunk_size *= math.prod(map(axis_size, BATCH))
+    chunk_size *= parts_over(BATCH)
     count = min(max(length, 1), -(-rows * length // chunk_size))  # n
     size = -(-length // max(count, 1))  # t
     count = max(-(-length // max(size, 1)), 1)

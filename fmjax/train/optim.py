@@ -86,14 +86,19 @@ def tracked(opt_state: optax.OptState, kind: type[Any], what: str, by: str) -> A
     Raises:
         ValueError: there is none, or more than one.
     """
-    is_kind = lambda x: isinstance(x, kind)  # noqa: E731
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
+    found = states_of(opt_state, kind)
     if len(found) != 1:
         raise ValueError(
             f"the optimizer state holds {len(found)} {what}; put exactly one {by} last in the "
             "optax.chain"
         )
     return found[0]
+
+
+def states_of(opt_state: optax.OptState, kind: type[Any]) -> list[Any]:
+    """All states of a kind inside an optimizer state."""
+    is_kind = lambda x: isinstance(x, kind)  # noqa: E731
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
 
 
 def decays(path: str) -> bool:

@@ -217,6 +217,22 @@ def shardings(abstract_state: PyTree, mesh: Mesh, rules: Sequence[tuple[str, P]]
     return placed
 
 
+def placed(abstract: PyTree, shardings: PyTree) -> PyTree:
+    """Abstract leaves with their shardings.
+
+    Args:
+        abstract: arrays or ``jax.ShapeDtypeStruct``.
+        shardings: a tree of them, or one for all.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: _at(leaf, shardings), abstract)
+    return jax.tree.map(_at, abstract, shardings)
+
+
+def _at(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
 def _misfits(path: str, shape: tuple[int, ...], mesh: Mesh, spec: P) -> list[str]:
     if len(spec) > len(shape):
         return [f"{path} has shape {shape}, fewer axes than {spec}"]
