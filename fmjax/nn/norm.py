@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -33,16 +35,65 @@ class LayerNorm(nn.Module):
 
 def layer_norm(x: Array, scale: Array | None, bias: Array | None, epsilon: float) -> Array:
     """`LayerNorm` as a function of its parameters [D]: [..., D] -> [..., D]."""
-    x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, axis=-1, keepdims=True)
-    centred = x32 - mean
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(variance + epsilon)
+    if x.dtype == jnp.float32:
+        return _normalised(x, scale, bias, epsilon, True)[0]
+    return _low_precision(x, scale, bias, epsilon, True)
+
+
+def _normalised(
+    x: Array, scale: Array | None, bias: Array | None, epsilon: float, centred: bool
+) -> tuple[Array, tuple[Array | float, Array]]:
+    """x by the statistics of its rows, and these: [..., D], ([..., 1] mean, [..., 1] factor)."""
+    y = x.astype(jnp.float32)
+    mean = jnp.mean(y, axis=-1, keepdims=True) if centred else 0.0
+    y = y - mean if centred else y
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+    y = y * factor
     if scale is not None:
         y = y * scale.astype(jnp.float32)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
+    return y.astype(x.dtype), (mean, factor)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _low_precision(
+    x: Array, scale: Array | None, bias: Array | None, epsilon: float, centred: bool
+) -> Array:
+    """The same of x below float32, whose own derivative would keep and pass on float32 arrays as
+    large as x: on a GPU these are half of what a norm reads and writes.
+    """
+    return _normalised(x, scale, bias, epsilon, centred)[0]
+
+
+def _forward(
+    x: Array, scale: Array | None, bias: Array | None, epsilon: float, centred: bool
+) -> tuple[Array, tuple[Array, Array | None, Array | None, Array | float, Array]]:
+    y, (mean, factor) = _normalised(x, scale, bias, epsilon, centred)
+    return y, (x, scale, bias, mean, factor)
+
+
+def _backward(
+    epsilon: float,
+    centred: bool,
+    residuals: tuple[Array, Array | None, Array | None, Array | float, Array],
+    g: Array,
+) -> tuple[Array, Array | None, Array | None]:
+    # The compiler would find the forward pass's float32 arrays again, and keep one after all.
+    (x, scale, bias, mean, factor), g = jax.lax.optimization_barrier((residuals, g))
+    unit = (x.astype(jnp.float32) - mean) * factor  # [..., D]
+    g32 = g.astype(jnp.float32)
+    to_unit = g32 if scale is None else g32 * scale.astype(jnp.float32)
+    to_x = to_unit - unit * jnp.mean(to_unit * unit, axis=-1, keepdims=True)
+    if centred:
+        to_x = to_x - jnp.mean(to_unit, axis=-1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    to_scale = None if scale is None else jnp.sum(g32 * unit, rows).astype(scale.dtype)
+    to_bias = None if bias is None else jnp.sum(g32, rows).astype(bias.dtype)
+    return (to_x * factor).astype(x.dtype), to_scale, to_bias
+
+
+_low_precision.defvjp(_forward, _backward)
 
 
 class RMSNorm(nn.Module):
@@ -58,10 +109,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
         scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        y = x32 * jax.lax.rsqrt(square + self.epsilon)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+        if x.dtype == jnp.float32:
+            return _normalised(x, scale, None, self.epsilon, False)[0]
+        return _low_precision(x, scale, None, self.epsilon, False)
 
 
 class BatchNorm(nn.Module):

@@ -35,7 +35,7 @@ from fmjax.train import (
     layout,
     make_train_step,
 )
-from fmjax.train.compile import jit_over
+from fmjax.train.compile import compiler_options, jit_over
 from fmjax.train.sharding import batch_spec, placed
 from fmjax.tree import count
 from fmjax.types import LossFn, TrainState, Variables
@@ -287,7 +287,10 @@ def compile_step(
     with target.compiling():
         if len(devices) == 1:
             batch = placed(step.batch, SingleDeviceSharding(devices[0]))
-            lowered = jax.jit(train_step, donate_argnums=0).lower(state, batch)
+            options = compiler_options(devices[0].platform)
+            lowered = jax.jit(train_step, donate_argnums=0, compiler_options=options).lower(
+                state, batch
+            )
         else:
             mesh = mesh_over(devices, axes)
             rows = NamedSharding(mesh, batch_spec(mesh))

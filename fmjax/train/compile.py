@@ -30,6 +30,19 @@ from fmjax.train.sharding import layout
 from fmjax.train.step import all_reduce, make_train_step
 from fmjax.types import Batch, GradFn, PyTree, StepFn, TrainState
 
+_ON_GPU = {
+    # What is rounded to bfloat16 stays so: kept in float32 by whoever reads it next, a gradient
+    # would be written and read again at twice the bytes.
+    "xla_allow_excess_precision": False,
+    # Products of one input are not made one: their results would be cut and joined by copies.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+
+
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """What XLA is told for steps on a platform as JAX names it; None is its own defaults."""
+    return _ON_GPU if platform in ("gpu", "cuda") else None
+
 
 def jit_init(
     make: Callable[[], TrainState],
@@ -72,7 +85,9 @@ def jit_step(
         ValueError: when called with a batch that does not divide by the devices.
     """
     if mesh is None:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(
+            step, donate_argnums=0, compiler_options=compiler_options(jax.default_backend())
+        )
     replicated = NamedSharding(mesh, P())
     states = replicated if state_shardings is None else state_shardings
     batch_spec = examples_over(mesh) if batch_spec is None else batch_spec
@@ -106,6 +121,7 @@ def jit_over(step: StepFn, mesh: Mesh, states: PyTree, rows: NamedSharding) -> A
         in_shardings=(states, rows),
         out_shardings=(states, NamedSharding(mesh, P())),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
 
