@@ -5,8 +5,8 @@
 They learn in our own compiled environment and are judged, acting greedily, over 100 episodes of
 gymnasium's. The folder gets results.json, learning curves and each agent as a Hugging Face folder.
 
-Mean returns of 100 episodes, of the default command (2 minutes on 16 cores, about 15 on 2 busy ones;
-the settings were chosen on these seeds, on another machine):
+Mean returns of 100 episodes, of the default command (2 minutes on 16 cores, about 15 on 2 busy
+ones; the settings were chosen on these seeds, on another machine):
 
 |           | seed 0 | seed 1 | seed 2 | with the last weights in the place of those kept |
 | ---       | ---    | ---    | ---    | ---                                              |
@@ -14,8 +14,8 @@ the settings were chosen on these seeds, on another machine):
 | PPO       | 500    | 500    | 500    | 500, 500, 343.9                                  |
 | REINFORCE | 500    | 500    | 499.4  | 500, 500, 492.9                                  |
 
-Another machine's rounding gives other runs: there DQN had 500 with these and 482.8 and 500 with seeds
-3 and 4.
+Another machine's rounding gives other runs: there DQN had 500 with these and 482.8 and 500 with
+seeds 3 and 4.
 """
 
 from __future__ import annotations
