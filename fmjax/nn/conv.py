@@ -15,7 +15,7 @@ from jax import Array
 from fmjax.nn.activation import activation
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.parameter import parameter
-from fmjax.nn.product import add_bias, gram, matmul
+from fmjax.nn.product import add_bias, affine, gram, matmul
 from fmjax.nn.vision import pair
 
 # Features of an image up to which the places of a window are put side by side: a product for each
@@ -59,7 +59,11 @@ class Conv(nn.Module):
         x = x.astype(kernel.dtype)  # pixels are float32 whatever the weights are
         if size == (1, 1) and self.groups == 1:
             # XLA's CPU convolutions are slow, and this one is a product.
-            y = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
+            rows = x[:, :: self.stride, :: self.stride]
+            if self.use_bias:
+                y = matmul(rows, kernel[0, 0])
+            else:
+                y = affine(rows, kernel[0, 0], None)
         else:
             options: dict[str, Any] = {
                 "stride": self.stride,

@@ -181,7 +181,6 @@ def _batch_normalised(
     size = (x.shape[-1],)
     running_mean = module.variable("batch_stats", "mean", jnp.zeros, size)
     running_variance = module.variable("batch_stats", "variance", jnp.ones, size)
-    x32 = x.astype(jnp.float32)
     if own:
         values = x.size // x.shape[-1]
         if values < 2:
@@ -189,16 +188,76 @@ def _batch_normalised(
                 f"batch normalisation of {x.shape} in training has {values} value a channel, "
                 "which has no variance; use more examples or larger images"
             )
-        axes = tuple(range(x.ndim - 1))
-        mean, variance = jnp.mean(x32, axes), jnp.var(x32, axes)
+        y, mean, variance = _by_own_statistics(x, scale, bias, module.epsilon)
         if _moves(module):
             unbiased = variance * (values / (values - 1))
             for running, value in ((running_mean, mean), (running_variance, unbiased)):
                 old = running.value.astype(jnp.float32)
                 new = (1 - module.momentum) * old + module.momentum * value
                 running.value = new.astype(running.value.dtype)
-    else:
-        mean = running_mean.value.astype(jnp.float32)
-        variance = running_variance.value.astype(jnp.float32)
-    factor = jax.lax.rsqrt(variance + module.epsilon) * scale.astype(jnp.float32)
-    return ((x32 - mean) * factor + bias.astype(jnp.float32)).astype(x.dtype)
+        return y
+    mean = running_mean.value.astype(jnp.float32)
+    variance = running_variance.value.astype(jnp.float32)
+    return _by_statistics(x, scale, bias, mean, variance, module.epsilon)
+
+
+def _by_statistics(
+    x: Array, scale: Array, bias: Array, mean: Array, variance: Array, epsilon: float
+) -> Array:
+    factor = jax.lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32)
+    y = (x.astype(jnp.float32) - mean) * factor + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _by_own_statistics(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """x by the mean and variance over all axes but the last, and these, float32 [C]."""
+    if x.dtype == jnp.float32:
+        axes = tuple(range(x.ndim - 1))
+        mean, variance = jnp.mean(x, axes), jnp.var(x, axes)
+        return _by_statistics(x, scale, bias, mean, variance, epsilon), mean, variance
+    y, mean, variance = _batch_low_precision(x, scale, bias, epsilon)
+    return y, *jax.lax.stop_gradient((mean, variance))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _batch_low_precision(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """The same of x below float32, which is read once for both statistics, and not kept in float32
+    for the gradient; of the statistics there is none.
+    """
+    axes = tuple(range(x.ndim - 1))
+    # About one of the values, so that a variance far below the mean's square is not lost (Chan,
+    # Golub and LeVeque 1983, "Algorithms for computing the sample variance").
+    shift = jax.lax.stop_gradient(x[(0,) * (x.ndim - 1)].astype(jnp.float32))
+    moved = x.astype(jnp.float32) - shift
+    mean, square = jnp.mean(moved, axes), jnp.mean(jnp.square(moved), axes)
+    variance = jnp.maximum(square - jnp.square(mean), 0.0)
+    mean = mean + shift
+    return _by_statistics(x, scale, bias, mean, variance, epsilon), mean, variance
+
+
+def _batch_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    found = _batch_low_precision(x, scale, bias, epsilon)
+    return found, (x, scale, bias, *found[1:])
+
+
+def _batch_backward(
+    epsilon: float, residuals: tuple[Array, ...], cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    x, scale, bias, mean, variance = jax.lax.optimization_barrier(residuals)
+    g = cotangents[0]
+    values, axes = x.size // x.shape[-1], tuple(range(x.ndim - 1))
+    factor = jax.lax.rsqrt(variance + epsilon)
+    unit = (x.astype(jnp.float32) - mean) * factor
+    g32 = g.astype(jnp.float32)
+    to_bias, to_scale = jnp.sum(g32, axes), jnp.sum(g32 * unit, axes)
+    to_x = (g32 - to_bias / values - unit * (to_scale / values)) * (factor * scale)
+    return to_x.astype(x.dtype), to_scale.astype(scale.dtype), to_bias.astype(bias.dtype)
+
+
+_batch_low_precision.defvjp(_batch_forward, _batch_backward)

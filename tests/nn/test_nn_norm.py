@@ -85,3 +85,24 @@ def test_a_smooth_activation_keeps_its_input_alone():
     x = jnp.ones((4, 64), jnp.bfloat16)
     (kept,) = jax.tree.leaves(jax.vjp(activation("gelu_new"), x)[1])
     assert (kept.shape, kept.dtype) == (x.shape, x.dtype)
+
+
+def test_batch_norm_below_float32_has_float32s_gradients_but_for_rounding():
+    x = (30.0 + jax.random.normal(jax.random.key(0), (6, 5, 4, 8))).astype(jnp.bfloat16)
+    scale, bias = (
+        jax.random.normal(jax.random.key(seed), (8,)).astype(jnp.bfloat16) for seed in (1, 2)
+    )
+    norm = BatchNorm(train=True)
+    moving = {"batch_stats": norm.init(jax.random.key(0), x)["batch_stats"]}
+
+    def fn(x, scale, bias):
+        variables = {"params": {"scale": scale, "bias": bias}, **moving}
+        return norm.apply(variables, x, mutable=["batch_stats"])[0]
+
+    _close_to_float32(fn, (x, scale, bias), 2**-7)
+    moved = norm.apply(
+        {"params": {"scale": scale, "bias": bias}, **moving}, x, mutable=["batch_stats"]
+    )[1]["batch_stats"]
+    wide = np.asarray(x, np.float64).reshape(-1, 8)
+    np.testing.assert_allclose(moved["mean"], 0.1 * wide.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(moved["variance"], 0.9 + 0.1 * wide.var(0, ddof=1), rtol=1e-5)
