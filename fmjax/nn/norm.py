@@ -213,36 +213,34 @@ def _by_own_statistics(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[Array, Array, Array]:
     """x by the mean and variance over all axes but the last, and these, float32 [C]."""
-    if x.dtype == jnp.float32:
-        axes = tuple(range(x.ndim - 1))
-        mean, variance = jnp.mean(x, axes), jnp.var(x, axes)
-        return _by_statistics(x, scale, bias, mean, variance, epsilon), mean, variance
-    y, mean, variance = _batch_low_precision(x, scale, bias, epsilon)
+    y, mean, variance = _whitened(x, scale, bias, epsilon)
     return y, *jax.lax.stop_gradient((mean, variance))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _batch_low_precision(
-    x: Array, scale: Array, bias: Array, epsilon: float
-) -> tuple[Array, Array, Array]:
-    """The same of x below float32, which is read once for both statistics, and not kept in float32
-    for the gradient; of the statistics there is none.
+def _whitened(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    """The same, of whose statistics there is no gradient.
+
+    The derivative that JAX finds reads x more often, and below float32 keeps float32 arrays of it.
     """
     axes = tuple(range(x.ndim - 1))
-    # About one of the values, so that a variance far below the mean's square is not lost (Chan,
-    # Golub and LeVeque 1983, "Algorithms for computing the sample variance").
-    shift = jax.lax.stop_gradient(x[(0,) * (x.ndim - 1)].astype(jnp.float32))
-    moved = x.astype(jnp.float32) - shift
-    mean, square = jnp.mean(moved, axes), jnp.mean(jnp.square(moved), axes)
-    variance = jnp.maximum(square - jnp.square(mean), 0.0)
-    mean = mean + shift
+    if x.dtype == jnp.float32:
+        mean, variance = jnp.mean(x, axes), jnp.var(x, axes)
+    else:
+        # In one pass about one of the values, so that a variance far below the mean's square is not
+        # lost (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance").
+        shift = x[(0,) * (x.ndim - 1)].astype(jnp.float32)
+        moved = x.astype(jnp.float32) - shift
+        mean, square = jnp.mean(moved, axes), jnp.mean(jnp.square(moved), axes)
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        mean = mean + shift
     return _by_statistics(x, scale, bias, mean, variance, epsilon), mean, variance
 
 
 def _batch_forward(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    found = _batch_low_precision(x, scale, bias, epsilon)
+    found = _whitened(x, scale, bias, epsilon)
     return found, (x, scale, bias, *found[1:])
 
 
@@ -260,4 +258,4 @@ def _batch_backward(
     return to_x.astype(x.dtype), to_scale.astype(scale.dtype), to_bias.astype(bias.dtype)
 
 
-_batch_low_precision.defvjp(_batch_forward, _batch_backward)
+_whitened.defvjp(_batch_forward, _batch_backward)

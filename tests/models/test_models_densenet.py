@@ -65,7 +65,8 @@ class Twin(nn.Module):
 
 def test_equals_pytorch(tmp_path):
     pixels = np.random.default_rng(0).normal(size=(3, 34, 47, 2)).astype(np.float32)
-    check_twin(densenet, SMALL, Twin(SMALL), pixels, tmp_path)
+    # Measured over four draws: 5.6e-5 at most, and 4.2e-5 with batch norm as JAX differentiates it.
+    check_twin(densenet, SMALL, Twin(SMALL), pixels, tmp_path, gradient_tolerance=1e-4)
 
 
 def test_older_files_have_one_more_dot(tmp_path):
