@@ -26,6 +26,7 @@ from fmjax.weights.tables import (
     joined_rules,
     nested_rules,
     norm_rules,
+    recurrent_rules,
     renamed,
     vocabulary_rules,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "open_checkpoint",
     "parse_size",
     "permute",
+    "recurrent_rules",
     "renamed",
     "rule_tensor_names",
     "stacked",

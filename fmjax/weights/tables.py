@@ -89,6 +89,30 @@ def joined_rules(
     return [kernel, Rule(biases, f"{tensor}.bias", transform)] if bias else [kernel]
 
 
+def recurrent_rules(
+    param: str, tensor: str, *, layers: int, bidirectional: bool = False, bias: bool = True
+) -> list[Rule]:
+    """A PyTorch LSTM, GRU or RNN as `fmjax.nn.recurrent.Recurrent`.
+
+    Args:
+        param: path inside "params/".
+        tensor: PyTorch's name of the module.
+        layers: how many.
+        bidirectional: whether it has both directions.
+        bias: whether it has biases.
+    """
+    table = []
+    for layer in range(layers):
+        for direction, suffix in (("forward", ""), ("backward", "_reverse"))[: 1 + bidirectional]:
+            for part, name in (("input", "ih"), ("hidden", "hh")):
+                here = f"params/{param}/blocks_{layer}/{direction}_{part}"
+                end = f"{name}_l{layer}{suffix}"
+                table.append(Rule(f"{here}/kernel", f"{tensor}.weight_{end}", TRANSPOSE))
+                if bias:
+                    table.append(Rule(f"{here}/bias", f"{tensor}.bias_{end}"))
+    return table
+
+
 def decoder_head_rules(
     head: str, *, tied: bool, lm_bias: bool = False, token_classifier: str = "classifier"
 ) -> list[Rule]:
