@@ -125,17 +125,18 @@ class Recurrence(nn.Module):
         if state is None:
             state = (jnp.zeros((given.shape[0], width), jnp.float32),) * cell.states
         keep = jnp.ones(given.shape[:2], bool) if mask is None else mask.astype(bool)
-        along = jnp.swapaxes(given, 0, 1), keep.T[..., None]  # [T, B, G * H], [T, B, 1]
+        dtype, given = given.dtype, jnp.swapaxes(given, 0, 1)  # [T, B, G * H]
+        keep = keep.T[..., None]  # [T, B, 1]
         leaves = adapters(self)
         if leaves is None:
-            hidden, end = _recurrence(cell, self.reverse, *along, whole(kernel), bias, state)
+            hidden, end = _recurrence(cell, self.reverse, given, keep, whole(kernel), bias, state)
         else:
             # One mask for all times, as in Gal & Ghahramani 2016, arXiv:1512.05287.
             drops = "dropout" in leaves and self.has_rng("dropout")
             rng = self.make_rng("dropout") if drops else None
-            product = partial(_adapted_product, leaves, given.dtype, kernel, bias, rng)
-            hidden, _, end = _run(cell, self.reverse, product, *along, state)
-        hidden = jnp.where(along[1], hidden[0].astype(given.dtype), 0)
+            product = partial(_adapted_product, leaves, dtype, kernel, bias, rng)
+            hidden, _, end = _run(cell, self.reverse, product, given, keep, state)
+        hidden = jnp.where(keep, hidden[0].astype(dtype), 0)
         return jnp.swapaxes(hidden, 0, 1), end
 
 

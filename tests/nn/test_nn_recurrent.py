@@ -11,7 +11,7 @@ from fmjax.nn.recurrent import GRU, LSTM, Recurrent, plain
 from fmjax.tree import flatten, unflatten
 from fmjax.weights import Tensor, export_params, import_params, recurrent_rules
 
-B, T, I, H, L = 3, 7, 5, 4, 2
+B, T, D, H, L = 3, 7, 5, 4, 2
 LENGTHS = np.array([7, 4, 1])
 MASK = (np.arange(T) < LENGTHS[:, None]).astype(np.int32)
 CELLS = {
@@ -25,13 +25,13 @@ CELLS = {
 def twin_of(name, *, bidirectional, bias=True):
     torch.manual_seed(0)
     options = {"batch_first": True, "bidirectional": bidirectional, "bias": bias, "num_layers": L}
-    return CELLS[name][1](I, H, **options, **CELLS[name][2])
+    return CELLS[name][1](D, H, **options, **CELLS[name][2])
 
 
 def ours_of(name, twin, *, bidirectional, bias=True):
     """The module and the twin's weights."""
     model = Recurrent(CELLS[name][0], H, L, bidirectional, bias)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1, I)))
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1, D)))
     abstract = flatten({"params": {"rnn": abstract["params"]}})
     table = recurrent_rules("rnn", "rnn", layers=L, bidirectional=bidirectional, bias=bias)
     arrays = {f"rnn.{key}": value.detach().numpy() for key, value in twin.named_parameters()}
@@ -63,7 +63,7 @@ def test_layers_equal_packed_sequences(name, bidirectional):
     twin = twin_of(name, bidirectional=bidirectional)
     model, flat, table = ours_of(name, twin, bidirectional=bidirectional)
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(B, T, I)).astype(np.float32)
+    x = rng.normal(size=(B, T, D)).astype(np.float32)
     wanted = rng.normal(size=(B, T, H * (1 + bidirectional))).astype(np.float32)
     wanted *= MASK[..., None]  # PyTorch's padding has no gradient either
 
@@ -103,7 +103,7 @@ def test_layers_equal_packed_sequences(name, bidirectional):
 def test_layers_without_biases():
     twin = twin_of("gru", bidirectional=False, bias=False)
     model, flat, _ = ours_of("gru", twin, bidirectional=False, bias=False)
-    x = np.random.default_rng(1).normal(size=(B, T, I)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(B, T, D)).astype(np.float32)
     y, _ = model.apply(variables_of(flat), x)
     assert_near(y, twin(torch.tensor(x))[0].detach(), "outputs")
 
@@ -111,7 +111,7 @@ def test_layers_without_biases():
 def test_a_sequence_in_two_parts_is_the_whole():
     """States go on where they were, padding or not, and what is in it changes nothing."""
     model = Recurrent(LSTM, H, L)
-    x = jax.random.normal(jax.random.key(0), (B, T, I))
+    x = jax.random.normal(jax.random.key(0), (B, T, D))
     variables = jax.jit(model.init)(jax.random.key(1), x)
     run = jax.jit(model.apply)
     whole, ends = run(variables, x, MASK)
@@ -126,9 +126,9 @@ def test_a_sequence_in_two_parts_is_the_whole():
 def test_adapters_of_both_products_are_merged_kernels():
     """A low-rank update of the recurrent kernel as of the input's: outputs and gradients."""
     model = Recurrent(GRU, H, 1)
-    x = jax.random.normal(jax.random.key(0), (B, T, I))
+    x = jax.random.normal(jax.random.key(0), (B, T, D))
     variables = model.init(jax.random.key(1), x)
-    places = {"blocks_0/forward_input": I, "blocks_0/forward_hidden": H}
+    places = {"blocks_0/forward_input": D, "blocks_0/forward_hidden": H}
     leaves = {}
     for number, (place, width) in enumerate(places.items()):
         down, up = jax.random.split(jax.random.key(2 + number))
@@ -153,7 +153,7 @@ def test_adapters_of_both_products_are_merged_kernels():
 @pytest.mark.slow
 def test_low_precision_is_near():
     model = Recurrent(LSTM, H, L, True)
-    x = jax.random.normal(jax.random.key(0), (B, T, I))
+    x = jax.random.normal(jax.random.key(0), (B, T, D))
     variables = model.init(jax.random.key(1), x)
     whole, _ = model.apply(variables, x, MASK)
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
