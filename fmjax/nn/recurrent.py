@@ -129,7 +129,8 @@ class Recurrence(nn.Module):
         keep = keep.T[..., None]  # [T, B, 1]
         leaves = adapters(self)
         if leaves is None:
-            hidden, end = _recurrence(cell, self.reverse, given, keep, whole(kernel), bias, state)
+            runs: Any = _recurrence  # custom_vjp hides what it returns
+            hidden, end = runs(cell, self.reverse, given, keep, whole(kernel), bias, state)
         else:
             # One mask for all times, as in Gal & Ghahramani 2016, arXiv:1512.05287.
             drops = "dropout" in leaves and self.has_rng("dropout")
