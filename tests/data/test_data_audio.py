@@ -227,7 +227,7 @@ def test_sounds_are_batched_by_length():
     assert seen == 12
     frames = examples.columns(lambda one: one[: len(one) // 4 * 4].reshape(-1, 4))
     assert next(batches(frames, batch_size=4, seed=0))["input_features"].shape[-1] == 4
-    with pytest.raises(ValueError, match="sound 4 with 0.1 s"):
+    with pytest.raises(ValueError, match="sound 4 with"):
         examples.columns(max_seconds=0.045)
     with pytest.raises(ValueError, match="12 transcripts have no tokens, the first is 'ab'"):
         examples.columns(encode=lambda text: [])
