@@ -8,6 +8,8 @@ Importing this file imports tensorflow_datasets (about a second), never TensorFl
 
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -112,6 +114,15 @@ def _espeak(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]
     return run
 
 
+@functools.cache
+def _known() -> tuple[frozenset[str], frozenset[str]]:
+    """The languages and timbres there are; espeak-ng takes another in silence for a name it has
+    not."""
+    languages = re.findall(r"^ *\d+ +(\S+)", _espeak(["--voices"], "").stdout, re.MULTILINE)
+    timbres = re.findall(r"!v/(\S+)", _espeak(["--voices=variant"], "").stdout)
+    return frozenset(languages), frozenset(timbres)
+
+
 def speak(utterance: Utterance, rate: int = RATE) -> np.ndarray:
     """What espeak-ng says: float32 [T].
 
@@ -119,6 +130,13 @@ def speak(utterance: Utterance, rate: int = RATE) -> np.ndarray:
       OSError: it is not installed, or fails.
       ValueError: it says nothing, or has no such voice.
     """
+    language, plus, timbre = utterance.voice.partition("+")
+    languages, timbres = _known()
+    if language not in languages or (plus and timbre not in timbres):
+        raise ValueError(
+            f"{PROGRAM} has no voice {utterance.voice!r}; it must be LANGUAGE or LANGUAGE+TIMBRE "
+            f"of what {PROGRAM} --voices and --voices=variant list"
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "said.wav"
         arguments = ["-v", utterance.voice, "-s", str(utterance.speed), "-p", str(utterance.pitch)]

@@ -31,7 +31,7 @@ def test_transcripts_are_read(tmp_path):
 def test_what_is_wrong_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no split 'dev'"):
         load_prompts("dev")
-    with pytest.raises(ValueError, match="no words 'verbs'.* no split 'dev'"):
+    with pytest.raises(ValueError, match=r"no words 'verbs'.* no split 'dev'"):
         load_spoken("verbs", "dev")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.wav").write_bytes(b"")
@@ -75,5 +75,8 @@ def test_what_espeak_says():
     assert 0.02 < np.abs(said).max() <= 1
     longer = speak(Utterance("one two three four five", "en-us+f2", 130, 50))
     assert len(longer) > len(speak(Utterance("one two three four five", "en-us+f2", 200, 50)))
-    with pytest.raises(OSError, match="espeak-ng .* failed"):
-        speak(Utterance("one", "no-such-voice", 160, 50))
+    for voice in ("no-such-voice", "en-us+zzz"):
+        with pytest.raises(ValueError, match="has no voice"):
+            speak(Utterance("one", voice, 160, 50))
+    for voice in sum(VOICES.values(), ()):
+        assert len(speak(Utterance("one", voice, 160, 50)))
