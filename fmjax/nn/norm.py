@@ -84,14 +84,20 @@ class BatchNorm(nn.Module):
     momentum: float = 0.1
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:  # [..., C] -> [..., C]
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:  # [..., C] -> [..., C]
+        """The normalised values.
+
+        Args:
+            x: [..., C].
+            mask: the statistics are of what it keeps (nonzero), with x's first axes; None for all.
+        """
         size = (x.shape[-1],)
         scale = parameter(self, "scale", nn.initializers.ones, size)
         bias = parameter(self, "bias", nn.initializers.zeros, size)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         if self.train and _moves(self):
             count.value = count.value + 1
-        return _batch_normalised(self, x, scale, bias, self.train)
+        return _batch_normalised(self, x, scale, bias, self.train, mask)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -125,7 +131,12 @@ def _moves(module: nn.Module) -> bool:
 
 
 def _batch_normalised(
-    module: BatchNorm | FrozenBatchNorm, x: Array, scale: Array, bias: Array, own: bool
+    module: BatchNorm | FrozenBatchNorm,
+    x: Array,
+    scale: Array,
+    bias: Array,
+    own: bool,
+    mask: Array | None = None,
 ) -> Array:
     """x by the batch's own statistics, which move the running ones, or by the running ones."""
     size = (x.shape[-1],)
@@ -140,7 +151,13 @@ def _batch_normalised(
                 "which has no variance; use more examples or larger images"
             )
         axes = tuple(range(x.ndim - 1))
-        mean, variance = jnp.mean(x32, axes), jnp.var(x32, axes)
+        if mask is None:
+            mean, variance = jnp.mean(x32, axes), jnp.var(x32, axes)
+        else:
+            kept = mask.astype(jnp.float32).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+            values = jnp.maximum(jnp.sum(kept) * (values // mask.size), 2)
+            mean = jnp.sum(x32 * kept, axes) / values
+            variance = jnp.sum(jnp.square((x32 - mean) * kept), axes) / values
         if _moves(module):
             unbiased = variance * (values / (values - 1))
             for running, value in ((running_mean, mean), (running_variance, unbiased)):
