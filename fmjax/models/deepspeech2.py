@@ -249,6 +249,10 @@ class Model(nn.Module):
     scan: bool = False
     remat: bool = False
 
+    def frames(self, lengths: Any) -> Any:
+        """How many frames of logits so many frames of input have; see `output_lengths`."""
+        return output_lengths(self.config, lengths)
+
     @nn.compact
     def __call__(
         self,
