@@ -129,6 +129,7 @@ class Output:
         cosines: [B, C], of the angles between a speaker's logits and each label's direction.
         logit_lengths: int [B], how many of the T frames are of each example, where its logits are
             scores of a symbol at each frame (CTC).
+        ctc_logits: [B, S, V], such scores of an encoder, where `logits` are its decoder's.
         reconstruction: [B, X, Y, C], pixels of images that were partly masked.
         mask: [B, N], 1 for patches that the encoder did not see.
         ids_restore: int [B, N], where each patch stands in the order in which the seen ones come
@@ -166,6 +167,7 @@ class Output:
     embeddings: Array | None = None
     cosines: Array | None = None
     logit_lengths: Array | None = None
+    ctc_logits: Array | None = None
     reconstruction: Array | None = None
     mask: Array | None = None
     ids_restore: Array | None = None

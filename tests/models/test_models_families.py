@@ -204,6 +204,7 @@ TEXT = [
     and not hasattr(family_of(name).Config, "image_size")  # BEiT's is of visual tokens
     and not hasattr(family_of(name).Config, "conv_dim")  # wav2vec 2.0's is of what it hears
     and not hasattr(family_of(name).Config, "num_features")  # and Deep Speech 2's
+    and not hasattr(family_of(name).Config, "conv_channels")
 ]
 
 
