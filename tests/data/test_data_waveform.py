@@ -64,9 +64,8 @@ def test_characters_equal_transformers(upper, tmp_path):
     for text in ("hello world", "its a new world", "tell"):
         ids = ours.encode(text)
         assert ids == theirs(text).input_ids
-        assert ours.decode(ids) == theirs.decode(
-            [i for symbol in ids for i in (symbol, symbol, ours.numbers["<pad>"])]
-        )
+        frames = [i for symbol in ids for i in (symbol, symbol, ours.numbers["<pad>"])]
+        assert ours.decode(ids) == theirs.decode(frames).replace("<unk>", "")
     theirs.save_pretrained(tmp_path / "theirs")
     assert load_characters(tmp_path / "theirs") == ours
 
