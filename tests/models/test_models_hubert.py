@@ -29,11 +29,6 @@ def test_equals_pytorch(head, settings, tmp_path):
     check_head(hubert, config, head, tmp_path, inputs, prepare=tied)
 
 
-def test_ctc_equals_pytorch(tmp_path):
-    config = hubert.Config(**SMALL | BATCHED)
-    check_head(hubert, config, "ctc", tmp_path, waves(config), prepare=tied)
-
-
 @pytest.mark.slow
 def test_statistics_move_in_training(tmp_path):
     """Of batch normalisation before the positions."""

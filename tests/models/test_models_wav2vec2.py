@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -32,8 +33,8 @@ def settings_of(head, kind):
     return settings
 
 
-# The plain suite compares both kinds of norms once each, and the pretraining head.
-FAST = {("ctc", "plain"), ("sequence_classification", "stable"), ("pretraining", "plain")}
+# The plain suite compares one head; the recorded fixture is of the other kind of norms.
+FAST = {("ctc", "plain")}
 CASES = [
     pytest.param(head, kind, marks=() if (head, kind) in FAST else pytest.mark.slow)
     for head in wav2vec2.HEADS
@@ -124,20 +125,22 @@ def test_training_masks_time_and_features():
     rates = "hidden_dropout activation_dropout attention_dropout layerdrop final_dropout"
     rates = dict.fromkeys(rates.split(), 0.0)
     masks = {"mask_time_prob": 0.5, "mask_time_length": 3, "mask_feature_prob": 0.0}
-    config = wav2vec2.Config(**SIZES | rates | masks)
+    config = wav2vec2.Config(**SIZES | rates | masks | {"num_hidden_layers": 1})
     model, variables = fmjax.create("wav2vec2", config, rng=jax.random.key(0))
     values = waves(config)["input_values"]
 
-    def run(model, key):
-        return model.apply(
-            variables, values, train=True, rngs={"dropout": jax.random.key(key)}
-        ).last_hidden_state
+    @partial(jax.jit, static_argnums=0)
+    def train(model, key):
+        return model.apply(variables, values, train=True, rngs={"dropout": key}).last_hidden_state
 
-    plain = model.apply(variables, values).last_hidden_state
+    def run(model, key):
+        return train(model, jax.random.key(key))
+
+    plain = jax.jit(model.apply)(variables, values).last_hidden_state
     assert not np.allclose(run(model, 1), plain, atol=1e-3)
     assert not np.allclose(run(model, 1), run(model, 2), atol=1e-3)
     off = model.clone(config=dataclasses.replace(config, apply_spec_augment=False))
-    np.testing.assert_allclose(run(off, 1), plain, atol=1e-6)
+    np.testing.assert_allclose(run(off, 1), plain, atol=1e-5)
 
 
 def test_spans_are_as_many_and_as_long_as_asked():
@@ -186,15 +189,19 @@ def test_what_does_not_fit_is_refused():
         "ctc_loss_reduction='none'", "mask_time_prob=2.0", "hidden_act='bump'",
     ):  # fmt: skip
         assert words in str(error.value)
-    model, variables = fmjax.create("wav2vec2", "tiny", rng=jax.random.key(0))
+    model = wav2vec2.Model(wav2vec2.VARIANTS["tiny"])
+
+    def run(model, *arrays):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), *arrays))
+
     with pytest.raises(ValueError, match=r"must be \[B, T\]"):
-        model.apply(variables, np.zeros((1, 20, 1)))
+        run(model, np.zeros((1, 20, 1)))
     with pytest.raises(ValueError, match="9 samples; this model needs at least 10"):
-        model.apply(variables, np.zeros((1, 9)))
+        run(model, np.zeros((1, 9)))
     with pytest.raises(ValueError, match=r"that of input_values, \(1, 40\)"):
-        model.apply(variables, np.zeros((1, 40)), np.zeros((1, 6)))
+        run(model, np.zeros((1, 40)), np.zeros((1, 6)))
     with pytest.raises(ValueError, match="make 6 frames each"):
-        model.apply(variables, np.zeros((1, 40)), mask_time_indices=np.zeros((1, 40)))
+        run(model, np.zeros((1, 40)), None, np.zeros((1, 40)))
     bare = wav2vec2.Model(dataclasses.replace(model.config, mask_time_prob=0, mask_feature_prob=0))
     with pytest.raises(ValueError, match="needs a model with a vector for masked frames"):
-        bare.apply(variables, np.zeros((1, 40)), mask_time_indices=np.zeros((1, 6)))
+        run(bare, np.zeros((1, 40)), None, np.zeros((1, 6)))
