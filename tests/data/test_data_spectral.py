@@ -46,10 +46,10 @@ def test_mel_filters(scale, equal_area):
 @pytest.mark.parametrize(
     "frames",
     [
-        Frames(400, 160, center=True),
         Frames(400, 160, 512, center=True),
-        Frames(400, 160, 512),
-        Frames(320, 160, window="hamming", periodic=False),
+        pytest.param(Frames(400, 160, center=True), marks=pytest.mark.slow),
+        pytest.param(Frames(400, 160, 512), marks=pytest.mark.slow),
+        pytest.param(Frames(320, 160, window="hamming", periodic=False), marks=pytest.mark.slow),
         Frames(256, 100, window="povey", periodic=False, remove_mean=True, preemphasis=0.9),
     ],
 )
@@ -147,6 +147,7 @@ def test_spec_augment_masks_spans_of_the_sizes_it_says():
     np.testing.assert_array_equal(run(jax.random.key(0)), run(jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_time_warp_moves_frames_and_keeps_their_order():
     policy = dataclasses.replace(POLICIES["LB"], time_warp=8, frequency_masks=0, time_masks=0)
     ramp = jnp.broadcast_to(jnp.arange(60.0)[:, None], (16, 60, 2))
@@ -161,6 +162,7 @@ def test_time_warp_moves_frames_and_keeps_their_order():
         assert (moved > 1e-3) == (length > 16)
 
 
+@pytest.mark.slow
 def test_speeds_are_resamplings():
     """A sound at 1.1 times the speed is one of 11 kHz at 10 kHz, and its tones are higher."""
     time = np.arange(4_000) / 16_000

@@ -123,6 +123,7 @@ def test_a_sequence_in_two_parts_is_the_whole():
     assert not np.any(np.asarray(whole)[MASK == 0])
 
 
+@pytest.mark.slow
 def test_adapters_of_both_products_are_merged_kernels():
     """A low-rank update of the recurrent kernel as of the input's: outputs and gradients."""
     model = Recurrent(GRU, H, 1)
