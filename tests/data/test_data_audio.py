@@ -17,6 +17,7 @@ from fmjax.data.audio_sets import (
     read_audio_manifest,
 )
 from fmjax.data.batches import batches
+from fmjax.data.buckets import choose_buckets
 from fmjax.data.resampling import resample, resample_blocks
 
 RATE = 16_000
@@ -231,3 +232,15 @@ def test_sounds_are_batched_by_length():
         examples.columns(max_seconds=0.045)
     with pytest.raises(ValueError, match="12 transcripts have no tokens, the first is 'ab'"):
         examples.columns(encode=lambda text: [])
+
+
+def test_buckets_of_samples():
+    """As many lengths as sounds: few buckets all the same, as good as equal parts at least."""
+    lengths = np.random.default_rng(0).integers(2_000, 480_000, 5_000)
+    ends = choose_buckets(lengths, max_length=480_000)
+    assert len(ends) == 4
+    assert ends[-1] >= lengths.max()
+    assert not any(end % 8 for end in ends)
+    equal = np.linspace(120_000, 480_000, 4)
+    cost = [np.asarray(e)[np.searchsorted(e, lengths)].sum() for e in (ends, equal)]
+    assert cost[0] <= cost[1]
