@@ -6,7 +6,11 @@
 
 The sounds are sequences of one to five digits or commands that espeak-ng says in 20 voices; those
 of validation and test are others. Beside them the model hears ten recordings of a digit each, of a
-speaker it never heard. NUMBERS Any other sounds, in manifests (path and text):
+speaker it never heard. With `--epochs 16` the first reached a word error rate of 0.7 % on the 300
+test sounds, in 5 voices it was not trained on (validation 0.4 %), in 22 minutes on 2 cores that had
+other work; of the ten recorded digits it gets 3 right (word error rate 0.7): a person does not
+sound as espeak-ng. The other two are not measured yet. Any other sounds, in manifests (path and
+text):
 
     python experiments/speech_ctc.py --output runs/mine --data train.tsv --val dev.tsv \
         --test test.tsv
