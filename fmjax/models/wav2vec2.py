@@ -491,10 +491,10 @@ PREFIX = "wav2vec2."
 # states is normed, as those were that weighted sums of layers were trained on.
 FIXED: dict[str, Any] = {"tie_last_hidden_states": True} | dict.fromkeys(
     """
-    feat_extract_dropout freeze_feat_extract_train mask_channel_length mask_channel_min_space
-    mask_channel_other mask_channel_prob mask_channel_selection mask_time_min_space
-    mask_time_other mask_time_selection no_mask_channel_overlap no_mask_time_overlap
-    num_feat_extract_layers
+    feat_extract_dropout freeze_feat_extract_train hidden_dropout_prob
+    mask_channel_length mask_channel_min_space mask_channel_other mask_channel_prob
+    mask_channel_selection mask_time_min_space mask_time_other mask_time_selection
+    no_mask_channel_overlap no_mask_time_overlap num_feat_extract_layers
     """.split(),
     ...,
 )

@@ -96,7 +96,10 @@ def test_old_files_load(tmp_path):
     del tensors["wav2vec2.masked_spec_embed"]
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     data = json.loads((tmp_path / "config.json").read_text())
-    data |= {"num_feat_extract_layers": 2, "mask_channel_prob": 0.0, "feat_extract_dropout": 0.0}
+    data |= {
+        "num_feat_extract_layers": 2, "mask_channel_prob": 0.0, "feat_extract_dropout": 0.0,
+        "hidden_dropout_prob": 0.1, "gradient_checkpointing": False,
+    }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(data))
     again, read = fmjax.load(tmp_path)
     assert again == model
@@ -104,6 +107,24 @@ def test_old_files_load(tmp_path):
     assert not flat.pop("params/embed/mask").any()
     for path, leaf in flat.items():
         np.testing.assert_array_equal(leaf, flatten(variables)[path], err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_pretrained_file_gets_another_head(tmp_path):
+    """The quantiser is left unread; only the head is new."""
+    model, variables = fmjax.create("wav2vec2", "tiny", head="pretraining", rng=jax.random.key(0))
+    fmjax.save(tmp_path, model, variables)
+    with pytest.raises(ValueError, match="head/classifier/kernel"):
+        fmjax.load(tmp_path, head="ctc")
+    tuned, read = fmjax.load(tmp_path, head="ctc", new=("head/",))
+    assert tuned.head == "ctc"
+    before, after = flatten(variables), flatten(read)
+    assert sorted(after.keys() - before.keys()) == [
+        "params/head/classifier/bias",
+        "params/head/classifier/kernel",
+    ]
+    for path in before.keys() & after.keys():
+        np.testing.assert_array_equal(before[path], after[path], err_msg=path)
 
 
 def test_padding_changes_nothing():
