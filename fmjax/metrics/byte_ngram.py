@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +58,26 @@ class ByteNgram:
             mixed = (count + kinds * shorter) / np.where(known, table.totals[at] + kinds, 1)
             probability[k:] = np.where(known, mixed, shorter)
         return -np.log(probability)
+
+    def scorer(self, *, weight: float = 0.5, bonus: float = 0.0) -> Callable[[str, str], float]:
+        """What a search over prefixes (`fmjax.generate.ctc.prefix_beam`) asks for each character.
+
+        Args:
+            weight: of its log-probability after those before it.
+            bonus: of each character, against too short transcripts.
+        """
+
+        @functools.lru_cache(maxsize=2**16)
+        def nats(context: bytes, piece: bytes) -> float:
+            return float(self.nats(context + piece)[len(context) :].sum())
+
+        def score(text: str, piece: str) -> float:
+            if piece == "":
+                return 0.0
+            context = text.encode()[-len(self.tables) :]  # longer ones have no say
+            return bonus - weight * nats(context, piece.encode())
+
+        return score
 
 
 def fit_ngram(text: bytes, order: int = 6) -> ByteNgram:

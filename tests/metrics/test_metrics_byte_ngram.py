@@ -30,6 +30,16 @@ def test_longer_contexts_predict_better():
     assert nats[0] > nats[1] > nats[2]
 
 
+def test_scores_of_characters_add_up():
+    """To the whole text's, whatever its length; a character may be several bytes."""
+    text = "the caté on the mat"
+    model = fit_ngram(TEXT + text.encode(), 4)
+    score = model.scorer(weight=0.5, bonus=0.25)
+    total = sum(score(text[:place], text[place]) for place in range(len(text))) + score(text, "")
+    expected = 0.25 * len(text) - 0.5 * model.nats(text.encode()).sum()
+    assert total == pytest.approx(expected)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="order=9"):
         fit_ngram(TEXT, 9)

@@ -10,6 +10,8 @@ LABEL_HEADS = {
     "multiple_choice",
     "next_sentence_prediction",
     "sequence_classification",
+    "audio_frame_classification",
+    "xvector",
 }
 FRAMES = {f"test_models_{name}.py" for name in ("bert", "gpt2", "llama", "bart", "t5")}
 

@@ -15,6 +15,9 @@ KINDS = {  # I, O, size, stride, groups, dilation
     "grouped-dilated": (6, 6, 3, 1, 3, 2),
     "depthwise": (5, 5, 5, 2, 5, 1),
     "depthwise-dilated": (5, 5, 3, 1, 5, 2),
+    "depthwise-uneven": (5, 5, 3, (2, 1), 5, 1),
+    "uneven": (4, 6, 3, (1, 2), 1, 1),
+    "wide": (2, 3, 9, (1, 2), 1, 1),
     "multiplied": (3, 6, 3, 1, 3, 1),  # of each feature two
     "pixels": (4, 6, 1, 2, 2, 1),
 }

@@ -1,0 +1,247 @@
+"""Hears words: Deep Speech 2, or a wav2vec 2.0 encoder, trained from nothing by CTC.
+
+    python experiments/speech_ctc.py --output runs/digits
+    python experiments/speech_ctc.py --output runs/commands --data commands
+    python experiments/speech_ctc.py --output runs/digits-wav2vec2 --model wav2vec2
+
+The sounds are sequences of one to five digits or commands that espeak-ng says in 20 voices; those
+of validation and test are others. Beside them the model hears ten recordings of a digit each, of a
+speaker it never heard. With `--epochs 16` the first reached a word error rate of 0.7 % on the 300
+test sounds, in 5 voices it was not trained on (validation 0.4 %), in 22 minutes on 2 cores that had
+other work; of the ten recorded digits it gets 3 right (word error rate 0.7): a person does not
+sound as espeak-ng. The other two are not measured yet. Any other sounds, in manifests (path and
+text):
+
+    python experiments/speech_ctc.py --output runs/mine --data train.tsv --val dev.tsv \
+        --test test.tsv
+
+An interrupted run is continued by the same command. The folder gets checkpoints, metrics.jsonl,
+TensorBoard events, report.html and the model as a folder.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+
+import fmjax
+from fmjax.data.audio_augment import SpecAugment, spec_augment
+from fmjax.data.audio_sets import AudioExamples, read_audio_manifest
+from fmjax.data.batches import batches, shared_buckets
+from fmjax.data.characters import Characters, characters_of
+from fmjax.data.columns import Columns
+from fmjax.data.spectral import Frames, log_mel, mel_filters, normalise
+from fmjax.models import deepspeech2, wav2vec2
+from fmjax.recipes.texts import evaluation_batches
+from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
+from fmjax.report import save_samples
+from fmjax.tasks import ctc as task
+from fmjax.types import Aux, Batch, LossFn, TrainState, Variables
+
+RATE = 8_000  # of the recordings; what is synthesised is brought to it
+MELS = 40
+FRAMES = Frames(length=200, hop=80, fft=256)  # 25 ms every 10 ms
+FILTERS = mel_filters(FRAMES, MELS, RATE, low=60.0)
+# About a tenth of the bins and of the time: sounds are of one to three seconds.
+MASKS = SpecAugment(0, 6, 2, 12, 0.1, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Training):
+    """Train a small model of speech."""
+
+    model: Literal["deepspeech2", "wav2vec2"] = "deepspeech2"
+    """Convolutions over log-mel frames and recurrent layers, or convolutions over samples and a
+    transformer."""
+    data: str = "digits"
+    """"digits" or "commands", said by espeak-ng, or a manifest of sounds."""
+    val: Path | None = None
+    """Validation sounds, when data is a file."""
+    test: Path | None = None
+    """Test sounds, when data is a file."""
+    train_sounds: int | None = None
+    """Train on so many sounds only."""
+    width: int = 128
+    """Of recurrent layers, in each direction, or of the transformer."""
+    layers: int = 2
+    """Recurrent, or of the transformer."""
+    noise: float = 0.01
+    """Deviation of the noise that is added to samples, as a share of full scale, and to normalised
+    frames ten times as much."""
+    augment: bool = True
+    """Mask spans of frames and of bins (SpecAugment) while training Deep Speech 2."""
+    epochs: float = 20.0
+    """Passes over the training sounds."""
+    batch_size: int = 32
+    """Sounds a step."""
+    learning_rate: float = 2e-3
+    """Peak of the schedule."""
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "stable"] = "cosine"
+    """See `Training`."""
+    evaluations: int = 1
+    """Evaluations an epoch; each may set the best checkpoint."""
+
+
+def load(settings: Settings) -> dict[str, AudioExamples]:
+    """The sounds of "train", "val" and, where there are any, "test" and "recorded"."""
+    if settings.data in ("digits", "commands"):
+        from fmjax.data.prompts import DIGITS, load_prompts
+        from fmjax.data.spoken import load_spoken
+
+        splits = ("train", "val", "test")
+        sounds = {split: load_spoken(settings.data, split, rate=RATE) for split in splits}
+        if settings.data == "digits":
+            sounds["recorded"] = load_prompts("all", DIGITS, rate=RATE)
+    else:
+        if settings.val is None:
+            raise ValueError(f"data={settings.data!r} is a file: give validation sounds, val=FILE")
+        files = {"train": settings.data, "val": settings.val, "test": settings.test}
+        sounds = {
+            split: read_audio_manifest(path, rate=RATE)
+            for split, path in files.items()
+            if path is not None
+        }
+    if settings.train_sounds is not None:
+        sounds["train"] = sounds["train"].select(range(settings.train_sounds))
+    return sounds
+
+
+def features(samples: np.ndarray) -> np.ndarray:
+    """Normalised log-mel frames: [T] -> [N, M]."""
+    # Whole tenths of a second, so that few lengths are compiled.
+    size = -(-max(len(samples), FRAMES.length) // 800) * 800
+    padded = np.zeros(size, np.float32)
+    padded[: len(samples)] = samples
+    return np.asarray(_features(padded))[: max(1, int(FRAMES.count(len(samples))))]
+
+
+@jax.jit
+def _features(samples: Array) -> Array:
+    # A little noise in place of digital silence, whose logarithm says nothing of any sound.
+    quiet = 1e-3 * jax.random.normal(jax.random.key(0), samples.shape)
+    return normalise(log_mel(samples + quiet, FRAMES, FILTERS))
+
+
+def prepared(settings: Settings, sounds: AudioExamples, characters: Characters) -> Columns:
+    """The sounds as the model reads them, with their characters."""
+    if settings.model == "deepspeech2":
+        return sounds.columns(features, encode=characters.encode)
+    even = [(one - one.mean()) / np.sqrt(one.var() + 1e-7) for one in sounds.samples]
+    return dataclasses.replace(sounds, samples=even).columns(encode=characters.encode)
+
+
+def config_of(settings: Settings, characters: Characters) -> Any:
+    """The sizes of the model."""
+    size, blank = len(characters.symbols), characters.numbers[characters.blank]
+    if settings.model == "deepspeech2":
+        return deepspeech2.Config(
+            num_features=MELS, conv_channels=(16, 16), conv_sizes=((11, 11), (11, 7)),
+            conv_strides=((2, 2), (1, 2)), cell="gru", hidden_size=settings.width,
+            num_hidden_layers=settings.layers, dense_sizes=(), hidden_dropout=0.1, vocab_size=size,
+            pad_token_id=blank, ctc_loss_reduction="mean",
+        )  # fmt: skip
+    width = settings.width
+    return wav2vec2.Config(
+        vocab_size=size, hidden_size=width, num_hidden_layers=settings.layers,
+        num_attention_heads=4, intermediate_size=4 * width, feat_extract_norm="layer",
+        do_stable_layer_norm=True, conv_bias=True,
+        conv_dim=(64, 64, 64, width), conv_kernel=(10, 8, 4, 4), conv_stride=(5, 4, 4, 2),
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, mask_time_prob=0.05,
+        mask_time_length=5, layerdrop=0.0, pad_token_id=blank, ctc_loss_reduction="mean",
+    )  # fmt: skip
+
+
+def noisy(loss: LossFn, settings: Settings) -> LossFn:
+    """The loss of sounds with noise and, of frames, masked spans: drawn anew at each step."""
+
+    def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
+        assert rng is not None  # the step has one always
+        noise_key, mask_key, key = jax.random.split(rng, 3)
+        name = "input_features" if settings.model == "deepspeech2" else "input_values"
+        scale = settings.noise * (10.0 if settings.model == "deepspeech2" else 1.0)
+        x = jnp.asarray(batch[name])
+        x = x + scale * jax.random.normal(noise_key, x.shape)
+        if settings.augment and settings.model == "deepspeech2":
+            lengths = jnp.asarray(batch["attention_mask"]).sum(axis=1)
+            x = spec_augment(mask_key, x, lengths, MASKS)
+        return loss(variables, {**batch, name: x}, key)
+
+    return loss_fn
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Trains (or goes on), evaluates, and returns what results.json holds."""
+    sounds = load(settings)
+    characters = characters_of(text for text in sounds["train"].texts or ())
+    columns = {split: prepared(settings, part, characters) for split, part in sounds.items()}
+    for split, part in sounds.items():
+        print(f"{split}: {len(part):,} sounds, {part.seconds / 60:.1f} minutes")
+    model, variables = fmjax.create(
+        settings.model, config_of(settings, characters), head="ctc",
+        rng=jax.random.key(settings.seed), scan=settings.scan, remat=settings.remat,
+    )  # fmt: skip
+    blank = characters.numbers[characters.blank]
+    for part in columns.values():
+        inputs, labels = part.ragged
+        task.check_labels(model.frames(inputs.lengths), labels.rows("labels"), blank=blank)
+    shapes = shared_buckets(*columns.values())
+    stream = batches(
+        columns["train"], batch_size=settings.batch_size, seed=settings.seed, buckets=shapes
+    )
+
+    def evaluation(state: TrainState, split: str) -> task.Evaluation:
+        once = evaluation_batches(columns[split], buckets=shapes, batch_size=32)
+        return task.evaluate(
+            model, weights_of(state), once, size=len(sounds[split]), text=characters.decode
+        )
+
+    state = train(
+        settings,
+        model,
+        variables,
+        noisy(task.loss(model), settings),
+        stream,
+        evaluate=lambda state: evaluation(state, "val").metrics,
+        metric="wer",
+        mode="min",
+        about={
+            "source": f"{settings.model}, random weights",
+            "data": {
+                "source": settings.data,
+                "splits": {split: len(part) for split, part in sounds.items()},
+            },
+        },
+    )
+    if state is None:
+        return STOPPED
+    results: dict[str, Any] = {"best_step": int(state.step)}
+    rows = []
+    for split in [split for split in sounds if split != "train"]:
+        found = evaluation(state, split)
+        results[split] = found.metrics
+        pairs = zip(found.references[:10], found.predictions[:10], strict=True)
+        rows += [(split, *pair) for pair in pairs]
+    save_samples(settings.output, ("sounds", "said", "heard"), rows)
+    finish(settings.output, results, model, weights_of(state), characters)
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the experiment and prints the error rates on sounds that were not trained on."""
+    settings = tyro.cli(Settings, description=__doc__, args=argv)
+    results = run(settings)
+    if results is STOPPED:
+        print(f"stopped; run the same command again to continue {settings.output}")
+        return
+    for split in [name for name in results if name != "best_step"]:
+        scores = plain_numbers(results[split])
+        print(split, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+
+if __name__ == "__main__":
+    main()
