@@ -185,9 +185,7 @@ class Frames(nn.Module):
         x = gelu(FrameConv(config.d_model, 2, config.init_std, name="conv_2")(x))
         # A constant of the file, no parameter: PyTorch does not train it either.
         places = jnp.arange(config.max_source_positions)
-        table = self.variable(
-            "buffers", "sinusoids", lambda: sinusoids_of(places, config.d_model)
-        )
+        table = self.variable("buffers", "sinusoids", lambda: sinusoids_of(places, config.d_model))
         x = x + jax.lax.stop_gradient(table.value).astype(x.dtype)
         return Dropout(config.dropout)(x, train)
 
