@@ -111,7 +111,7 @@ HEADS = {
 
 def _sized(layers: int, width: int, heads: int, *, english: bool = False, **others: Any) -> Config:
     end = 50256 if english else 50257
-    sizes = {
+    sizes: dict[str, Any] = {
         "encoder_layers": layers, "decoder_layers": layers, "d_model": width,
         "encoder_attention_heads": heads, "decoder_attention_heads": heads,
         "encoder_ffn_dim": 4 * width, "decoder_ffn_dim": 4 * width,
@@ -179,7 +179,7 @@ class Frames(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, features: Array, positions: Array | None, train: bool) -> Array:
+    def __call__(self, features: Array, positions: Array, train: bool) -> Array:
         config = self.config  # [B, T, M] -> [B, S, D]
         x = gelu(FrameConv(config.d_model, 1, config.init_std, name="conv_1")(features))
         x = gelu(FrameConv(config.d_model, 2, config.init_std, name="conv_2")(x))
@@ -227,7 +227,7 @@ class ClassHead(nn.Module):
             count = len(out.hidden_states)
             even = nn.initializers.constant(1.0 / count)
             weights = jax.nn.softmax(parameter(self, "layer_weights", even, (count,)))
-            hidden = sum(w * x for w, x in zip(weights, out.hidden_states, strict=True))
+            hidden = jnp.einsum("L,LBSD->BSD", weights, jnp.stack(out.hidden_states))
         assert hidden is not None  # every encoder has one
         x = Dense(config.classifier_proj_size, True, init, name="projector")(hidden)
         x = jnp.mean(x, axis=1, dtype=jnp.float32).astype(x.dtype)  # [B, P]
@@ -323,7 +323,8 @@ class Model(mbart.Model):
         return features
 
     def run_encoder(self, side: Tokens) -> Output:
-        return self.encoder(side.embeds, None, side, Shared(None), None)
+        assert side.embeds is not None  # `encode` has the frames there
+        return self.encoder(side.embeds, side.positions(), side, Shared(None), None)
 
     def default_decoder_ids(self, input_ids: Array, attention_mask: Array | None) -> Array | None:
         return None
@@ -360,12 +361,12 @@ class Model(mbart.Model):
         Raises:
             ValueError: inputs that contradict each other, the head or the config.
         """
-        flags = {"train": train, "output_attentions": output_attentions}
-        of_tokens = {
+        flags: dict[str, Any] = {"train": train, "output_attentions": output_attentions}
+        of_tokens: dict[str, Any] = {
             "input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids,
             "encoder_hidden_states": encoder_hidden_states,
         }  # fmt: skip
-        of_decoder = {
+        of_decoder: dict[str, Any] = {
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
             "encoder_outputs": encoder_outputs,
