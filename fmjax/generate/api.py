@@ -40,6 +40,8 @@ class Generated:
         scores: float32 [B], of beams: log-probability over length ** length_penalty.
         step_logits: float32 [B, N, V], as the model gave them, when asked for.
         step_scores: float32 [B, N, V], after the processors, when asked for.
+        log_probs: float32 [B, N], of the new tokens after all processors but temperature, 0 behind
+            a row's end, when asked for.
         drafted, accepted: tokens that a draft model proposed, and those that were taken.
     """
 
@@ -49,6 +51,7 @@ class Generated:
     scores: np.ndarray | None = None
     step_logits: np.ndarray | None = None
     step_scores: np.ndarray | None = None
+    log_probs: np.ndarray | None = None
     drafted: int | None = None
     accepted: int | None = None
 
@@ -68,6 +71,7 @@ def generate(
     encoder_outputs: Array | None = None,
     output_logits: bool = False,
     output_scores: bool = False,
+    output_log_probs: bool = False,
     **options: Any,
 ) -> Generated:
     """Continues prompts: greedily, by drawing, by beam search, or with a draft model's help.
@@ -100,6 +104,8 @@ def generate(
             "encode".
         output_logits, output_scores: whether each step's are returned, before and after the
             processors; not of a beam search.
+        output_log_probs: whether the new tokens' log-probabilities are returned; not of a beam
+            search.
         **options: fields of `GenerationConfig`, in place of its values.
 
     Raises:
@@ -107,7 +113,8 @@ def generate(
             tokens outside the vocabulary. All problems of a kind are listed.
     """
     config = (generation_config or GenerationConfig()).replace(**options)
-    problems = _problems(config, rng, tokenizer, draft is not None, output_logits or output_scores)
+    kept = output_logits or output_scores or output_log_probs
+    problems = _problems(config, rng, tokenizer, draft is not None, kept)
     if problems:
         raise ValueError("generation:\n  " + "\n  ".join(problems))
     plan = make_plan(
@@ -152,6 +159,7 @@ def generate(
         repeats=config.num_return_sequences,
         keep_logits=output_logits,
         keep_scores=output_scores,
+        keep_log_probs=output_log_probs,
     )
     if draft is not None:
         draft_cache, draft_context = start_draft(
@@ -181,9 +189,11 @@ def generate(
         name: None if store is None else np.moveaxis(np.asarray(store), 0, 1)[:, : plan.limit]
         for name, store in (("step_logits", carry.logits), ("step_scores", carry.scores))
     }
-    return _generated(
-        config, plan, np.asarray(carry.state.tokens), np.asarray(carry.lengths), **steps
-    )
+    lengths = np.asarray(carry.lengths)
+    if carry.log_probs is not None:
+        new = np.arange(plan.limit) < lengths[:, None]
+        steps["log_probs"] = np.where(new, np.asarray(carry.log_probs)[:, : plan.limit], 0.0)
+    return _generated(config, plan, np.asarray(carry.state.tokens), lengths, **steps)
 
 
 def stream(
@@ -279,9 +289,9 @@ def _problems(
     if config.num_beams > 1 and drafted:
         problems.append("a draft model does not help a beam search; set num_beams=1")
     if config.num_beams > 1 and kept:
-        problems.append("output_logits and output_scores are not of a beam search")
+        problems.append("logits, scores and log-probabilities are not of a beam search")
     if drafted and kept:
-        problems.append("output_logits and output_scores are not kept with a draft model")
+        problems.append("logits, scores and log-probabilities are not kept with a draft model")
     return problems
 
 
