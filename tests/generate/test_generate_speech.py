@@ -49,7 +49,7 @@ MULTILINGUAL = ENGLISH_ONLY | {
 def pair(tmp_path_factory):
     """(PyTorch's model, ours and its variables) of the same random weights."""
     folder = tmp_path_factory.mktemp("whisper")
-    twin = torch_twin(whisper, CONFIG, "seq2seq_lm", 3, spread=0.25)
+    twin = torch_twin(whisper, CONFIG, "seq2seq_lm", 0, spread=0.5)
     twin.save_pretrained(folder)
     return twin, *fmjax.load(folder)
 
@@ -87,7 +87,8 @@ def test_windows_equal_pytorch(pair):
     twin, listener = both(pair, ENGLISH_ONLY)
     features = frames(4, 24)
     heard = hear(listener, features)
-    expected = theirs(twin, features)["sequences"]
+    # What follows the last pair of times would be heard again: one call is one window's text.
+    expected = theirs(twin, features, force_unique_generate_call=True)["sequences"][:, 2:]
     assert [text.tokens for text in heard] == [without_end(row) for row in expected]
     assert len({text.tokens for text in heard}) > 1
     assert all(math.isnan(text.no_speech) for text in heard)
@@ -106,7 +107,6 @@ def test_languages_and_tasks_equal_pytorch(pair, options, timestamps):
     features = frames(3, 24, seed=1)
     speech = dataclasses.replace(listener.speech, **options)
     heard = hear(listener._replace(speech=speech), features, timestamps=timestamps)
-    # What follows the last pair of times is heard again: one call is one window's text.
     expected = theirs(
         twin, features, return_timestamps=timestamps, force_unique_generate_call=True, **options
     )["sequences"]
@@ -182,7 +182,7 @@ def test_thresholds_equal_pytorch(pair):
     windows = np.stack([Whole(recording).window(start) for start in range(0, 120, 24)])
     heard = hear(listener._replace(speech=speech), windows, timestamps=True)
     assert all(text.silent for text in heard)
-    middle = float(np.median([text.no_speech for text in heard]))
+    middle = float(np.mean(sorted(text.no_speech for text in heard)[2:4]))
     speech = dataclasses.replace(speech, no_speech_threshold=middle)
     found = check_long(
         twin, listener._replace(speech=speech), [recording], logprob_threshold=0.0,
