@@ -186,6 +186,17 @@ ASSETS: dict[str, Asset] = {
         folder="package/data",
         patterns=("*.txt",),
     ),
+    "prompts": Asset(
+        package="asterisk-core-sounds-en-wav",
+        version="1.6.1",
+        kind="deb",
+        sha256="c5aaa003fc071d5f6d4ea9de116ca77a950fafeb7c6d4d03874f91ed4116662a",
+        size=18_272_864,
+        licence="CC-BY-SA 3.0",
+        source="Allison Smith's recordings for the telephone exchange Asterisk: 568 of 8 kHz",
+        folder="usr/share/asterisk/sounds/en_US_f_Allison",
+        patterns=("*.wav",),
+    ),
 }
 
 
@@ -210,7 +221,7 @@ def fetch(name: str) -> Path:
         model.safetensors, tokenizer.json, vocab.txt), "sentiment" (four ``*_GroundTruth.txt``),
         "brown" (500 documents), "wordnet" (four ``data.*``), "mail" (6,046 ``*.txt``),
         "fashion-mnist" (four IDX files), "mnist-5k" (one CSV file), "emoji" (emoji.json and
-        pictures) or "efficientnet-lite0" (one .pth).
+        pictures), "efficientnet-lite0" (one .pth) or "prompts" (568 WAV).
 
     Raises:
       ValueError: there is no asset of that name.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MOST_ENDS = 512  # lengths among which buckets are sought: samples of sounds have as many as sounds
 CELLS_PER_AXIS = 12  # the ends among which shapes of several lengths are sought, along each
 
 
@@ -13,14 +14,17 @@ def choose_buckets(lengths: np.ndarray, *, max_length: int, count: int = 4) -> l
     """The `count` lengths, multiples of 8, into which `lengths` pad with the fewest tokens.
 
     Each bucket costs a compilation and saves padding; four take a sentence set from half padding
-    to a fifth. Exact, by dynamic programming over the multiples of 8 up to the longest.
+    to a fifth. Exact, by dynamic programming over the multiples of 8 up to the longest; of
+    lengths beyond 4,096, over as many coarser ones.
 
     Args:
       lengths: int [N], in tokens, of all splits that are to share compiled shapes.
       max_length: the longest allowed, which may be all the positions that the model has.
       count: at most this many; fewer where fewer do as well.
     """
-    ends = np.unique(np.minimum(-(-np.asarray(lengths) // 8) * 8, max_length))  # [M] increasing
+    lengths = np.asarray(lengths)
+    step = 8 * max(1, -(-int(lengths.max(initial=0)) // (8 * MOST_ENDS)))
+    ends = np.unique(np.minimum(-(-lengths // step) * step, max_length))  # [M] increasing
     if not len(ends):
         return [max_length]
     within = np.searchsorted(np.sort(lengths), ends, side="right")  # examples up to each end

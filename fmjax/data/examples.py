@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -86,35 +86,21 @@ def examples_from_rows(
         raise ValueError(f"label_names {list(label_names)} name a class twice")
     if label_names and problem_type == "regression":
         raise ValueError(f"label_names {list(label_names)} with regression, which has no classes")
-    problems = list(rows.problems)
-    columns: dict[str, Callable[[Any], Any]] = {text: _text_cell}
+    readers: dict[str, Callable[[Any], Any]] = {text: text_cell}
     if text_pair is not None:
-        columns[text_pair] = _text_cell
+        readers[text_pair] = text_cell
     if label is not None:
-        columns[label] = _label_reader(problem_type, class_names)
-    values: dict[str, list[Any]] = {column: [] for column in columns}
-    for number, cells in zip(rows.numbers, rows.cells, strict=True):
-        for column, read in columns.items():
-            try:
-                values[column].append(read(cells.get(column)))
-            except ValueError as error:
-                values[column].append(None)
-                problems.append(f"row {number}: {column!r} {error}")
-
+        readers[label] = label_reader(problem_type, class_names)
+    values, problems = read_cells(rows, readers)
     names: tuple[str, ...] = ()
     labels = None
     if label is not None and problem_type == "regression":
         labels = np.array(values[label], np.float32) if not problems else None
     elif label is not None:
         multi = problem_type == "multi_label_classification"
-        sets = [cell if multi else [cell] for cell in values[label]]
-        found = {name for cell in sets if cell is not None for name in cell if name is not None}
-        names = tuple(label_names or class_names or _in_order(found))
-        for number, cell in zip(rows.numbers, sets, strict=True):
-            for name in cell or ():
-                if name is not None and name not in names:
-                    problems.append(f"row {number}: {label!r} {name!r} is not one of {names}")
-        labels = _indices(sets, names, multi) if not problems else None
+        names, labels = class_labels(
+            rows, label, values[label], label_names or class_names, multi, problems
+        )
     raise_problems(rows.where, problems)
     return TextExamples(
         texts=values[text],
@@ -123,6 +109,55 @@ def examples_from_rows(
         text_pairs=None if text_pair is None else values[text_pair],
         ids=_ids(rows),
     )
+
+
+def read_cells(
+    rows: Rows, readers: Mapping[str, Callable[[Any], Any]]
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """What columns hold, None where a cell is wrong, and all that is wrong with the rows.
+
+    Args:
+      rows: as read from a file.
+      readers: by column, from a cell to its value; their ValueErrors read as the end of a sentence
+        that begins with the name of the column.
+    """
+    problems = list(rows.problems)
+    values: dict[str, list[Any]] = {column: [] for column in readers}
+    for number, cells in zip(rows.numbers, rows.cells, strict=True):
+        for column, read in readers.items():
+            try:
+                values[column].append(read(cells.get(column)))
+            except ValueError as error:
+                values[column].append(None)
+                problems.append(f"row {number}: {column!r} {error}")
+    return values, problems
+
+
+def class_labels(
+    rows: Rows,
+    label: str,
+    cells: Sequence[Any],
+    names: Sequence[str] | None,
+    multi: bool,
+    problems: list[str],
+) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """The classes, and the labels of what `label_reader` read; None if anything is wrong.
+
+    Args:
+      rows, label: the rows and the column.
+      cells: class names, or lists of them; None where a cell is wrong.
+      names: the classes; None for those there are, in their order.
+      multi: whether a cell is a list.
+      problems: what is wrong so far; cells of other classes join it.
+    """
+    sets = [cell if multi else [cell] for cell in cells]
+    found = {name for cell in sets if cell is not None for name in cell if name is not None}
+    names = tuple(names or _in_order(found))
+    for number, cell in zip(rows.numbers, sets, strict=True):
+        for name in cell or ():
+            if name is not None and name not in names:
+                problems.append(f"row {number}: {label!r} {name!r} is not one of {names}")
+    return names, None if problems else _indices(sets, names, multi)
 
 
 def _indices(sets: list[Any], names: tuple[str, ...], multi: bool) -> np.ndarray:
@@ -149,7 +184,8 @@ def _in_order(names: set[str]) -> list[str]:
         return sorted(names)
 
 
-def _text_cell(cell: Any) -> str:
+def text_cell(cell: Any) -> str:
+    """A text that is not empty."""
     if cell is None:
         raise ValueError("is missing")
     if not isinstance(cell, str):
@@ -159,7 +195,7 @@ def _text_cell(cell: Any) -> str:
     return cell
 
 
-def _label_reader(
+def label_reader(
     problem_type: ProblemType, class_names: Sequence[str] | None
 ) -> Callable[[Any], Any]:
     """A function from a cell to its number, its class name or its class names.

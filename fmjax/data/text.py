@@ -221,6 +221,40 @@ def from_datasets(
       ImportError: `datasets` is not installed.
       ValueError: a missing split or column, or wrong rows.
     """
+    where, found = one_dataset(dataset, split, config, [text, text_pair, label])
+    import datasets
+
+    names = None
+    if label is not None:
+        feature = found.features[label]
+        if isinstance(feature, (datasets.List, datasets.LargeList)):
+            feature = feature.feature
+        names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    kept = [name for name in found.column_names if name in (text, text_pair, label, "id")]
+    cells: list[Any] = list(found.select_columns(kept).with_format(None))
+    return examples_from_rows(
+        Rows(where, list(range(1, len(cells) + 1)), cells, []),
+        text=text,
+        text_pair=text_pair,
+        label=label,
+        label_names=label_names,
+        problem_type=problem_type,
+        class_names=names,
+    )
+
+
+def one_dataset(
+    dataset: str | datasets.Dataset | datasets.DatasetDict,
+    split: str | None,
+    config: str | None,
+    columns: Sequence[str | None],
+) -> tuple[str, datasets.Dataset]:
+    """What errors call a data set of `datasets`, and its one split with these columns.
+
+    Raises:
+      ImportError: `datasets` is not installed.
+      ValueError: a missing or needless split, or a missing column.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -240,24 +274,8 @@ def from_datasets(
             dataset = dataset[split]
     elif split is not None:
         raise ValueError(f"split={split!r} with a single Dataset, which is one split; drop it")
-    _check_columns(where, dataset.column_names, [text, text_pair, label])
-    names = None
-    if label is not None:
-        feature = dataset.features[label]
-        if isinstance(feature, (datasets.List, datasets.LargeList)):
-            feature = feature.feature
-        names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    kept = [name for name in dataset.column_names if name in (text, text_pair, label, "id")]
-    cells: list[Any] = list(dataset.select_columns(kept).with_format(None))
-    return examples_from_rows(
-        Rows(where, list(range(1, len(cells) + 1)), cells, []),
-        text=text,
-        text_pair=text_pair,
-        label=label,
-        label_names=label_names,
-        problem_type=problem_type,
-        class_names=names,
-    )
+    _check_columns(where, dataset.column_names, columns)
+    return where, dataset
 
 
 def _check_columns(where: str, present: Sequence[str], wanted: Sequence[str | None]) -> None:

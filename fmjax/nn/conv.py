@@ -23,6 +23,7 @@ from fmjax.nn.vision import pair
 THIN = 4
 Around = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and after the rows, and before and after the columns."""
+Stride = int | tuple[int, int]
 # He et al. 2015, arXiv:1502.01852, eq. 10 with the number of outputs, as PyTorch's ResNets have it.
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -33,7 +34,7 @@ class Conv(nn.Module):
     Args:
         features: O.
         size: of the window, one number or rows and columns.
-        stride: pixels between windows.
+        stride: pixels between windows, one number or along rows and columns.
         kernel_init: initializer of the kernel [X, Y, I / groups, O].
         use_bias: whether a bias is added.
         around: zeros put before and after the rows, and the columns; None is half a window on each
@@ -44,7 +45,7 @@ class Conv(nn.Module):
 
     features: int
     size: int | tuple[int, int]
-    stride: int = 1
+    stride: int | tuple[int, int] = 1
     kernel_init: Callable[..., Array] = KAIMING
     use_bias: bool = False
     around: Around | None = None
@@ -59,7 +60,8 @@ class Conv(nn.Module):
         x = x.astype(kernel.dtype)  # pixels are float32 whatever the weights are
         if size == (1, 1) and self.groups == 1:
             # XLA's CPU convolutions are slow, and this one is a product.
-            y = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
+            rows, columns = pair(self.stride)
+            y = matmul(x[:, ::rows, ::columns], kernel[0, 0])
         else:
             options: dict[str, Any] = {
                 "stride": self.stride,
@@ -84,12 +86,12 @@ class Conv(nn.Module):
 
 
 def _convolution(
-    x: Array, kernel: Array, *, stride: int, around: Around, groups: int = 1, dilation: int = 1
+    x: Array, kernel: Array, *, stride: Stride, around: Around, groups: int = 1, dilation: int = 1
 ) -> Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=(stride, stride),
+        window_strides=pair(stride),
         padding=around,
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -98,7 +100,7 @@ def _convolution(
 
 
 def _on_cpu(
-    x: Array, kernel: Array, *, stride: int, around: Around, groups: int, dilation: int
+    x: Array, kernel: Array, *, stride: Stride, around: Around, groups: int, dilation: int
 ) -> Array:
     """The same, each kind in the way that XLA's CPU backend is fast at.
 
@@ -116,7 +118,7 @@ def _on_cpu(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _shifted_products(x: Array, kernel: Array, stride: int, around: Around, dilation: int) -> Array:
+def _shifted_products(x: Array, kernel: Array, stride: Stride, around: Around, dilation: int) -> Array:
     """A convolution of each feature by itself: the sum of the shifted image times a row of the
     kernel each.
 
@@ -132,25 +134,28 @@ def _shifted_products(x: Array, kernel: Array, stride: int, around: Around, dila
 
 
 def _products_forward(
-    x: Array, kernel: Array, stride: int, around: Around, dilation: int
+    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
 ) -> tuple[Array, Any]:
     return _shifted_products(x, kernel, stride, around, dilation), (x, kernel)
 
 
 def _products_backward(
-    stride: int, around: Around, dilation: int, saved: Any, g: Array
+    stride: Stride, around: Around, dilation: int, saved: Any, g: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
     whole = window(kernel.shape[:2], dilation)
     # Of the image: the same products, of the gradient's pixels as far apart as they came from.
-    spans = [(length - 1) * stride + 1 for length in g.shape[1:3]]
+    steps = pair(stride)
+    spans = [(length - 1) * step + 1 for length, step in zip(g.shape[1:3], steps, strict=True)]
     before = [side - 1 - zeros for side, (zeros, _) in zip(whole, around, strict=True)]
     after = [
         length - span - start + side - 1
         for length, span, start, side in zip(x.shape[1:3], spans, before, whole, strict=True)
     ]
     nothing = (0, 0, 0)
-    edges = [(start, end, stride - 1) for start, end in zip(before, after, strict=True)]
+    edges = [
+        (start, end, step - 1) for start, end, step in zip(before, after, steps, strict=True)
+    ]
     spread = jax.lax.pad(g, jnp.zeros((), g.dtype), [nothing, *edges, nothing])
     dx: Array = _shifted_products(spread, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)), dilation)
     # Of the kernel: the sum over what each of its places saw.
@@ -161,7 +166,7 @@ def _products_backward(
 
     def place(number: Array) -> Array:
         start = (0, number // columns * dilation, number % columns * dilation, 0)
-        part = jax.lax.dynamic_slice(padded, start, seen)[:, ::stride, ::stride]
+        part = jax.lax.dynamic_slice(padded, start, seen)[:, :: steps[0], :: steps[1]]
         return jnp.sum(part.astype(jnp.float32) * g.astype(jnp.float32), axis=(0, 1, 2))
 
     dkernel = jax.lax.map(place, jnp.arange(kernel.shape[0] * columns))
@@ -173,7 +178,7 @@ _shifted_products.defvjp(_products_forward, _products_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _convolution_on_cpu(
-    x: Array, kernel: Array, stride: int, around: Around, dilation: int
+    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
 ) -> Array:
     """Without groups; its kernel's gradient is a product for each place of the window.
 
@@ -184,13 +189,13 @@ def _convolution_on_cpu(
 
 
 def _forward(
-    x: Array, kernel: Array, stride: int, around: Around, dilation: int
+    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
 ) -> tuple[Array, Any]:
     return _convolution_on_cpu(x, kernel, stride, around, dilation), (x, kernel)
 
 
 def _backward(
-    stride: int, around: Around, dilation: int, saved: Any, g: Array
+    stride: Stride, around: Around, dilation: int, saved: Any, g: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
     of_x = partial(_convolution, kernel=kernel, stride=stride, around=around, dilation=dilation)
@@ -364,15 +369,17 @@ def _window_maxima(x: Array, *, size: int, stride: int, around: Around) -> Array
     )
 
 
-def _shifts(x: Any, size: int | tuple[int, ...], stride: int, dilation: int = 1) -> Iterator[Any]:
+def _shifts(x: Any, size: int | tuple[int, ...], stride: Stride, dilation: int = 1) -> Iterator[Any]:
     """What each place of a window sees, row by row: [B, X', Y', C], as often as it has pixels."""
     whole = window(size, dilation)
+    down, across = pair(stride)
     rows, columns = (
-        (length - whole[axis]) // stride * stride + 1 for axis, length in enumerate(x.shape[1:3])
+        (length - seen) // step * step + 1
+        for length, seen, step in zip(x.shape[1:3], whole, (down, across), strict=True)
     )
     for i in range(0, whole[0], dilation):
         for j in range(0, whole[1], dilation):
-            yield x[:, i : i + rows : stride, j : j + columns : stride]
+            yield x[:, i : i + rows : down, j : j + columns : across]
 
 
 def average_grid(x: Array, size: tuple[int, int]) -> Array:

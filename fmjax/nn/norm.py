@@ -64,6 +64,35 @@ class RMSNorm(nn.Module):
         return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018, arXiv:1803.08494): each example by itself, over all its
+    pixels and a group of features; in x's dtype.
+
+    One group is layer normalisation of a whole image with a scale and a bias a feature.
+
+    Args:
+        groups: parts of as many neighbouring features each.
+        epsilon: added to the variance.
+    """
+
+    groups: int
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [B, ..., C] -> [B, ..., C]
+        features = x.shape[-1]
+        if features % self.groups:
+            raise ValueError(f"{features} features do not fall into {self.groups} groups")
+        scale = parameter(self, "scale", nn.initializers.ones, (features,))
+        bias = parameter(self, "bias", nn.initializers.zeros, (features,))
+        shape = (len(x), -1, self.groups, features // self.groups)
+        parts = x.astype(jnp.float32).reshape(shape)  # [B, N, G, C / G]
+        centred = parts - jnp.mean(parts, axis=(1, 3), keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=(1, 3), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last (Ioffe & Szegedy 2015, arXiv:1502.03167).
 
@@ -84,14 +113,20 @@ class BatchNorm(nn.Module):
     momentum: float = 0.1
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:  # [..., C] -> [..., C]
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:  # [..., C] -> [..., C]
+        """The normalised values.
+
+        Args:
+            x: [..., C].
+            mask: the statistics are of what it keeps (nonzero), with x's first axes; None for all.
+        """
         size = (x.shape[-1],)
         scale = parameter(self, "scale", nn.initializers.ones, size)
         bias = parameter(self, "bias", nn.initializers.zeros, size)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         if self.train and _moves(self):
             count.value = count.value + 1
-        return _batch_normalised(self, x, scale, bias, self.train)
+        return _batch_normalised(self, x, scale, bias, self.train, mask)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -125,7 +160,12 @@ def _moves(module: nn.Module) -> bool:
 
 
 def _batch_normalised(
-    module: BatchNorm | FrozenBatchNorm, x: Array, scale: Array, bias: Array, own: bool
+    module: BatchNorm | FrozenBatchNorm,
+    x: Array,
+    scale: Array,
+    bias: Array,
+    own: bool,
+    mask: Array | None = None,
 ) -> Array:
     """x by the batch's own statistics, which move the running ones, or by the running ones."""
     size = (x.shape[-1],)
@@ -140,7 +180,13 @@ def _batch_normalised(
                 "which has no variance; use more examples or larger images"
             )
         axes = tuple(range(x.ndim - 1))
-        mean, variance = jnp.mean(x32, axes), jnp.var(x32, axes)
+        if mask is None:
+            mean, variance = jnp.mean(x32, axes), jnp.var(x32, axes)
+        else:
+            kept = mask.astype(jnp.float32).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+            values = jnp.maximum(jnp.sum(kept) * (values // mask.size), 2)
+            mean = jnp.sum(x32 * kept, axes) / values
+            variance = jnp.sum(jnp.square((x32 - mean) * kept), axes) / values
         if _moves(module):
             unbiased = variance * (values / (values - 1))
             for running, value in ((running_mean, mean), (running_variance, unbiased)):

@@ -19,6 +19,7 @@ from fmjax.weights.safetensors_file import write_safetensors
 from fmjax.weights.tables import (
     also_named,
     batch_norm_rules,
+    conv1d_rules,
     conv_norm_rules,
     conv_rules,
     decoder_head_rules,
@@ -26,6 +27,7 @@ from fmjax.weights.tables import (
     joined_rules,
     nested_rules,
     norm_rules,
+    recurrent_rules,
     renamed,
     vocabulary_rules,
 )
@@ -62,6 +64,7 @@ __all__ = [
     "batch_norm_rules",
     "channels_first",
     "compose",
+    "conv1d_rules",
     "conv_norm_rules",
     "conv_rules",
     "decoder_head_rules",
@@ -83,6 +86,7 @@ __all__ = [
     "open_checkpoint",
     "parse_size",
     "permute",
+    "recurrent_rules",
     "renamed",
     "rule_tensor_names",
     "stacked",

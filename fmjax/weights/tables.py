@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fmjax.weights.rules import Rule
-from fmjax.weights.transforms import CONV2D, TRANSPOSE, Transform, compose
+from fmjax.weights.transforms import CONV1D, CONV2D, TRANSPOSE, Transform, compose
 
 
 def dense_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
@@ -22,6 +22,12 @@ def norm_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
     """Scale and bias of a PyTorch LayerNorm; `param` is a path inside "params/"."""
     scale = Rule(f"params/{param}/scale", f"{tensor}.weight")
     return [scale, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [scale]
+
+
+def conv1d_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
+    """Kernel and bias of a PyTorch Conv1d; `param` is a path inside "params/"."""
+    kernel = Rule(f"params/{param}/kernel", f"{tensor}.weight", CONV1D)
+    return [kernel, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [kernel]
 
 
 def conv_rules(param: str, tensor: str, *, bias: bool = False) -> list[Rule]:
@@ -87,6 +93,30 @@ def joined_rules(
     biases = tuple(f"params/{param}/{name}/bias" for name in names)
     kernel = Rule(kernels, f"{tensor}.weight", compose(transform, TRANSPOSE))
     return [kernel, Rule(biases, f"{tensor}.bias", transform)] if bias else [kernel]
+
+
+def recurrent_rules(
+    param: str, tensor: str, *, layers: int, bidirectional: bool = False, bias: bool = True
+) -> list[Rule]:
+    """A PyTorch LSTM, GRU or RNN as `fmjax.nn.recurrent.Recurrent`.
+
+    Args:
+        param: path inside "params/".
+        tensor: PyTorch's name of the module.
+        layers: how many.
+        bidirectional: whether it has both directions.
+        bias: whether it has biases.
+    """
+    table = []
+    for layer in range(layers):
+        for direction, suffix in (("forward", ""), ("backward", "_reverse"))[: 1 + bidirectional]:
+            for part, name in (("input", "ih"), ("hidden", "hh")):
+                here = f"params/{param}/blocks_{layer}/{direction}_{part}"
+                end = f"{name}_l{layer}{suffix}"
+                table.append(Rule(f"{here}/kernel", f"{tensor}.weight_{end}", TRANSPOSE))
+                if bias:
+                    table.append(Rule(f"{here}/bias", f"{tensor}.bias_{end}"))
+    return table
 
 
 def decoder_head_rules(
