@@ -232,7 +232,11 @@ def _generate(
     rng: Array | None,
 ) -> Generated:
     model, variables, config, speech = listener
-    options: dict[str, Any] = {"do_sample": temperature > 0}
+    # The prompts are whole: the start is not put before text of the window before.
+    options: dict[str, Any] = {
+        "do_sample": temperature > 0,
+        "decoder_start_token_id": int(ids[0, 0]),
+    }
     if temperature > 0:
         options |= {"temperature": temperature, "num_beams": 1}
     if config.max_length is None and config.max_new_tokens is None:

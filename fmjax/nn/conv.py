@@ -118,7 +118,9 @@ def _on_cpu(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _shifted_products(x: Array, kernel: Array, stride: Stride, around: Around, dilation: int) -> Array:
+def _shifted_products(
+    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
+) -> Array:
     """A convolution of each feature by itself: the sum of the shifted image times a row of the
     kernel each.
 
@@ -153,9 +155,7 @@ def _products_backward(
         for length, span, start, side in zip(x.shape[1:3], spans, before, whole, strict=True)
     ]
     nothing = (0, 0, 0)
-    edges = [
-        (start, end, step - 1) for start, end, step in zip(before, after, steps, strict=True)
-    ]
+    edges = [(start, end, step - 1) for start, end, step in zip(before, after, steps, strict=True)]
     spread = jax.lax.pad(g, jnp.zeros((), g.dtype), [nothing, *edges, nothing])
     dx: Array = _shifted_products(spread, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)), dilation)
     # Of the kernel: the sum over what each of its places saw.
@@ -369,7 +369,9 @@ def _window_maxima(x: Array, *, size: int, stride: int, around: Around) -> Array
     )
 
 
-def _shifts(x: Any, size: int | tuple[int, ...], stride: Stride, dilation: int = 1) -> Iterator[Any]:
+def _shifts(
+    x: Any, size: int | tuple[int, ...], stride: Stride, dilation: int = 1
+) -> Iterator[Any]:
     """What each place of a window sees, row by row: [B, X', Y', C], as often as it has pixels."""
     whole = window(size, dilation)
     down, across = pair(stride)
