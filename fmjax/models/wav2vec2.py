@@ -35,6 +35,7 @@ from fmjax.nn.speech import (
     has_mask,
     least_samples,
     mean_over,
+    statistics_over,
     until,
 )
 from fmjax.nn.stack import LayerOutput
@@ -411,15 +412,7 @@ class Head(nn.Module):
             x = jax.nn.relu(self.dense(f"tdnn_{i}", features, windows(x, size, dilation=dilation)))
             lost += size - 1  # as PyTorch counts; with dilation it is more
         keep = None if keep is None else until(keep.sum(axis=1) - lost, x.shape[1])
-        x = x.astype(jnp.float32)
-        mean = mean_over(x, keep)
-        count = jnp.float32(x.shape[1]) if keep is None else keep.sum(axis=1)[:, None]
-        square = mean_over(jnp.square(x - mean[:, None]), keep)
-        variance = square * count / jnp.maximum(count - 1, 1)
-        # The gradient of a root at 0 is infinite; PyTorch takes 0.
-        positive = variance > 0
-        deviation = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
-        pooled = jnp.concatenate([mean, deviation], axis=-1).astype(hidden.dtype)  # [B, 2 D]
+        pooled = statistics_over(x, keep).astype(hidden.dtype)  # [B, 2 D]
         embeddings = self.dense("embedding", config.xvector_output_dim, pooled)
         logits = self.dense("classifier", config.xvector_output_dim, embeddings)
         logits = logits.astype(jnp.float32)

@@ -185,6 +185,19 @@ def mean_over(x: Array, keep: Array | None) -> Array:
     return kept.sum(axis=1) / jnp.maximum(keep.sum(axis=1), 1)[:, None].astype(x.dtype)
 
 
+def statistics_over(x: Array, keep: Array | None) -> Array:
+    """Mean and standard deviation over time, of the frames kept: [B, T, D] -> [B, 2 D] float32."""
+    x = x.astype(jnp.float32)
+    mean = mean_over(x, keep)
+    count = jnp.float32(x.shape[1]) if keep is None else keep.sum(axis=1)[:, None]
+    square = mean_over(jnp.square(x - mean[:, None]), keep)
+    variance = square * count / jnp.maximum(count - 1, 1)
+    # The gradient of a root at 0 is infinite; PyTorch takes 0.
+    positive = variance > 0
+    deviation = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    return jnp.concatenate([mean, deviation], axis=-1)
+
+
 class SpeechEncoder(nn.Module):
     """A transformer over convolutions of samples, with one head.
 

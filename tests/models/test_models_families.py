@@ -40,7 +40,11 @@ def inherits(name):
 
 def less_to_see(name):
     """Whether a family has no blocks of its own, or blocks that are not scanned, as ResNet's."""
-    return inherits(name) or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
+    return (
+        inherits(name)
+        or name == "deepspeech2"
+        or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
+    )
 
 
 def slow_where(seen, cases):
@@ -175,6 +179,7 @@ VOCABULARY = [
     for name, head in CASES
     if head in ("masked_lm", "causal_lm", "pretraining", "seq2seq_lm")
     and not hasattr(family_of(name).Config, "image_size")
+    and not hasattr(family_of(name).Config, "conv_dim")  # wav2vec 2.0's is contrastive
 ]
 
 
@@ -205,6 +210,8 @@ TEXT = [
     for name in families()
     if hasattr(family_of(name).Config, "vocab_size")
     and not hasattr(family_of(name).Config, "image_size")  # BEiT's is of visual tokens
+    and not hasattr(family_of(name).Config, "conv_dim")  # wav2vec 2.0's is of what it hears
+    and not hasattr(family_of(name).Config, "num_features")  # and Deep Speech 2's
 ]
 
 
