@@ -220,7 +220,10 @@ def whisper_tensors(model: CTranslate2, path: Path) -> tuple[list[Tensor], dict[
         ("encoder_ffn_dim", "encoder/layer_0/ffn/linear_0/weight", 0),
         ("decoder_ffn_dim", "decoder/layer_0/ffn/linear_0/weight", 0),
     ):
-        sizes[size] = model.tensors[name].shape[axis]
+        shape = model.tensors[name].shape
+        if len(shape) <= axis:
+            raise ValueError(f"{path}: {name} has shape {shape}, which is no matrix")
+        sizes[size] = shape[axis]
     for side in ("encoder", "decoder"):
         sizes[f"{side}_layers"] = _layers(model.tensors, side)
     return result, sizes
