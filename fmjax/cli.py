@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fmjax.recipes import transcription
 from fmjax.recipes.plan import Settings as Plan
 from fmjax.recipes.text_classification import Settings
 from fmjax.recipes.texts import TextData
@@ -399,9 +400,8 @@ def tag(args: Tag) -> None:
     from fmjax.recipes.predict import tag_texts
 
     texts = _given(args.texts, args.file, "tag")
-    for text, pairs in zip(
-        texts, tag_texts(args.model, texts, max_length=args.max_length), strict=True
-    ):
+    found = tag_texts(args.model, texts, max_length=args.max_length)
+    for text, pairs in zip(texts, found, strict=True):
         if args.json:
             print(json.dumps({"text": text, "tags": pairs}, ensure_ascii=False))
         else:
@@ -551,6 +551,7 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Translate, sub("translate")]
         | Annotated[Classify, sub("classify")]
         | Annotated[Detect, sub("detect")]
+        | Annotated[transcription.Settings, sub("transcribe")]
         | Annotated[Report, sub("report")]
         | Annotated[Plan, sub("plan")],
         prog="fmjax",
@@ -585,6 +586,8 @@ def main(argv: list[str] | None = None) -> int:
                 classify(args)
             case Detect():
                 detect(args)
+            case transcription.Settings():
+                transcription.print_transcripts(args)
             case Report():
                 report(args)
             case Plan():
