@@ -85,16 +85,14 @@ class _Reader:
         length = self.number("<H", what)
         start = self.take(length, what)
         data = self.file.bytes(start, start + length)
-        if (
-            not data.endswith(b"\0")
-            or not data[:-1].isascii()
-            or not data[:-1].decode().isprintable()
-        ):
+        word = data[:-1]
+        fine = data.endswith(b"\0") and word.isascii() and word.decode().isprintable()
+        if not word or not fine:
             raise ValueError(
                 f"{self.file.path}: {what} at byte {start} is no text that a zero ends: "
                 "no CTranslate2 model"
             )
-        return data[:-1].decode()
+        return word.decode()
 
 
 def open_ctranslate2(file: MappedFile) -> CTranslate2:
