@@ -239,8 +239,10 @@ def _generate(
     }
     if temperature > 0:
         options |= {"temperature": temperature, "num_beams": 1}
-    if config.max_length is None and config.max_new_tokens is None:
-        options["max_length"] = model.side_positions[1]
+    most = model.side_positions[1]
+    if config.max_new_tokens is None:  # max_length counts no more of the prompt than half the room
+        counted = min(ids.shape[1], most // 2 - 1)
+        options["max_length"] = min((config.max_length or most) + counted, most)
     rules = []
     if timestamps:
         first = speech.max_initial_timestamp_index
