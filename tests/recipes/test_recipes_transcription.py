@@ -62,6 +62,7 @@ def test_windows_are_those_of_the_whole():
         assert window.shape == (100, 80)
 
 
+@pytest.mark.slow
 def test_the_command_transcribes(folder, wavs, capsys):
     """A short file and a long one, which has times; what is changed is said."""
     files = [str(wavs / name) for name in ("short.wav", "long.wav")]
