@@ -2,8 +2,8 @@
 arXiv:1411.4555; Xu et al. 2015, arXiv:1502.03044) and text recognition (TrOCR, Li et al. 2021,
 arXiv:2109.10282; Donut, Kim et al. 2022, arXiv:2111.15664). HF "vision-encoder-decoder".
 
-The encoder may be a convolutional network too, whose last feature map [B, X, Y, D] the decoder reads
-row by row; PyTorch's class takes transformers alone.
+The encoder may be a convolutional network too, whose last feature map [B, X, Y, D] the decoder
+reads row by row; PyTorch's class takes transformers alone.
 """
 
 from __future__ import annotations

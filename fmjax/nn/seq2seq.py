@@ -95,6 +95,10 @@ class EncoderDecoder(nn.Module):
         """int [B, T]: what is decoded where only the encoder's tokens are given; None for none."""
         return None
 
+    def state_mask(self, attention_mask: Array, length: int) -> Array:
+        """[B, S] over the encoder's `length` states, of the mask over its inputs."""
+        return attention_mask
+
     def run_encoder(self, side: Tokens) -> Output:
         """The encoder's states."""
         raise NotImplementedError
