@@ -222,7 +222,8 @@ def test_padding_changes_nothing(name):
         }
         outputs.append(run(variables, **filled))
     keep = inputs[masks[-1]].astype(bool)  # of an encoder-decoder, the decoder's
-    np.testing.assert_allclose(outputs[0][keep], outputs[1][keep], atol=1e-5)
+    first, second = (out[:, : keep.shape[1]] for out in outputs)  # what follows is no text
+    np.testing.assert_allclose(first[keep], second[keep], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", slow_where(inherits, families()))
