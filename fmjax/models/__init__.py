@@ -77,7 +77,8 @@ def _traced_width(config: Any) -> int:
     out, _ = jax.eval_shape(
         lambda key: model.init_with_output(key, **family.inputs(config, "model")), jax.random.key(0)
     )
-    return out.last_hidden_state.shape[-1]
+    states = out.pooler_output if out.last_hidden_state is None else out.last_hidden_state
+    return states.shape[-1]
 
 
 @functools.lru_cache(maxsize=64)
