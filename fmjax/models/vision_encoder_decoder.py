@@ -36,6 +36,11 @@ class Config(encoder_decoder.Config):
 
     reads: ClassVar[str] = "pixel_values"
 
+    @property
+    def num_channels(self) -> int:
+        """C of the pictures."""
+        return self.encoder.num_channels
+
 
 MODEL_TYPE = "vision-encoder-decoder"
 HEADS = {"model": "VisionEncoderDecoderModel", "seq2seq_lm": "VisionEncoderDecoderModel"}
