@@ -216,6 +216,7 @@ class Model(nn.Module):
         input_features: Array | None = None,
         features: Array | None = None,
         present: Array | None = None,
+        encoder_outputs: Mapping[str, Array] | None = None,
         *,
         train: bool = False,
         output_hidden_states: bool = False,
@@ -232,6 +233,9 @@ class Model(nn.Module):
             features: [B, I], rows of numbers.
             present: [B, M], 1 where an example has the modality, in the order of the config's
                 encoders; None has all. What an example lacks may be anything, of the right shape.
+            encoder_outputs: by modality, states [B, S, D] (or maps, or vectors) that its encoder
+                gave earlier, in place of its input: of frozen encoders, or of a detector of regions
+                outside the model. A text's `attention_mask` is given beside them.
             train: see the encoders' families.
             output_hidden_states, output_attentions: have no effect.
 
@@ -254,11 +258,20 @@ class Model(nn.Module):
             "token_type_ids": token_type_ids,
         }
         given = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
-        there = self.check(given, present)  # bool [B, M]
+        ready = dict(encoder_outputs or {})
+        there = self.check(given, ready, present)  # bool [B, M]
         states, masks = {}, {}
         for column, (name, encoder) in enumerate(config.encoders):
-            own = there[:, column]
-            states[name], masks[name] = self.encode(name, encoder, given, own, train)
+            own, mask = there[:, column], None
+            if name in ready:
+                x = only_present(jnp.asarray(ready[name]), own)
+                mask = given.get("attention_mask") if "input_ids" in reads(encoder) else None
+            else:
+                x, mask = self.encode(name, encoder, given, own, train)
+            x = x.reshape(x.shape[0], -1, x.shape[-1])  # of maps and vectors, too
+            if mask is None or mask.shape != x.shape[:2]:
+                mask = jnp.ones(x.shape[:2], bool)
+            states[name], masks[name] = x, mask.astype(bool) & own[:, None]
         vectors, seen = self.fuse(states, masks, there, train)
         vector = combine(vectors, seen, config.combination)
         init = nn.initializers.normal(config.initializer_range)
@@ -269,18 +282,23 @@ class Model(nn.Module):
         logits = Dense(len(config.id2label), kernel_init=init, name="head")(pooled)
         return Output(logits=logits.astype(jnp.float32))
 
-    def check(self, given: Mapping[str, Array], present: Array | None) -> Array:
+    def check(
+        self, given: Mapping[str, Array], ready: Mapping[str, Array], present: Array | None
+    ) -> Array:
         """Which modalities each example has, bool [B, M].
 
         Raises:
             ValueError: inputs that are missing or that no encoder reads, or another shape.
         """
         encoders = self.config.encoders
-        wanted = {source for _, config in encoders for source in reads(config)}
+        wanted = {s for name, config in encoders if name not in ready for s in reads(config)}
         problems = [f"{name} is missing" for name in sorted(wanted - given.keys())]
-        known = wanted | (set(OF_TEXT) if "input_ids" in wanted else set())
+        text = any("input_ids" in reads(config) for _, config in encoders)
+        known = wanted | (set(OF_TEXT) if text else set())
         problems += [f"no encoder reads {name}" for name in sorted(given.keys() - known)]
-        rows = {value.shape[0] for value in given.values()}
+        strange = sorted(ready.keys() - {name for name, _ in encoders})
+        problems += [f"encoder_outputs has {name!r}, no encoder" for name in strange]
+        rows = {value.shape[0] for value in (*given.values(), *ready.values())}
         if len(rows) > 1:
             problems.append(f"inputs have different numbers of rows: {sorted(rows)}")
         shape = (max(rows, default=0), len(encoders))
@@ -292,8 +310,8 @@ class Model(nn.Module):
 
     def encode(
         self, name: str, config: Any, given: Mapping[str, Array], present: Array, train: bool
-    ) -> tuple[Array, Array]:
-        """An encoder's states [B, S, D] and their mask [B, S], empty where it is not present."""
+    ) -> tuple[Array, Array | None]:
+        """What an encoder makes of its input, where it is present, and the mask of a text."""
         (source,) = reads(config)
         family = family_for(config)
         model = family.Model(config, scan=self.scan, remat=self.remat, name=name)
@@ -309,10 +327,7 @@ class Model(nn.Module):
         out = model(**inputs, train=train)
         states = out.pooler_output if out.last_hidden_state is None else out.last_hidden_state
         assert states is not None  # every encoder has one of them
-        states = states.reshape(states.shape[0], -1, states.shape[-1])  # maps and vectors, too
-        if mask is None or mask.shape != states.shape[:2]:
-            mask = jnp.ones(states.shape[:2], bool)
-        return states, mask & present[:, None]
+        return states, mask
 
     def fuse(
         self, states: dict[str, Array], masks: dict[str, Array], present: Array, train: bool

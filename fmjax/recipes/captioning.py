@@ -198,7 +198,7 @@ def nearest_texts(train: np.ndarray, texts: Sequence[str], queries: np.ndarray) 
         vectors = states.mean(axis=1)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
-    return [texts[i] for i in (unit(queries) @ unit(train).T).argmax(axis=1)]
+    return [texts[int(i)] for i in (unit(queries) @ unit(train).T).argmax(axis=1)]
 
 
 def write_captions(
@@ -219,7 +219,7 @@ def write_captions(
         batch_size: pictures at a time.
     """
     config = generator.config.replace(**(options or {}))
-    written: list[str] = []
+    written = []
     size = min(batch_size, len(states))
     for start in range(0, len(states), size):
         part = states[start : start + size]
@@ -236,10 +236,9 @@ def write_captions(
         )
         tokens = out.tokens[:: config.num_return_sequences][: len(part)]
         lengths = out.lengths[:: config.num_return_sequences][: len(part)]
-        written += [
-            generator.tokenizer.decode(row[:length], skip_special_tokens=True).strip()
-            for row, length in zip(tokens, lengths, strict=True)
-        ]
+        for row, length in zip(tokens, lengths, strict=True):
+            text = str(generator.tokenizer.decode(row[:length], skip_special_tokens=True))
+            written.append(text.strip())
     return written
 
 

@@ -9,7 +9,8 @@ from fmjax.metrics.visual_question_answering import agreement, normalize_answer
 
 def test_answers_are_compared_in_one_form():
     for text, same in (
-        ("The two cups!", "2 cups"), ("None", "0"), ("it's a dog", "it's dog"), ("red/blue", "red blue"),
+        ("The two cups!", "2 cups"), ("None", "0"), ("it's a dog", "it's dog"),
+        ("red/blue", "red blue"),
     ):  # fmt: skip
         assert normalize_answer(text) == same
 

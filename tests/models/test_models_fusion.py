@@ -99,6 +99,26 @@ def test_files_come_back(kind, tmp_path):
 
 
 @pytest.mark.slow
+def test_states_of_encoders_stand_for_their_inputs():
+    model, variables = fmjax.create("fusion", TINY, rng=jax.random.key(0))
+    inputs = examples() | {"present": np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0]])}
+    whole = model.apply(variables, **inputs).pooler_output
+    params, ready = variables["params"], {}
+    for name, config in TINY.encoders:
+        source = fusion.reads(config)[0]
+        own = {source: inputs.pop(source)}
+        own |= {"attention_mask": inputs["attention_mask"]} if name == "text" else {}
+        out = fusion.family_for(config).Model(config).apply({"params": params[name]}, **own)
+        ready[name] = out.pooler_output if name == "table" else out.last_hidden_state
+    ready["image"] = ready["image"].at[0].set(jnp.nan)
+    again = model.apply(variables, **inputs, encoder_outputs=ready).pooler_output
+    np.testing.assert_allclose(again, whole, atol=1e-6)
+    with pytest.raises(ValueError, match="encoder_outputs has 'sound', no encoder") as error:
+        model.apply({}, **inputs, encoder_outputs={"sound": ready["text"]})
+    assert "pixel_values is missing" in str(error.value)
+
+
+@pytest.mark.slow
 def test_late_fusion_of_one_encoder_is_its_mean_projected():
     config = dataclasses.replace(TINY, encoders=TINY.encoders[:1], fusion="late")
     model, variables = fmjax.create("fusion", config, rng=jax.random.key(0))
