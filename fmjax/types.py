@@ -121,6 +121,14 @@ class Output:
         pred_boxes: [B, N, 4], of N objects: centre, width and height as shares of the image.
         auxiliary_boxes: [B, N, 4] each, of the layers of `auxiliary_logits`.
         intermediate_hidden_states: [L, B, N, D], normed, of a decoder of objects.
+        extract_features: [B, T, C], normed, of a speech encoder's convolutions.
+        projected_states, projected_quantized_states: [B, T, D'], what predicts and what is to be
+            predicted in the pretraining of speech encoders.
+        codevector_perplexity: [], of the codebooks' use.
+        embeddings: [B, D'], of speakers.
+        cosines: [B, C], of the angles between a speaker's logits and each label's direction.
+        logit_lengths: int [B], how many of the T frames are of each example, where its logits are
+            scores of a symbol at each frame (CTC).
         reconstruction: [B, X, Y, C], pixels of images that were partly masked.
         mask: [B, N], 1 for patches that the encoder did not see.
         ids_restore: int [B, N], where each patch stands in the order in which the seen ones come
@@ -151,6 +159,13 @@ class Output:
     pred_boxes: Array | None = None
     auxiliary_boxes: tuple[Array, ...] | None = None
     intermediate_hidden_states: Array | None = None
+    extract_features: Array | None = None
+    projected_states: Array | None = None
+    projected_quantized_states: Array | None = None
+    codevector_perplexity: Array | None = None
+    embeddings: Array | None = None
+    cosines: Array | None = None
+    logit_lengths: Array | None = None
     reconstruction: Array | None = None
     mask: Array | None = None
     ids_restore: Array | None = None

@@ -40,6 +40,11 @@ OUTPUTS = (
     "pred_boxes",
     "intermediate_hidden_states",
     "reconstruction",
+    "extract_features",
+    "projected_states",
+    "projected_quantized_states",
+    "codevector_perplexity",
+    "embeddings",
 )
 LAYERS = (
     "hidden_states",

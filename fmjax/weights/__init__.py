@@ -19,6 +19,7 @@ from fmjax.weights.safetensors_file import write_safetensors
 from fmjax.weights.tables import (
     also_named,
     batch_norm_rules,
+    conv1d_rules,
     conv_norm_rules,
     conv_rules,
     decoder_head_rules,
@@ -62,6 +63,7 @@ __all__ = [
     "batch_norm_rules",
     "channels_first",
     "compose",
+    "conv1d_rules",
     "conv_norm_rules",
     "conv_rules",
     "decoder_head_rules",

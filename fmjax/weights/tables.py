@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fmjax.weights.rules import Rule
-from fmjax.weights.transforms import CONV2D, TRANSPOSE, Transform, compose
+from fmjax.weights.transforms import CONV1D, CONV2D, TRANSPOSE, Transform, compose
 
 
 def dense_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
@@ -22,6 +22,12 @@ def norm_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
     """Scale and bias of a PyTorch LayerNorm; `param` is a path inside "params/"."""
     scale = Rule(f"params/{param}/scale", f"{tensor}.weight")
     return [scale, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [scale]
+
+
+def conv1d_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
+    """Kernel and bias of a PyTorch Conv1d; `param` is a path inside "params/"."""
+    kernel = Rule(f"params/{param}/kernel", f"{tensor}.weight", CONV1D)
+    return [kernel, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [kernel]
 
 
 def conv_rules(param: str, tensor: str, *, bias: bool = False) -> list[Rule]:

@@ -168,6 +168,7 @@ VOCABULARY = [
     for name, head in CASES
     if head in ("masked_lm", "causal_lm", "pretraining", "seq2seq_lm")
     and not hasattr(family_of(name).Config, "image_size")
+    and not hasattr(family_of(name).Config, "conv_dim")  # wav2vec 2.0's is contrastive
 ]
 
 
@@ -198,6 +199,7 @@ TEXT = [
     for name in families()
     if hasattr(family_of(name).Config, "vocab_size")
     and not hasattr(family_of(name).Config, "image_size")  # BEiT's is of visual tokens
+    and not hasattr(family_of(name).Config, "conv_dim")  # wav2vec 2.0's is of what it hears
 ]
 
 

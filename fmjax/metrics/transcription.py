@@ -1,0 +1,41 @@
+"""Error rates of transcripts, as jiwer counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fmjax.metrics.optional import optional_library
+
+
+def word_error_rate(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """Words inserted, deleted and replaced, as a share of all references' words.
+
+    Args:
+        references: the true texts; empty ones, of silence, count where others are not.
+        predictions: what was heard.
+
+    Raises:
+        ValueError: no texts, texts that do not match in number, or references that are all empty.
+        ImportError: jiwer is not installed.
+    """
+    return _rate("wer", references, predictions)
+
+
+def character_error_rate(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """As `word_error_rate`, of characters."""
+    return _rate("cer", references, predictions)
+
+
+def _rate(name: str, references: Sequence[str], predictions: Sequence[str]) -> float:
+    problems = []
+    if isinstance(references, str) or isinstance(predictions, str):
+        problems.append("one text was given where a list of texts is expected")
+    elif len(references) != len(predictions) or not len(references):
+        problems.append(f"{len(predictions)} texts for {len(references)} references")
+    elif not any(text.strip() for text in references):
+        problems.append("all references are empty: there is nothing that errors are a share of")
+    if problems:
+        raise ValueError("cannot score these transcripts: " + "; ".join(problems))
+    jiwer = optional_library("jiwer", "jiwer", "audio")
+    measure = jiwer.wer if name == "wer" else jiwer.cer
+    return float(measure(list(references), list(predictions)))
