@@ -42,10 +42,12 @@ class Settings(CaptionTraining):
     """Of its hidden states; heads have 64."""
     dropout: float = 0.3
     """Of the decoder."""
-    vocab_size: int = 1000
-    """Of the tokenizer, at most."""
-    epochs: float = 12.0
-    """Passes over the training pictures; with more, held-out names only get less likely."""
+    vocab_size: int = 3000
+    """Of the tokenizer, at most: most words are one token."""
+    num_beams: int = 1
+    """Hypotheses of the beam search that writes."""
+    epochs: float = 30.0
+    """Passes over the training pictures."""
     learning_rate: float = 1e-3
     """Peak of the schedule."""
     weight_decay: float = 0.1

@@ -118,8 +118,9 @@ def train_on_captions(
             columns["train"], batch_size=settings.batch_size, seed=settings.seed, buckets=shapes
         ),
         evaluate=evaluate,
-        metric="nll",
-        mode="min",
+        # What is written is what counts: probabilities get worse long before words do.
+        metric="accuracy",
+        mode="max",
         about={
             "source": about["source"],
             "data": {
