@@ -180,6 +180,7 @@ def torch_outputs(twin, inputs, *, attentions=True):
             if name.endswith("attentions") or name == "intermediate_hidden_states"
             else jax.tree.map(channels_last, value)
             for name, value in named.items()
+            if name != "cache"
         }
         if "pooler_output" in named:
             named["pooler_output"] = named["pooler_output"].flatten(1)  # [B, 1, 1, C] of convnets

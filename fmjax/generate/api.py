@@ -67,6 +67,9 @@ def generate(
     processors: Sequence[Processor] = (),
     tokenizer: Any = None,
     draft: tuple[Any, Variables] | None = None,
+    pixel_values: Any = None,
+    input_values: Any = None,
+    input_features: Any = None,
     decoder_input_ids: Any = None,
     encoder_outputs: Array | None = None,
     output_logits: bool = False,
@@ -98,6 +101,9 @@ def generate(
         draft: (model, variables) of a smaller model with the same vocabulary that proposes
             ``num_assistant_tokens`` at a time; the result is the same, respectively drawn from
             the same distribution (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
+        pixel_values: [B, X, Y, C], input_values: [B, T] or input_features: [B, T, M], in place of
+            `input_ids` where an encoder-decoder's encoder reads images or sounds; `attention_mask`
+            is then over their T.
         decoder_input_ids: int [B, P], what an encoder-decoder's decoder starts with, all real
             tokens; None is ``decoder_start_token_id``.
         encoder_outputs: [B, S, D], in place of an encoder-decoder's `input_ids`, from its method
@@ -124,6 +130,11 @@ def generate(
         options,
         input_ids=input_ids,
         attention_mask=attention_mask,
+        sources={
+            "pixel_values": pixel_values,
+            "input_values": input_values,
+            "input_features": input_features,
+        },
         decoder_input_ids=decoder_input_ids,
         encoder_outputs=encoder_outputs,
         extra_columns=0 if draft is None else config.num_assistant_tokens,
@@ -206,6 +217,9 @@ def stream(
     rng: Array | None = None,
     processors: Sequence[Processor] = (),
     tokenizer: Any = None,
+    pixel_values: Any = None,
+    input_values: Any = None,
+    input_features: Any = None,
     decoder_input_ids: Any = None,
     encoder_outputs: Array | None = None,
     chunk_size: int = 1,
@@ -219,7 +233,8 @@ def stream(
     Args:
         chunk_size: tokens between two answers; more are a little faster.
         model, variables, input_ids, attention_mask, generation_config, rng, processors, tokenizer,
-            decoder_input_ids, encoder_outputs, **options: see `generate`.
+            pixel_values, input_values, input_features, decoder_input_ids, encoder_outputs,
+            **options: see `generate`.
 
     Raises:
         ValueError: as `generate`, at the call; a beam search cannot be streamed.
@@ -239,6 +254,11 @@ def stream(
         options,
         input_ids=input_ids,
         attention_mask=attention_mask,
+        sources={
+            "pixel_values": pixel_values,
+            "input_values": input_values,
+            "input_features": input_features,
+        },
         decoder_input_ids=decoder_input_ids,
         encoder_outputs=encoder_outputs,
     )

@@ -58,7 +58,8 @@ class GumbelQuantizer(nn.Module):
             noise = jax.random.gumbel(self.make_rng("dropout"), logits.shape)
             soft = jax.nn.softmax((logits + noise) / heat, axis=-1)
             hard = jax.nn.one_hot(jnp.argmax(soft, axis=-1), self.entries)
-            chosen = hard + soft - jax.lax.stop_gradient(soft)
+            # The difference first, exactly 0: frames of the same choice have the same vectors.
+            chosen = hard + (soft - jax.lax.stop_gradient(soft))
             distribution = jax.nn.softmax(logits, axis=-1)
         else:
             chosen = jax.nn.one_hot(jnp.argmax(logits, axis=-1), self.entries)

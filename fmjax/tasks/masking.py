@@ -167,7 +167,7 @@ def row_keys(rng: Array | None, batch: Batch, use: int) -> Array:
         batch: the rows.
         use: tells apart what one index draws for different things.
     """
-    rows = batch["input_ids"].shape[0]
+    rows = len(next(iter(batch.values())))
     if rng is not None:
         return jax.random.split(rng, rows)
     index = jnp.asarray(batch.get("index", jnp.arange(rows)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from fmjax.generate.speech_config import SpeechConfig
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import whisper
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 END, START, ENGLISH, GERMAN, TRANSLATE, TRANSCRIBE, BEFORE, SILENT, NONE = range(70, 79)
 TIME_0 = NONE + 1
 CONFIG = whisper.Config(
@@ -264,3 +266,16 @@ def test_bad_options_are_refused(pair):
         dataclasses.replace(listener.speech, language="de")
     with pytest.raises(ValueError, match=r"(?s)task='sing'.*|no_timestamps_token_id=-1"):
         SpeechConfig(task="sing", no_timestamps_token_id=-1)
+
+
+@pytest.mark.slow
+def test_the_fixture_generates_what_pytorch_recorded():
+    """By the general `fmjax.generate`: greedily, with an end, and by beams."""
+    model, variables = fmjax.load(FIXTURES / "whisper-cond")
+    io = np.load(FIXTURES / "whisper-cond" / "io.npz")
+    features = np.moveaxis(io["in.input_features"], 1, -1)
+    options = {"max_new_tokens": 10, "pad_token_id": 0, "decoder_start_token_id": 3}
+    out = fmjax.generate(model, variables, input_features=features, **options)
+    np.testing.assert_array_equal(out.sequences, io["pt.generate"])
+    out = fmjax.generate(model, variables, input_features=features, **options, num_beams=3)
+    np.testing.assert_array_equal(out.sequences, io["pt.generate_beam3"])

@@ -11,6 +11,8 @@ LABEL_HEADS = {
     "next_sentence_prediction",
     "sequence_classification",
 }
+# Whose parts are other families', and whose own layers have tests in its own file.
+COMPOSED = {"fusion"}
 FRAMES = {f"test_models_{name}.py" for name in ("bert", "gpt2", "llama", "bart", "t5")}
 
 
@@ -21,6 +23,8 @@ def pytest_collection_modifyitems(items):
         callspec = getattr(item, "callspec", None)  # of parametrized tests only
         if callspec is None or item.path.name in FRAMES:
             continue
+        if callspec.params.get("name") in COMPOSED:
+            item.add_marker(pytest.mark.slow)
         # That a scan is the loop is seen for every family's blocks, and its cache for the frames'.
         if callspec.params.get("head") in LABEL_HEADS or callspec.params == {"scan": True}:
             item.add_marker(pytest.mark.slow)

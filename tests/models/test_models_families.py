@@ -68,7 +68,8 @@ def draw_inputs(family, config, head, *, length=7):
         shape = (2, *value.shape[1:])
         if name.endswith("input_ids"):
             shape = (*shape[:-1], length)
-            result[name] = rng.integers(3, config.vocab_size, shape)
+            size = config.vocab_size if hasattr(config, "vocab_size") else 60  # of one of its parts
+            result[name] = rng.integers(3, size, shape)
             mask = np.ones(shape, np.int32)
             mask[1, ..., length - 2 :] = 0
             result[name.replace("input_ids", "attention_mask")] = mask
@@ -237,7 +238,8 @@ def test_padding_changes_nothing(name):
         }
         outputs.append(run(variables, **filled))
     keep = inputs[masks[-1]].astype(bool)  # of an encoder-decoder, the decoder's
-    np.testing.assert_allclose(outputs[0][keep], outputs[1][keep], atol=1e-5)
+    first, second = (out[:, : keep.shape[1]] for out in outputs)  # what follows is no text
+    np.testing.assert_allclose(first[keep], second[keep], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", slow_where(inherits, families()))
