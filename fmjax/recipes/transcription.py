@@ -307,14 +307,16 @@ class StreamedRecording:
         if self.read is None:
             self._rewind()
         assert self.read is not None
-        parts = [self.held]
-        length = self.first + len(self.held)
-        while length < stop:
-            parts.append(next(self.read))
-            length += len(parts[-1])
-        held = np.concatenate(parts)[start - self.first :]
-        self.held, self.first = held, start
-        return held[: stop - start]
+        self._drop(start)
+        while self.first + len(self.held) < stop:
+            self.held = np.concatenate([self.held, next(self.read)])
+            self._drop(start)
+        return self.held[: stop - start]
+
+    def _drop(self, start: int) -> None:
+        """Forgets what is held before a sample."""
+        gone = min(start - self.first, len(self.held))
+        self.held, self.first = self.held[gone:], self.first + gone
 
     def _rewind(self) -> None:
         self.read, self.held, self.first = self._blocks(), np.zeros(0, np.float32), 0
