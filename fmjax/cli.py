@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fmjax.recipes import transcription
+from fmjax.recipes.generation import Writing
 from fmjax.recipes.plan import Settings as Plan
 from fmjax.recipes.text_classification import Settings
 from fmjax.recipes.texts import TextData
@@ -93,44 +95,6 @@ class Embed:
     """Scale vectors to length 1."""
     max_length: int = 512
     """Tokens a text is cut to."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Writing:
-    """How text is written; what is not given is as the model's authors say."""
-
-    max_new_tokens: int = 64
-    """Tokens that may follow."""
-    sample: bool = False
-    """Draw tokens instead of taking the most probable."""
-    temperature: float | None = None
-    """Below 1 makes draws less random; says `sample`."""
-    top_k: int | None = None
-    """Draw among so many tokens only; says `sample`."""
-    top_p: float | None = None
-    """Draw among the most probable tokens of this probability together; says `sample`."""
-    num_beams: int | None = None
-    """Hypotheses of a beam search."""
-    repetition_penalty: float | None = None
-    """Above 1 makes what was written less probable."""
-    no_repeat_ngram_size: int | None = None
-    """No n-gram of this size is written twice."""
-    stop: tuple[str, ...] = ()
-    """Texts after which writing ends."""
-    seed: int = 0
-    """Of the draws."""
-
-    def options(self) -> dict[str, Any]:
-        """The fields of a generation config that were given."""
-        names = (
-            "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
-            "no_repeat_ngram_size",
-        )  # fmt: skip
-        given = {name: value for name in names if (value := vars(self)[name]) is not None}
-        given |= {"max_new_tokens": self.max_new_tokens, "max_length": None}
-        if self.sample or given.keys() & {"temperature", "top_k", "top_p"}:
-            given["do_sample"] = True
-        return given | ({"stop_strings": self.stop} if self.stop else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,6 +207,18 @@ class Detect:
     """The least score of an object."""
     out: Path | None = None
     """A folder for the pictures with the boxes drawn, NAME.png each."""
+    json: bool = False
+    """Print one JSON object a line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Caption(Writing):
+    """Write what is on pictures."""
+
+    model: ModelArg
+    """A folder or hub id of a vision encoder-decoder."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """The files."""
     json: bool = False
     """Print one JSON object a line."""
 
@@ -399,9 +375,8 @@ def tag(args: Tag) -> None:
     from fmjax.recipes.predict import tag_texts
 
     texts = _given(args.texts, args.file, "tag")
-    for text, pairs in zip(
-        texts, tag_texts(args.model, texts, max_length=args.max_length), strict=True
-    ):
+    found = tag_texts(args.model, texts, max_length=args.max_length)
+    for text, pairs in zip(texts, found, strict=True):
         if args.json:
             print(json.dumps({"text": text, "tags": pairs}, ensure_ascii=False))
         else:
@@ -489,6 +464,19 @@ def detect(args: Detect) -> None:
         save_drawn(args.out, args.images, rows, names)
 
 
+def caption(args: Caption) -> None:
+    from fmjax.recipes.captioning import caption_images
+
+    if not args.images:
+        raise ValueError("no pictures; write them after the model: fmjax caption MODEL a.png")
+    texts = caption_images(args.model, args.images, seed=args.seed, options=args.options())
+    for path, text in zip(args.images, texts, strict=True):
+        if args.json:
+            print(json.dumps({"image": str(path), "caption": text}, ensure_ascii=False))
+        else:
+            print(f"{path}\t{text}")
+
+
 def report(args: Report) -> None:
     from fmjax.report import write_report
 
@@ -551,6 +539,8 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Translate, sub("translate")]
         | Annotated[Classify, sub("classify")]
         | Annotated[Detect, sub("detect")]
+        | Annotated[transcription.Settings, sub("transcribe")]
+        | Annotated[Caption, sub("caption")]
         | Annotated[Report, sub("report")]
         | Annotated[Plan, sub("plan")],
         prog="fmjax",
@@ -585,6 +575,10 @@ def main(argv: list[str] | None = None) -> int:
                 classify(args)
             case Detect():
                 detect(args)
+            case transcription.Settings():
+                transcription.print_transcripts(args)
+            case Caption():
+                caption(args)
             case Report():
                 report(args)
             case Plan():

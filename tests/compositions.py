@@ -7,6 +7,7 @@ import functools
 import importlib
 from pathlib import Path
 
+import compositions_captions  # noqa: F401 - its rows are in the table
 import compositions_partly_labelled  # noqa: F401 - its rows are in the table
 import compositions_smaller  # noqa: F401 - its rows are in the table
 import compositions_speech  # noqa: F401 - its rows are in the table

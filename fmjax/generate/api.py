@@ -40,6 +40,8 @@ class Generated:
         scores: float32 [B], of beams: log-probability over length ** length_penalty.
         step_logits: float32 [B, N, V], as the model gave them, when asked for.
         step_scores: float32 [B, N, V], after the processors, when asked for.
+        log_probs: float32 [B, N], of the new tokens after all processors but temperature, 0 behind
+            a row's end, when asked for.
         drafted, accepted: tokens that a draft model proposed, and those that were taken.
     """
 
@@ -49,6 +51,7 @@ class Generated:
     scores: np.ndarray | None = None
     step_logits: np.ndarray | None = None
     step_scores: np.ndarray | None = None
+    log_probs: np.ndarray | None = None
     drafted: int | None = None
     accepted: int | None = None
 
@@ -64,10 +67,14 @@ def generate(
     processors: Sequence[Processor] = (),
     tokenizer: Any = None,
     draft: tuple[Any, Variables] | None = None,
+    pixel_values: Any = None,
+    input_values: Any = None,
+    input_features: Any = None,
     decoder_input_ids: Any = None,
     encoder_outputs: Array | None = None,
     output_logits: bool = False,
     output_scores: bool = False,
+    output_log_probs: bool = False,
     **options: Any,
 ) -> Generated:
     """Continues prompts: greedily, by drawing, by beam search, or with a draft model's help.
@@ -94,12 +101,17 @@ def generate(
         draft: (model, variables) of a smaller model with the same vocabulary that proposes
             ``num_assistant_tokens`` at a time; the result is the same, respectively drawn from
             the same distribution (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1).
+        pixel_values: [B, X, Y, C], input_values: [B, T] or input_features: [B, T, M], in place of
+            `input_ids` where an encoder-decoder's encoder reads images or sounds; `attention_mask`
+            is then over their T.
         decoder_input_ids: int [B, P], what an encoder-decoder's decoder starts with, all real
             tokens; None is ``decoder_start_token_id``.
         encoder_outputs: [B, S, D], in place of an encoder-decoder's `input_ids`, from its method
             "encode".
         output_logits, output_scores: whether each step's are returned, before and after the
             processors; not of a beam search.
+        output_log_probs: whether the new tokens' log-probabilities are returned; not of a beam
+            search.
         **options: fields of `GenerationConfig`, in place of its values.
 
     Raises:
@@ -107,7 +119,8 @@ def generate(
             tokens outside the vocabulary. All problems of a kind are listed.
     """
     config = (generation_config or GenerationConfig()).replace(**options)
-    problems = _problems(config, rng, tokenizer, draft is not None, output_logits or output_scores)
+    kept = output_logits or output_scores or output_log_probs
+    problems = _problems(config, rng, tokenizer, draft is not None, kept)
     if problems:
         raise ValueError("generation:\n  " + "\n  ".join(problems))
     plan = make_plan(
@@ -117,6 +130,11 @@ def generate(
         options,
         input_ids=input_ids,
         attention_mask=attention_mask,
+        sources={
+            "pixel_values": pixel_values,
+            "input_values": input_values,
+            "input_features": input_features,
+        },
         decoder_input_ids=decoder_input_ids,
         encoder_outputs=encoder_outputs,
         extra_columns=0 if draft is None else config.num_assistant_tokens,
@@ -152,6 +170,7 @@ def generate(
         repeats=config.num_return_sequences,
         keep_logits=output_logits,
         keep_scores=output_scores,
+        keep_log_probs=output_log_probs,
     )
     if draft is not None:
         draft_cache, draft_context = start_draft(
@@ -181,9 +200,11 @@ def generate(
         name: None if store is None else np.moveaxis(np.asarray(store), 0, 1)[:, : plan.limit]
         for name, store in (("step_logits", carry.logits), ("step_scores", carry.scores))
     }
-    return _generated(
-        config, plan, np.asarray(carry.state.tokens), np.asarray(carry.lengths), **steps
-    )
+    lengths = np.asarray(carry.lengths)
+    if carry.log_probs is not None:
+        new = np.arange(plan.limit) < lengths[:, None]
+        steps["log_probs"] = np.where(new, np.asarray(carry.log_probs)[:, : plan.limit], 0.0)
+    return _generated(config, plan, np.asarray(carry.state.tokens), lengths, **steps)
 
 
 def stream(
@@ -196,6 +217,9 @@ def stream(
     rng: Array | None = None,
     processors: Sequence[Processor] = (),
     tokenizer: Any = None,
+    pixel_values: Any = None,
+    input_values: Any = None,
+    input_features: Any = None,
     decoder_input_ids: Any = None,
     encoder_outputs: Array | None = None,
     chunk_size: int = 1,
@@ -209,7 +233,8 @@ def stream(
     Args:
         chunk_size: tokens between two answers; more are a little faster.
         model, variables, input_ids, attention_mask, generation_config, rng, processors, tokenizer,
-            decoder_input_ids, encoder_outputs, **options: see `generate`.
+            pixel_values, input_values, input_features, decoder_input_ids, encoder_outputs,
+            **options: see `generate`.
 
     Raises:
         ValueError: as `generate`, at the call; a beam search cannot be streamed.
@@ -229,6 +254,11 @@ def stream(
         options,
         input_ids=input_ids,
         attention_mask=attention_mask,
+        sources={
+            "pixel_values": pixel_values,
+            "input_values": input_values,
+            "input_features": input_features,
+        },
         decoder_input_ids=decoder_input_ids,
         encoder_outputs=encoder_outputs,
     )
@@ -279,9 +309,9 @@ def _problems(
     if config.num_beams > 1 and drafted:
         problems.append("a draft model does not help a beam search; set num_beams=1")
     if config.num_beams > 1 and kept:
-        problems.append("output_logits and output_scores are not of a beam search")
+        problems.append("logits, scores and log-probabilities are not of a beam search")
     if drafted and kept:
-        problems.append("output_logits and output_scores are not kept with a draft model")
+        problems.append("logits, scores and log-probabilities are not kept with a draft model")
     return problems
 
 

@@ -103,9 +103,9 @@ def _for_draws(config: GenerationConfig) -> list[Processor]:
 
 
 def _encoder_text(prompt: Prompt, option: str) -> tuple[Any, Any]:
-    if prompt.encoder_ids is None or prompt.encoder_mask is None:
+    if prompt.encoder_inputs is None or "input_ids" not in prompt.encoder_inputs:
         raise ValueError(f"{option} needs the encoder's input_ids")
-    return prompt.encoder_ids, prompt.encoder_mask
+    return prompt.encoder_inputs["input_ids"], prompt.encoder_mask
 
 
 def _as_tree(processor: Processor) -> Processor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +20,22 @@ class Prompt(NamedTuple):
     Args:
         tokens: int32 [B, P], the decoder's prompt, padded on the left.
         padding: int32 [B], the columns of padding.
-        encoder_ids: int32 [B, S], the encoder's tokens, padded on the right; None for none.
-        encoder_states: [B, S, D] in place of them, as the model's ``encode`` returns them.
-        encoder_mask: [B, S], 1 = token; None where there is no encoder.
+        encoder_inputs: what the model's ``encode`` reads, by name: ``input_ids`` int32 [B, S],
+            padded on the right, or images or sounds; None where there is none or states are given.
+        encoder_states: [B, S, D] in place of them, as ``encode`` returns them.
+        encoder_mask: [B, S] over them, 1 = token; None keeps everything.
     """
 
     tokens: Array | np.ndarray
     padding: Array | np.ndarray
-    encoder_ids: Array | np.ndarray | None = None
+    encoder_inputs: Mapping[str, Array | np.ndarray] | None = None
     encoder_states: Array | None = None
     encoder_mask: Array | np.ndarray | None = None
+
+    @property
+    def encoded(self) -> bool:
+        """Whether there is an encoder."""
+        return self.encoder_inputs is not None or self.encoder_states is not None
 
 
 class Context(NamedTuple):
@@ -67,22 +73,23 @@ def prefill(
     dtype = weight_dtype(variables)
     last_position = length + limit - 1
     padding, tokens = jnp.asarray(prompt.padding), jnp.asarray(prompt.tokens)
-    if prompt.encoder_mask is None:
+    if not prompt.encoded:
         column = jnp.arange(capacity)
         mask = (column >= padding[:, None]).astype(jnp.int32)  # [B, S]
         context = Context(padding, mask, None, last_position)
         cache = model.init_cache(batch, capacity, dtype=dtype)
         hidden, cache = forward(model, variables, tokens, cache, context)
         return hidden[:, -1], cache, context
-    states = prompt.encoder_states
-    if states is None:
+    states: Any = prompt.encoder_states
+    mask = prompt.encoder_mask
+    if prompt.encoder_inputs is not None:
+        masks = {} if mask is None else {"attention_mask": mask}
         states = model.apply(
-            variables,
-            input_ids=prompt.encoder_ids,
-            attention_mask=prompt.encoder_mask,
-            method="encode",
+            variables, **prompt.encoder_inputs, **masks, method="encode"
         ).last_hidden_state
-    context = Context(padding, None, jnp.asarray(prompt.encoder_mask), last_position)
+        if mask is not None:
+            mask = model.state_mask(jnp.asarray(mask), states.shape[1])
+    context = Context(padding, None, None if mask is None else jnp.asarray(mask), last_position)
     cache = model.init_cache(batch, capacity, states.shape[1], dtype=dtype)
     hidden, cache = forward(model, variables, tokens, cache, context, states)
     return hidden[:, -1], cache, context

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,13 @@ from fmjax.generate.forward import Prompt
 from fmjax.generation_config import GenerationConfig
 from fmjax.types import Variables
 
+# What encoders read, with its axes.
+SOURCES = {
+    "input_ids": "B, P",
+    "pixel_values": "B, X, Y, C",
+    "input_values": "B, T",
+    "input_features": "B, T, M",
+}
 DEFAULT_NEW_TOKENS = 20
 SMALLEST_BUCKET = 16
 
@@ -49,11 +58,13 @@ def bucket(length: int) -> int:
 
 
 def vocabulary_sizes(model: Any) -> tuple[int, int]:
-    """V of the encoder, where there is one, and of the decoder."""
+    """V of the encoder, where it reads tokens, and of the decoder."""
     config = model.config
     names = {field.name for field in dataclasses.fields(config)}
     if {"encoder", "decoder"} <= names:  # any pair of models
-        return config.encoder.vocab_size, config.decoder.vocab_size
+        reader = {field.name for field in dataclasses.fields(config.encoder)}
+        size = config.encoder.vocab_size if "vocab_size" in reader else 0
+        return size, config.decoder.vocab_size
     if "decoder_vocab_size" in names:  # Marian, perhaps with two vocabularies
         return config.vocab_size, config.decoder_vocab_size or config.vocab_size
     return config.vocab_size, config.vocab_size
@@ -96,6 +107,7 @@ def make_plan(
     *,
     input_ids: Any,
     attention_mask: Any,
+    sources: Mapping[str, Any] = MappingProxyType({}),
     decoder_input_ids: Any = None,
     encoder_outputs: Array | None = None,
     extra_columns: int = 0,
@@ -109,6 +121,8 @@ def make_plan(
         explicit: options of this call, which are not cut down to what the model can.
         input_ids: int [B, P]; of an encoder-decoder, the encoder's tokens.
         attention_mask: [B, P], 1 = token; None is everything but the padding token.
+        sources: what an encoder reads that does not read tokens, by name, such as "pixel_values";
+            None for what was not given.
         decoder_input_ids: int [B, P], what the decoder of an encoder-decoder starts with.
         encoder_outputs: [B, S, D], in place of an encoder-decoder's `input_ids`.
         extra_columns: columns beyond the limit that drafted tokens may take.
@@ -120,17 +134,20 @@ def make_plan(
     problems = _token_problems(config, vocab_size)
     both = is_encoder_decoder(model)
     encoder: dict[str, Any] = {}
+    given = {name: value for name, value in sources.items() if value is not None}
     if both:
         batch = _encoder_inputs(
-            model, config, input_ids, attention_mask, encoder_outputs, encoder, problems
-        )
+            model, config, given | ({} if input_ids is None else {"input_ids": input_ids}),
+            attention_mask, encoder_outputs, encoder, problems,
+        )  # fmt: skip
         prefix = _decoder_prefix(config, decoder_input_ids, batch, vocab_size, problems)
         mask = np.ones(prefix.shape, np.int32)
     else:
-        if decoder_input_ids is not None or encoder_outputs is not None:
+        if decoder_input_ids is not None or encoder_outputs is not None or given:
+            names = ", ".join(["decoder_input_ids", *given])
             problems.append(
-                "decoder_input_ids and encoder_outputs are for encoder-decoders; a decoder's "
-                "prompt is input_ids"
+                f"{names} and encoder_outputs are for encoder-decoders; a decoder's prompt is "
+                "input_ids"
             )
         if input_ids is None:
             raise ValueError("generation:\n  " + "\n  ".join([*problems, "give input_ids"]))
@@ -237,15 +254,18 @@ def _mask(value: Any, ids: np.ndarray, config: GenerationConfig, problems: list[
 def _encoder_inputs(
     model: Any,
     config: GenerationConfig,
-    input_ids: Any,
+    sources: dict[str, Any],
     attention_mask: Any,
     encoder_outputs: Array | None,
     result: dict[str, Any],
     problems: list[str],
 ) -> int:
     """Fills in the encoder's part of a `Prompt`; returns B."""
-    if (input_ids is None) == (encoder_outputs is None):
-        problems.append("give exactly one of input_ids and encoder_outputs")
+    read = inspect.signature(model.encode).parameters
+    if len(sources) + (encoder_outputs is not None) != 1 or sources.keys() - read:
+        names = ", ".join(name for name in SOURCES if name in read)
+        got = [*sources, *["encoder_outputs"] * (encoder_outputs is not None)]
+        problems.append(f"give exactly one of {names} and encoder_outputs; got {got}")
         return 1
     if encoder_outputs is not None:
         if encoder_outputs.ndim != 3 or 0 in encoder_outputs.shape:
@@ -259,6 +279,10 @@ def _encoder_inputs(
             problems.append(f"attention_mask has shape {mask.shape}; it must be {shape}")
         result |= {"encoder_states": encoder_outputs, "encoder_mask": mask}
         return shape[0]
+    if "input_ids" not in sources:
+        ((name, value),) = sources.items()
+        return _continuous_inputs(name, value, attention_mask, read, result, problems)
+    input_ids = sources["input_ids"]
     ids = _ids(input_ids, "input_ids", vocabulary_sizes(model)[0], problems)
     mask = _mask(attention_mask, ids, config, problems)
     if mask.size and (mask.sum(axis=1) == 0).any():
@@ -273,8 +297,38 @@ def _encoder_inputs(
             )
         room = max(min(room, most), length)
     grow = ((0, 0), (0, room - length))
-    result |= {"encoder_ids": np.pad(ids, grow), "encoder_mask": np.pad(mask, grow)}
+    result |= {
+        "encoder_inputs": {"input_ids": np.pad(ids, grow)},
+        "encoder_mask": np.pad(mask, grow),
+    }
     return ids.shape[0]
+
+
+def _continuous_inputs(
+    name: str,
+    value: Any,
+    attention_mask: Any,
+    read: Collection[str],
+    result: dict[str, Any],
+    problems: list[str],
+) -> int:
+    """The same of images and sounds, whose length is compiled for as it is."""
+    array, rank = np.asarray(value, np.float32), SOURCES[name]
+    if array.ndim != len(rank.split(", ")) or 0 in array.shape:
+        problems.append(f"{name} has shape {array.shape}; it must be [{rank}]")
+        return 1
+    if not np.isfinite(array).all():
+        rows = np.unique(np.argwhere(~np.isfinite(array))[:, 0])[:10].tolist()
+        problems.append(f"{name} is not finite in the rows {rows}")
+    result["encoder_inputs"] = {name: array}
+    if attention_mask is not None:
+        mask = np.asarray(attention_mask)
+        if "attention_mask" not in read:
+            problems.append(f"{name} takes no attention_mask: the encoder sees all of it")
+        elif mask.shape != array.shape[:2]:
+            problems.append(f"attention_mask has shape {mask.shape}; it must be {array.shape[:2]}")
+        result["encoder_mask"] = mask
+    return array.shape[0]
 
 
 def _decoder_prefix(

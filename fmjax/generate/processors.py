@@ -277,3 +277,50 @@ class Normalize:
 
     def __call__(self, logits: Array, state: State) -> Array:
         return jax.nn.log_softmax(logits, axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TimestampRules:
+    """Whisper's grammar of times (Radford et al. 2022, arXiv:2212.04356, section 2.3): a text opens
+    and closes with times, which come in pairs between texts and never run back; and a time comes
+    where all times together are likelier than any one token of text.
+
+    Args:
+        begin: the token of time 0; those after it are later times, those before it text.
+        none: the token that says that a text has no times, which cannot come.
+        eos: the first token that is no text; those from it to `begin` may follow a closing time.
+        first: how many steps after 0 the first time may be; at least the vocabulary's size for no
+            limit.
+    """
+
+    begin: Numbers
+    none: Numbers
+    eos: Numbers
+    first: Numbers
+
+    def __call__(self, logits: Array, state: State) -> Array:
+        token = jnp.arange(logits.shape[1])[None]  # [1, V]
+        is_time = token >= self.begin
+
+        def new_column(back: int) -> Array:  # [B, 1]
+            column = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - back, 1, axis=1)
+            return column >= self.begin
+
+        last = (state.step >= 1) & new_column(1)
+        before = (state.step < 2) | new_column(2)
+        columns = jnp.arange(state.tokens.shape[1])
+        new = (columns >= state.length - state.step) & (columns < state.length)
+        latest = jnp.max(
+            jnp.where(new & (state.tokens >= self.begin), state.tokens, -1), axis=1, keepdims=True
+        )  # [B, 1]; times never run back
+        # A time that closes a text may open the next one, nothing else may repeat it.
+        least = jnp.where(last & ~before, latest, latest + 1)
+        banned = (token == self.none) | (is_time & (latest >= 0) & (token < least))
+        banned |= last & jnp.where(before, is_time, token < self.eos)
+        opening = ~is_time | (token > self.begin + self.first)
+        banned |= (state.step == 0) & opening
+        logits = jnp.where(banned, -jnp.inf, logits)
+        times = jax.nn.logsumexp(jnp.where(is_time, logits, -jnp.inf), axis=1, keepdims=True)
+        text = jnp.max(jnp.where(is_time, -jnp.inf, logits), axis=1, keepdims=True)
+        return jnp.where((times > text) & ~is_time, -jnp.inf, logits)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fmjax.generate.processors import Numbers, static
-from fmjax.generate.state import State
+from fmjax.generate.state import Processor, State
 
 
 def largest_threshold(values: Array, holds: Callable[[Array], Array]) -> Array:
@@ -193,6 +193,14 @@ class EtaCutoff:
         entropy = _entropy(log_p)
         eta = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-entropy))
         return _keep(logits, jnp.exp(log_p) >= eta, self.at_least)
+
+
+def untempered(scores: Array, processors: Iterable[Processor]) -> Array:
+    """Scores [B, V] that processors gave as if no `Temperature` had been among them."""
+    for processor in processors:
+        if isinstance(processor, Temperature):
+            scores = scores * processor.temperature
+    return scores
 
 
 def draw(logits: Array, rng: Array) -> Array:

@@ -18,7 +18,7 @@ from fmjax.generate.forward import (
     unembed,
     while_decoding,
 )
-from fmjax.generate.sampling import draw
+from fmjax.generate.sampling import draw, untempered
 from fmjax.generate.state import (
     Controls,
     State,
@@ -41,6 +41,8 @@ class Carry(NamedTuple):
         stop: int32 [B], states of the stop strings' automaton.
         logits: float32 [N, B, V] of each step as the model gave them, where they are kept.
         scores: the same after the processors.
+        log_probs: float32 [B, N] of the chosen tokens, after all processors but temperature, where
+            they are kept.
     """
 
     state: State
@@ -50,6 +52,7 @@ class Carry(NamedTuple):
     stop: Array
     logits: Array | None
     scores: Array | None
+    log_probs: Array | None
 
 
 def append_token(
@@ -78,13 +81,23 @@ def _choose(logits: Array, carry: Carry, controls: Controls) -> Carry:
         return jax.lax.dynamic_update_slice(kept, new[None], (state.step, 0, 0))
 
     kept = store(carry.logits, logits), store(carry.scores, scores)
+    log_probs = carry.log_probs
+    if log_probs is not None:
+        whole = jax.nn.log_softmax(untempered(scores, controls.processors), axis=-1)
+        chosen = jnp.take_along_axis(whole, token[:, None], axis=1)  # [B, 1]
+        log_probs = jax.lax.dynamic_update_slice(log_probs, chosen, (0, state.step))
     state, finished, lengths, stop = append_token(
         state, carry.finished, carry.lengths, carry.stop, token, controls
     )
-    return Carry(state, carry.cache, finished, lengths, stop, *kept)
+    return Carry(state, carry.cache, finished, lengths, stop, *kept, log_probs)
 
 
-@partial(jax.jit, static_argnames=("model", "capacity", "repeats", "keep_logits", "keep_scores"))
+@partial(
+    jax.jit,
+    static_argnames=(
+        "model", "capacity", "repeats", "keep_logits", "keep_scores", "keep_log_probs",
+    ),
+)  # fmt: skip
 def start(
     model: Any,
     variables: Variables,
@@ -97,6 +110,7 @@ def start(
     repeats: int = 1,
     keep_logits: bool = False,
     keep_scores: bool = False,
+    keep_log_probs: bool = False,
 ) -> tuple[Carry, Context]:
     """Runs the prompts and chooses the first token.
 
@@ -108,7 +122,7 @@ def start(
         stop: int32 [B], states of the stop strings' automaton after the prompts.
         capacity: columns there are room for.
         repeats: texts per prompt: B becomes B * repeats.
-        keep_logits, keep_scores: whether each step's are kept.
+        keep_logits, keep_scores, keep_log_probs: whether each step's are kept.
     """
     hidden, cache, context = prefill(model, variables, prompt, limit, capacity=capacity)
     cache, context = repeat_rows(cache, context, repeats)
@@ -129,6 +143,7 @@ def start(
         jnp.repeat(stop, repeats),
         jnp.zeros(room) if keep_logits else None,
         jnp.zeros(room) if keep_scores else None,
+        jnp.zeros((batch, room[0])) if keep_log_probs else None,
     )
     return _choose(logits, carry, controls), context
 

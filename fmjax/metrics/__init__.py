@@ -18,6 +18,7 @@ from fmjax.metrics.spans import squad_metrics
 from fmjax.metrics.summarisation import summarisation_metrics
 from fmjax.metrics.tagging import entity_metrics, tag_accuracy
 from fmjax.metrics.translation import translation_metrics
+from fmjax.metrics.visual_question_answering import visual_question_answering_metrics
 
 __all__ = [
     "bits_per_byte",
@@ -39,4 +40,5 @@ __all__ = [
     "summarisation_metrics",
     "tag_accuracy",
     "translation_metrics",
+    "visual_question_answering_metrics",
 ]

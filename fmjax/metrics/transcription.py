@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from fmjax.metrics.optional import optional_library
@@ -39,3 +40,14 @@ def _rate(name: str, references: Sequence[str], predictions: Sequence[str]) -> f
     jiwer = optional_library("jiwer", "jiwer", "audio")
     measure = jiwer.wer if name == "wer" else jiwer.cer
     return float(measure(list(references), list(predictions)))
+
+
+def spoken(text: str) -> str:
+    """Words as they sound, for error rates of texts that differ in how they are written: small
+    letters, no punctuation but apostrophes inside words.
+
+    >>> spoken("Agent login -- please enter the agent's number, then press pound.")
+    "agent login please enter the agent's number then press pound"
+    """
+    plain = re.sub(r"[^\w' ]+|_", " ", text.lower().replace("\u2019", "'"))
+    return " ".join(word for part in plain.split() if (word := part.strip("'")))

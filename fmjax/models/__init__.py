@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import inspect
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -59,10 +62,29 @@ def fields_of(config: Any) -> dict[str, Any]:
 
 
 def width_of(config: Any) -> int:
-    """D of a family's config, whatever it calls it."""
+    """D of the last hidden states of a family's bare model, whatever its config calls it."""
     fields = fields_of(config)
     names = ("hidden_size", "d_model", "n_embd", "dim")
-    return next(fields[name] for name in names if name in fields)
+    known = [fields[name] for name in names if name in fields]
+    return known[0] if known else _traced_width(config)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_width(config: Any) -> int:
+    """The same of a convolutional network, whose last width follows from many numbers."""
+    family = family_for(config)
+    model = family.Model(config)
+    out, _ = jax.eval_shape(
+        lambda key: model.init_with_output(key, **family.inputs(config, "model")), jax.random.key(0)
+    )
+    states = out.pooler_output if out.last_hidden_state is None else out.last_hidden_state
+    return states.shape[-1]
+
+
+@functools.lru_cache(maxsize=64)
+def arguments_of(family: ModuleType) -> frozenset[str]:
+    """The names of what a family's model is called with, such as "pixel_values"."""
+    return frozenset(inspect.signature(family.Model.__call__).parameters) - {"self"}
 
 
 # What a part's file says of its place, for families whose place is always the same.

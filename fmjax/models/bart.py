@@ -127,6 +127,8 @@ class Block(nn.Module):
     output_hidden_states: bool
     output_attentions: bool
 
+    key_bias: ClassVar[bool] = True
+
     def kernel_init(self) -> Callable[..., Array]:
         """Initializer of the kernels."""
         return nn.initializers.normal(self.config.init_std)
@@ -162,6 +164,7 @@ class Block(nn.Module):
                 train=self.train,
                 with_probabilities=self.output_attentions,
                 kernel_init=init,
+                key_bias=self.key_bias,
                 name=name,
             )
 

@@ -1,18 +1,20 @@
 """Any encoder with any decoder that cross-attends (Rothe et al. 2020, arXiv:1907.12461): BERT and
-GPT-2, two BERTs, ... HF "encoder-decoder".
+GPT-2, two BERTs, ... HF "encoder-decoder"; parent of vision_encoder_decoder and
+speech_encoder_decoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.models import PART, bart, bert, family_for, fields_of, gpt2, width_of
+from fmjax.models import PART, arguments_of, bart, bert, family_for, fields_of, gpt2, width_of
+from fmjax.nn.checks import refuse
 from fmjax.nn.linear import Dense
 from fmjax.nn.seq2seq import EncoderDecoder
 from fmjax.nn.sides import Tokens
@@ -37,6 +39,9 @@ class Config:
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
 
+    reads: ClassVar[str] = "input_ids"
+    """What the encoder is given."""
+
     def __post_init__(self) -> None:
         problems = []
         for side in ("encoder", "decoder"):
@@ -44,7 +49,7 @@ class Config:
             family = family_for(config)
             if not isinstance(config, family.Config):
                 problems.append(f"{side}={config!r} is no family's Config")
-        encoder, decoder = (family_for(config) for config in (self.encoder, self.decoder))
+        encoder, decoder = family_for(self.encoder), family_for(self.decoder)
         attends = {"add_cross_attention": isinstance(self.decoder, bart.PairConfig)}
         attends |= fields_of(self.decoder)
         if "causal_lm" not in decoder.HEADS:
@@ -55,8 +60,9 @@ class Config:
             problems.append("the encoder's config must have is_decoder=False")
         if isinstance(self.encoder, bart.PairConfig) or "encoder" in encoder.HEADS:
             problems.append(f"{encoder.MODEL_TYPE} has a decoder of its own")
-        if problems:
-            raise ValueError("encoder_decoder config: " + "; ".join(problems))
+        elif self.reads not in arguments_of(encoder):
+            problems.append(f"{encoder.MODEL_TYPE} reads no {self.reads}")
+        refuse(self, problems)
 
     @property
     def vocab_size(self) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -22,6 +21,7 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
+from fmjax.nn.position import sinusoids_of
 from fmjax.nn.sides import cross_attention, own_cache
 from fmjax.nn.stack import LayerOutput
 from fmjax.types import Output, PyTree
@@ -177,25 +177,6 @@ class Embeddings(nn.Module):
         if config.pad_token_id is not None:
             positions = jnp.where((rows == config.pad_token_id)[..., None], 0.0, positions)
         return self.dropout(x + positions.astype(x.dtype), inputs.train)
-
-
-def sinusoids_of(positions: Array, width: int) -> Array:
-    """All sines, then all cosines, of wavelengths from 2 pi to 20,000 pi, both included.
-
-    (Vaswani et al. 2017 stop one step earlier.)
-
-    Args:
-        positions: int [...].
-        width: D; an odd one ends in a zero.
-
-    Returns:
-        float32 [..., D].
-    """
-    half = width // 2
-    steps = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / (half - 1))
-    angles = positions[..., None].astype(jnp.float32) * np.exp(steps)  # [..., D / 2]
-    table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    return jnp.pad(table, [(0, 0)] * positions.ndim + [(0, width - 2 * half)])
 
 
 class Model(Decoder):

@@ -136,6 +136,11 @@ class TextEmbeddings(nn.Module):
             self.projection = Dense(self.project, kernel_init=init)
 
     def __call__(self, inputs: Inputs) -> Array:  # [B, T] -> [B, T, D]
+        x = self.dropout(self.norm(self.total(inputs)), inputs.train)
+        return x if self.project is None else self.projection(x)
+
+    def total(self, inputs: Inputs) -> Array:
+        """The sum of the vectors, [B, T, D]."""
         x = inputs.inputs_embeds
         if x is None:
             x = self.word(inputs.input_ids)  # pyright: ignore[reportArgumentType]
@@ -144,8 +149,7 @@ class TextEmbeddings(nn.Module):
             x = x + self.token_type(jnp.zeros((1, 1), jnp.int32) if types is None else types)
         if self.positions:
             x = x + self.position(inputs.position_ids)
-        x = self.dropout(self.norm(x), inputs.train)
-        return x if self.project is None else self.projection(x)
+        return x
 
 
 class Encoder(nn.Module):

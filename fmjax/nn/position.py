@@ -333,6 +333,25 @@ def sinusoids(length: int, width: int, *, interleaved: bool) -> np.ndarray:
     return table
 
 
+def sinusoids_of(positions: Array, width: int) -> Array:
+    """All sines, then all cosines, of wavelengths from 2 pi to 20,000 pi, both included.
+
+    (Vaswani et al. 2017 stop one step earlier.)
+
+    Args:
+        positions: int [...].
+        width: D; an odd one ends in a zero.
+
+    Returns:
+        float32 [..., D].
+    """
+    half = width // 2
+    steps = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / (half - 1))
+    angles = positions[..., None].astype(jnp.float32) * np.exp(steps)  # [..., D / 2]
+    table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(table, [(0, 0)] * positions.ndim + [(0, width - 2 * half)])
+
+
 def alibi_slopes(num_heads: int) -> np.ndarray:
     """Slopes of the linear biases (Press et al. 2022, arXiv:2108.12409, section 3): float32 [H].
 

@@ -95,6 +95,10 @@ class EncoderDecoder(nn.Module):
         """int [B, T]: what is decoded where only the encoder's tokens are given; None for none."""
         return None
 
+    def state_mask(self, attention_mask: Array, length: int) -> Array:
+        """[B, S] over the encoder's `length` states, of the mask over its inputs."""
+        return attention_mask
+
     def run_encoder(self, side: Tokens) -> Output:
         """The encoder's states."""
         raise NotImplementedError
@@ -198,22 +202,52 @@ class EncoderDecoder(nn.Module):
             if any(x is not None for x in refused):
                 raise ValueError(f"the head {self.head!r} has no decoder: give no inputs for one")
             return self.encoder_output(input_ids, attention_mask, inputs_embeds, flags)
-        given = [x is not None for x in (input_ids, inputs_embeds, encoder_outputs)]
-        if sum(given) > 1 or (not any(given) and cache is None):
-            raise ValueError(
-                "give exactly one of input_ids, inputs_embeds and encoder_outputs (none where the "
-                "cache has the encoder's keys and values already)"
-            )
+        check_source(
+            cache, input_ids=input_ids, inputs_embeds=inputs_embeds, encoder_outputs=encoder_outputs
+        )
+        encoded = Output(last_hidden_state=encoder_outputs)
+        if input_ids is not None or inputs_embeds is not None:
+            encoded = self.encode(input_ids, attention_mask, inputs_embeds, **flags._asdict())
+        if decoder_input_ids is None and decoder_inputs_embeds is None and input_ids is not None:
+            decoder_input_ids = self.default_decoder_ids(input_ids, attention_mask)
+        return self.decode(
+            encoded, attention_mask, decoder_input_ids, decoder_attention_mask,
+            decoder_inputs_embeds, cache, flags,
+            input_ids=input_ids, output_logits=output_logits,
+        )  # fmt: skip
+
+    def decode(
+        self,
+        encoded: Output,
+        attention_mask: Array | None,
+        decoder_input_ids: Array | None,
+        decoder_attention_mask: Array | None,
+        decoder_inputs_embeds: Array | None,
+        cache: PyTree,
+        flags: Flags,
+        *,
+        input_ids: Array | None = None,
+        output_logits: bool,
+    ) -> Output:
+        """The decoder and the head on encoded inputs of any kind.
+
+        Args:
+            encoded: of the encoder; without a last hidden state where the cache has its keys and
+                values.
+            attention_mask: [B, S] over the encoder's states, or None.
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, cache, output_logits:
+                see `__call__`.
+            flags: how the stacks are run.
+            input_ids: the encoder's tokens where it reads any, for heads that read where they end.
+
+        Raises:
+            ValueError: inputs that contradict each other or the head.
+        """
         if cache is not None and self.head not in ("model", "seq2seq_lm"):
             raise ValueError(f"the head {self.head!r} does not decode; drop the cache")
-        encoded = Output(last_hidden_state=encoder_outputs)
-        if encoder_outputs is None and any(given):
-            encoded = self.encode(input_ids, attention_mask, inputs_embeds, **flags._asdict())
         states = encoded.last_hidden_state
         if cache is not None and states is not None:
             _check_encoder_length(cache, states.shape[1])
-        if decoder_input_ids is None and decoder_inputs_embeds is None and input_ids is not None:
-            decoder_input_ids = self.default_decoder_ids(input_ids, attention_mask)
         side = tokens(
             decoder_input_ids,
             decoder_inputs_embeds,
@@ -226,7 +260,7 @@ class EncoderDecoder(nn.Module):
         )
         encoder_mask = cross_mask(attention_mask, None if states is None else states.shape[1])
         decoded = self.run_decoder(side, states, encoder_mask, cache)
-        out = self.head_output(decoded, input_ids, attention_mask, train, output_logits)
+        out = self.head_output(decoded, input_ids, attention_mask, flags.train, output_logits)
         return dataclasses.replace(
             out,
             hidden_states=decoded.hidden_states,
@@ -409,6 +443,25 @@ class WithDecoderAlone(EncoderDecoder):
             )
         layers, heads, size = self.cache_shape
         return empty_cache(layers, (batch_size, heads, length, size), dtype=dtype, scan=self.scan)
+
+
+def check_source(cache: PyTree, **sources: Array | None) -> None:
+    """Refuses anything but exactly one source of the encoder's states.
+
+    Args:
+        cache: of the decoder, which may have their keys and values already, or None.
+        sources: by the arguments' names, in the order that an error lists them.
+
+    Raises:
+        ValueError: several are given, or none and no cache.
+    """
+    given = sum(x is not None for x in sources.values())
+    if given > 1 or (not given and cache is None):
+        *names, last = sources
+        raise ValueError(
+            f"give exactly one of {', '.join(names)} and {last} (none where the cache has the "
+            "encoder's keys and values already)"
+        )
 
 
 def _check_encoder_length(cache: dict[str, Any], length: int) -> None:

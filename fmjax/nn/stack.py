@@ -42,7 +42,7 @@ class StackOutput(NamedTuple):
 def run_stack(
     block: type[nn.Module],
     fields: dict[str, Any],
-    hidden: Array,
+    hidden: PyTree,
     shared: PyTree,
     *,
     num_layers: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import fmjax.hub as hub
 from fmjax.config import read_config
 from fmjax.generation_config import FILE as GENERATION_FILE
 from fmjax.generation_config import GenerationConfig
+from fmjax.recipes.ctranslate2 import is_ctranslate2, write_whisper
 from fmjax.recipes.texts import model_source
 from fmjax.tree import count_parameters
 from fmjax.types import Variables
@@ -75,6 +77,14 @@ def convert_checkpoint(
     folder = hub.find_folder(model_source(source))
     if target.exists() and target.resolve() == folder.resolve():
         raise ValueError(f"{target} is the source itself; choose a new folder")
+    if is_ctranslate2(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            write_whisper(folder, Path(scratch))
+            lines = convert_checkpoint(
+                scratch, target, head=head, labels=labels, max_shard_size=max_shard_size,
+                dtype=dtype,
+            )  # fmt: skip
+        return [f"read {folder}: CTranslate2", *lines[1:]]
     with open_checkpoint(folder) as checkpoint:
         read = f"{checkpoint.format}, {len(checkpoint.files)} file(s)"
     model, variables = hub.load(folder, head=head, num_labels=names, dtype=dtype)

