@@ -59,7 +59,7 @@ def non_saturating(generator: Any, discriminator: Any) -> dict[str, LossFn]:
 
     def of_discriminator(variables: Variables, batch: Batch, rng: Array | None):
         made, _ = make(variables, batch, rng)
-        real, updates = score(variables, batch["pixel_values"])
+        real, updates = score(variables, jnp.asarray(batch["pixel_values"]))
         fake, updates = score(override(variables, updates), jax.lax.stop_gradient(made))
         weights = row_weights(batch)
         # -log sigmoid(s) = softplus(-s), -log(1 - sigmoid(s)) = softplus(s).

@@ -8,8 +8,8 @@ turn. So a turn is the one train step of `make_train_step`, and turns in a row a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,8 @@ def init_players(variables: Variables, turns: Sequence[Turn], rng: Array) -> Tra
     own = {turn.name: split(variables, _belongs_to(turn.name))[0] for turn in turns}
     txs = {turn.name: turn.tx for turn in turns}
 
-    def init(trainable: Variables) -> optax.OptState:
+    def init(params: Any) -> optax.OptState:
+        del params  # `own` by name
         return {name: tx.init(own[name]) for name, tx in txs.items()}
 
     # Only its `init` is ever called: what updates is the turns' own.
@@ -87,28 +88,30 @@ def take_turns(turns: Sequence[Turn]) -> StepFn:
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         pieces = _pieces(batch, parts)
         metrics: dict[str, Mean] = {}
+        opt_state: Any = state.opt_state
         for number, turn in enumerate(turns):
             own, others = split(state.trainable, _belongs_to(turn.name))
             moving = TrainState(
                 step=state.step * turn.rounds,
                 trainable=own,
                 non_trainable=merge(state.non_trainable, others),
-                opt_state=state.opt_state[turn.name],
+                opt_state=opt_state[turn.name],
                 rng=jax.random.fold_in(state.rng, number),
             )
-            mine = jax.tree.map(lambda x, turn=turn: x[: turn.rounds], pieces)
+            mine = {name: leaf[: turn.rounds] for name, leaf in pieces.items()}
             moving, found = jax.lax.scan(steps[turn.name], moving, mine)
             metrics |= {
                 f"{turn.name}/{name}": Mean(*(jnp.sum(part) for part in mean))
                 for name, mean in found.items()
             }
             read = flatten(state.non_trainable)
+            opt_state = {**opt_state, turn.name: moving.opt_state}
             kept, others = split(moving.non_trainable, lambda path, read=read: path in read)
             state = TrainState(
                 step=state.step,
                 trainable=merge(moving.trainable, others),
                 non_trainable=kept,
-                opt_state={**state.opt_state, turn.name: moving.opt_state},
+                opt_state=opt_state,
                 rng=state.rng,
             )
         return _after(state), metrics
@@ -122,8 +125,8 @@ def _after(state: TrainState) -> TrainState:
     )
 
 
-def _belongs_to(name: str):
-    """Whether a leaf is a parameter of the player."""
+def _belongs_to(name: str) -> Callable[[str], bool]:
+    """Whether a leaf, by its path, is a parameter of the player."""
     return lambda path: is_param(path) and path.split("/")[1] == name
 
 
@@ -135,6 +138,7 @@ def _pieces(batch: Batch, parts: int) -> Mapping[str, Array]:
             f"batch sizes {sizes} are no multiples of the {parts} rounds of a step; choose a "
             "batch size that is"
         )
-    return jax.tree.map(
-        lambda x: jnp.asarray(x).reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), dict(batch)
-    )
+    return {
+        name: jnp.asarray(leaf).reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
+        for name, leaf in batch.items()
+    }
