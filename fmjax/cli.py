@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fmjax.recipes.drawing import Settings as Draw
+from fmjax.recipes.drawing import save_drawings
 from fmjax.recipes.plan import Settings as Plan
 from fmjax.recipes.text_classification import Settings
 from fmjax.recipes.texts import TextData
@@ -489,12 +491,6 @@ def detect(args: Detect) -> None:
         save_drawn(args.out, args.images, rows, names)
 
 
-def report(args: Report) -> None:
-    from fmjax.report import write_report
-
-    print(write_report(args.run))
-
-
 def plan(args: Plan) -> None:
     import jax
 
@@ -551,6 +547,7 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Translate, sub("translate")]
         | Annotated[Classify, sub("classify")]
         | Annotated[Detect, sub("detect")]
+        | Annotated[Draw, sub("draw")]
         | Annotated[Report, sub("report")]
         | Annotated[Plan, sub("plan")],
         prog="fmjax",
@@ -585,8 +582,12 @@ def main(argv: list[str] | None = None) -> int:
                 classify(args)
             case Detect():
                 detect(args)
+            case Draw():
+                print(*save_drawings(args), sep="\n")
             case Report():
-                report(args)
+                from fmjax.report import write_report
+
+                print(write_report(args.run))
             case Plan():
                 plan(args)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -2,9 +2,9 @@
 causal decoder over the tokens of a text and then those of an image, most layers of which see only a
 part of the image. Our own names: no weights were published.
 
-Token ids are in one space: the text's, then a padding token for each position of the text, then the
-image's (`image_start` + code). A row has `text_length` ids of the first two kinds and after them the
-image's, row by row. So `fmjax.generate` continues a text by an image; see
+Token ids are in one space: the text's, then a padding token for each position of the text, then
+the image's (`image_start` + code). A row has `text_length` ids of the first two kinds and after
+them the image's, row by row. So `fmjax.generate` continues a text by an image; see
 `fmjax.tasks.text_to_image`.
 """
 

@@ -107,9 +107,7 @@ class Encoder(nn.Module):
     def __call__(self, x: Array) -> tuple[Array, Array]:  # [B, X, Y, C] -> [B, Z], [B, Z]
         config, act = self.config, activation(self.config.hidden_act)
         for number, features in enumerate(config.conv_sizes):
-            conv = Conv(
-                features, SIZE, 2, use_bias=True, around=AROUND, name=f"conv_{number}"
-            )
+            conv = Conv(features, SIZE, 2, use_bias=True, around=AROUND, name=f"conv_{number}")
             x = act(conv(x))  # fmt: skip
         x = jnp.moveaxis(x, -1, 1).reshape(len(x), -1)  # [B, C * X * Y], as PyTorch flattens
         for number, features in enumerate(config.dense_sizes):

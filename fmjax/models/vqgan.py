@@ -19,6 +19,7 @@ from jax import Array
 from fmjax.models import config_alone
 from fmjax.nn.attention import attend
 from fmjax.nn.checks import check_head, refuse
+from fmjax.nn.compact import whole
 from fmjax.nn.conv import Conv, enlarged
 from fmjax.nn.embed import Embed
 from fmjax.nn.norm import BatchNorm, GroupNorm
@@ -304,7 +305,7 @@ class Model(nn.Module):
                 f"images of {sides} pixels; rows and columns must divide by {self.config.reduction}"
             )
         latents = self.quant_conv(self.encoder(pixel_values))  # [B, x, y, D]
-        table = self.codebook.embedding.astype(jnp.float32)  # [V, D]
+        table = whole(self.codebook.embedding).astype(jnp.float32)  # [V, D]
         # |z - e|^2 but for |z|^2, which is the same for all codes.
         distances = jnp.square(table).sum(axis=-1) - 2 * self.codebook.attend(latents)
         codes = jnp.argmin(distances, axis=-1)

@@ -16,7 +16,7 @@ from fmjax.tasks.apply import apply_fn, row_weights
 from fmjax.tasks.pixels import to_floats
 from fmjax.types import Aux, Batch, LossFn, Mean, Output, Variables
 
-Schedule = Callable[[Array], Array]
+Schedule = Callable[[Array], Any]
 """Steps done -> a number, such as Optax's schedules."""
 STEPS = "annealing"
 """The collection of the count of steps, which the relaxed loss's schedules read."""

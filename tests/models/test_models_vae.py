@@ -1,5 +1,7 @@
 """The variational autoencoder against PyTorch's layers."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ class Twin(nn.Module):
             width = features
         sizes = (*config.conv_sizes[::-1], config.last_features)
         self.decoder.project = nn.Linear(width, sizes[0] * config.grid[0] * config.grid[1])
-        for number, (width, features) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for number, (width, features) in enumerate(itertools.pairwise(sizes)):
             self.decoder.add_module(f"conv_{number}", nn.ConvTranspose2d(width, features, 4, 2, 1))
 
     def forward(self, pixels, noise):
