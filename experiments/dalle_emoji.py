@@ -2,7 +2,7 @@
 
     python experiments/dalle_emoji.py --output runs/dalle
 
-NUMBERS
+Not measured yet.
 
 First a VQGAN (without its discriminator), or with ``--image-tokenizer dvae`` DALL-E's discrete
 VAE, learns to write a picture as a grid of codes; then a transformer learns names and codes in a

@@ -27,7 +27,7 @@ def test_losses_are_cross_entropies_of_each_kind():
     ids = rows(codes, [[1], [2, 3, 4, 5], [6, 7]])
     batch = {"input_ids": ids, "weight": np.float32([1, 1, 0])}
     value, aux = jax.jit(task.loss(model))(variables, batch, None)
-    logits = torch.tensor(np.asarray(model.apply(variables, ids).logits))
+    logits = torch.tensor(np.asarray(jax.jit(model.apply)(variables, ids).logits))
     cross = torch.nn.functional.cross_entropy
     # Of the text: nothing of the first row, whose second position is padding; 3, 4, 5 of the other.
     text = cross(logits[1, :3, :11], torch.tensor([3, 4, 5]))
