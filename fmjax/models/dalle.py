@@ -116,7 +116,7 @@ MODEL_TYPE = "dalle"
 HEADS = {"model": "DalleModel", "causal_lm": "DalleForCausalLM"}
 VARIANTS = {
     "tiny": Config(
-        text_vocab_size=11, text_length=4, image_vocab_size=7, grid_size=3, hidden_size=12,
+        text_vocab_size=60, text_length=4, image_vocab_size=7, grid_size=3, hidden_size=12,
         num_hidden_layers=4, num_attention_heads=3, intermediate_size=20,
         attention_pattern=("row", "column", "full"), window=3,
     ),

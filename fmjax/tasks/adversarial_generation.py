@@ -20,7 +20,8 @@ from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 Score = Callable[[Variables, Array], tuple[Array, Variables]]
-"""(variables of both, images [B, X, Y, C]) -> (scores [B], new statistics of the discriminator)."""
+"""(variables of both, images [B, X, Y, C]) -> (scores [B, N], new statistics of the discriminator);
+N is 1 but for a discriminator of patches."""
 
 
 def draw(generator: Any) -> Callable[[Variables, Array], Array]:
@@ -55,7 +56,7 @@ def non_saturating(generator: Any, discriminator: Any) -> dict[str, LossFn]:
     Returns:
         A LossFn (nats) for each player.
     """
-    make, score = _making(generator), _scoring(discriminator)
+    make, score = _making(generator), _whole(discriminator)
 
     def of_discriminator(variables: Variables, batch: Batch, rng: Array | None):
         made, _ = make(variables, batch, rng)
@@ -95,7 +96,7 @@ def wasserstein(generator: Any, critic: Any, *, penalty: float = 10.0) -> dict[s
             depend on each other (section 4).
         penalty: lambda, weight of the gradient's distance from norm 1.
     """
-    make, score = _making(generator), _scoring(critic)
+    make, score = _making(generator), _whole(critic)
 
     def of_critic(variables: Variables, batch: Batch, rng: Array | None):
         if rng is None:
@@ -145,22 +146,40 @@ def _making(generator: Any) -> Callable[..., tuple[Array, Variables]]:
         own = part(variables, GENERATOR)
         output, updates = apply(own, {"latents": latents}, None, train=True)
         assert output.images is not None
-        return output.images, _placed(updates, GENERATOR)
+        return output.images, placed(updates, GENERATOR)
 
     return make
 
 
-def _scoring(discriminator: Any) -> Score:
+def _whole(discriminator: Any) -> Score:
+    """The scores [B] of a discriminator of whole images."""
+    scores = scoring(discriminator)
+
+    def score(variables: Variables, images: Array) -> tuple[Array, Variables]:
+        found, updates = scores(variables, images)
+        if found.shape[1] != 1:
+            raise ValueError(
+                f"the discriminator has {found.shape[1]} scores an image; this game has one"
+            )
+        return found[:, 0], updates
+
+    return score
+
+
+def scoring(discriminator: Any) -> Score:
+    """A discriminator as the games call it: as in training, its scores flat."""
     apply = apply_fn(discriminator)
 
     def score(variables: Variables, images: Array) -> tuple[Array, Variables]:
         own = part(variables, DISCRIMINATOR)
         output, updates = apply(own, {"pixel_values": images}, None, train=True)
         assert output.logits is not None
-        return output.logits[:, 0], _placed(updates, DISCRIMINATOR)
+        scores = output.logits.reshape(len(images), -1)
+        return scores, placed(updates, DISCRIMINATOR)
 
     return score
 
 
-def _placed(updates: Variables, name: str) -> Variables:
+def placed(updates: Variables, name: str) -> Variables:
+    """One player's new statistics, where they lie in the variables of both."""
     return {collection: {name: tree} for collection, tree in updates.items()}

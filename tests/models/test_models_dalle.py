@@ -14,7 +14,7 @@ import fmjax
 from fmjax.models import dalle
 from fmjax.tree import flatten
 
-TINY = dataclasses.replace(dalle.VARIANTS["tiny"], dropout=0.0)
+TINY = dataclasses.replace(dalle.VARIANTS["tiny"], text_vocab_size=11, dropout=0.0)
 
 
 def pattern(config, kind):

@@ -36,7 +36,11 @@ MAKERS = ("dalle", "dcgan", "dvae", "vae", "vqgan", "wgan_gp")
 
 def less_to_see(name):
     """Whether a family has no blocks of its own, or blocks that are not scanned, as ResNet's."""
-    return inherits(name) or name in MAKERS or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
+    return (
+        inherits(name)
+        or name in MAKERS
+        or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
+    )
 
 
 def slow_where(seen, cases):

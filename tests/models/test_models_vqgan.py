@@ -169,6 +169,7 @@ def test_published_sizes():
     assert parameters(vqgan, "f16-1024", "image_discrimination") == 2_765_633
 
 
+@pytest.mark.slow
 def test_codes_come_back():
     """What the codes say is what the images were decoded from."""
     model = vqgan.Model(vqgan.VARIANTS["tiny"])

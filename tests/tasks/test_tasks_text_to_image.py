@@ -13,7 +13,9 @@ from fmjax.models import dalle
 from fmjax.tasks import text_to_image as task
 from fmjax.train import gradient, init_state, jit_step, make_train_step
 
-CONFIG = dataclasses.replace(dalle.VARIANTS["tiny"], dropout=0.0, initializer_range=0.3)
+CONFIG = dataclasses.replace(
+    dalle.VARIANTS["tiny"], text_vocab_size=11, dropout=0.0, initializer_range=0.3
+)
 
 
 def rows(codes, texts):
