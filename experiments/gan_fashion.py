@@ -3,10 +3,12 @@
     python experiments/gan_fashion.py --output runs/gan
     python experiments/gan_fashion.py --output runs/wgan --game wgan-gp
 
-NUMBERS
+After 2,000 steps the DCGAN has a test FID of 79.7 and a KID of 4.73, still falling (on validation
+pictures 899 after 250 steps, 220 after 1,000); of other real pictures they are 5.8 and -0.07. One
+seed, 38 minutes on 2 cores that had much other work, 5.6 minutes of CPU. WGAN-GP: not measured yet.
 
 FID and KID are of 2,000 made and as many held-out pictures, by the last 256 features of a small CNN
-trained on the same pictures first (its accuracy is in FOLDER/features): comparable between these
+that is trained on the same training pictures first (test accuracy 0.871): comparable between these
 runs, not with the published ones of Inception. Pictures of 28 x 28 have black around them, 32 x 32.
 
 The folder gets samples/, checkpoints, metrics.jsonl, TensorBoard events, report.html and both
@@ -188,9 +190,15 @@ def run(settings: Settings) -> dict[str, Any]:
     images = draw(state)
     results: dict[str, Any] = {"best_step": int(state.step)}
     results |= {split: measure(images) for split, measure in measures.items()}
-    # What the same numbers are of real pictures, which a perfect generator would reach.
-    real = examples["train"].images[: settings.measured] / 255
-    results["baselines"] = {"real pictures": {s: measure(real) for s, measure in measures.items()}}
+    # What the same numbers are of other pictures that the CNN has not seen either, which a perfect
+    # generator would reach.
+    others = {"val": "test", "test": "val"}
+    results["baselines"] = {
+        "real pictures": {
+            split: measures[split](examples[other].images[: settings.measured] / 255)
+            for split, other in others.items()
+        }
+    }
     save_picture(folder / "samples.png", sheet(images[:128], 16))
     keep_samples(folder)
     for name, model in models.items():

@@ -97,7 +97,7 @@ MODEL_TYPE = "vqgan"
 HEADS = {"model": "VQModel", "image_discrimination": "NLayerDiscriminator"}
 VARIANTS = {
     "tiny": Config(
-        image_size=16, num_channels=2, base_channels=4, channel_multipliers=(1, 2, 2),
+        image_size=8, num_channels=2, base_channels=4, channel_multipliers=(1, 2),
         blocks_per_level=1, attention_sizes=(4,), latent_channels=3, embedding_size=5,
         num_embeddings=7, norm_groups=2, discriminator_channels=3, discriminator_layers=2,
     ),

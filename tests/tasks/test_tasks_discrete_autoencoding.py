@@ -35,6 +35,7 @@ def test_the_logit_laplace_density_is_one():
     assert np.trapezoid(density[below], mapped[below]) == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_relaxed_loss_follows_its_schedules():
     model, variables = fmjax.create("dvae", "tiny", rng=jax.random.key(0))
     loss = task.relaxed(
@@ -72,7 +73,7 @@ def test_the_relaxed_loss_follows_its_schedules():
 def test_the_quantised_losses_pull_apart_what_they_should():
     """The codebook moves by its own term alone; the encoder by the image's and the commitment."""
     model, variables = fmjax.create("vqgan", "tiny", rng=jax.random.key(0))
-    batch = {"pixel_values": pixels_of(16), "weight": WEIGHTS}
+    batch = {"pixel_values": pixels_of(8), "weight": WEIGHTS}
 
     @jax.jit
     def grads_of(variables):
