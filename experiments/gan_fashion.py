@@ -34,6 +34,7 @@ from fmjax.models import dcgan
 from fmjax.recipes.image_classification import Settings as Pictures
 from fmjax.recipes.image_classification import load_images
 from fmjax.recipes.image_generation import (
+    CollapsedGenerator,
     drawing,
     drawn_in_batches,
     keep_samples,
@@ -211,7 +212,10 @@ def run(settings: Settings) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Runs the experiment and prints FID and KID."""
     settings = tyro.cli(Settings, description=__doc__, args=argv)
-    results = run(settings)
+    try:
+        results = run(settings)
+    except (CollapsedGenerator, FloatingPointError) as error:
+        raise SystemExit(str(error)) from error
     if results is STOPPED:
         print(f"stopped; run the same command again to continue {settings.output}")
         return

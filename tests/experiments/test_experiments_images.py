@@ -24,7 +24,9 @@ def test_gan_fashion(game, stripes, tmp_path, capsys):
     assert results["test"]["fid"] > 0
     assert "of real pictures" in capsys.readouterr().out
     assert sorted(path.stem for path in (run / "samples").iterdir()) == ["12", "24"]
-    assert (run / "report.html").read_text().count("<img") == 2
+    page = (run / "report.html").read_text()
+    assert page.count("<img") == 2
+    assert "Losses of the players" in page
     generator, variables = fmjax.load(run / "export" / "generator")
     images = generator.apply(variables, latents=np.zeros((1, 8))).images
     assert images.shape == (1, 8, 8, 3)
@@ -33,6 +35,10 @@ def test_gan_fashion(game, stripes, tmp_path, capsys):
     # The run is over: nothing is trained again.
     script.main(arguments)
     assert json.loads((run / "results.json").read_text()) == results
+    if game == "dcgan":  # watched from the beginning, where new weights make nothing
+        arguments[1] = str(tmp_path / "watched")
+        with pytest.raises(SystemExit, match="the generator has collapsed"):
+            script.main([*arguments, "--watched-after", "0"])
 
 
 @pytest.fixture
