@@ -103,8 +103,9 @@ def text_ids(drawer: Drawer, texts: Sequence[str]) -> np.ndarray:
     """
     if empty := [number for number, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"the texts {empty} are empty; say what to draw")
-    rows = [drawer.tokenizer(text)["input_ids"] for text in texts]
-    return padded_ids(drawer.model.config, rows)
+    config = drawer.model.config
+    options = {"truncation": True, "max_length": config.text_length}
+    return padded_ids(config, [drawer.tokenizer(text, **options)["input_ids"] for text in texts])
 
 
 def draw_pictures(

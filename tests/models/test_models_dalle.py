@@ -167,6 +167,7 @@ def test_published_size():
     assert set(kinds[:-1]) == {"row", "column"}
 
 
+@pytest.mark.slow
 def test_a_text_is_continued_by_an_image():
     """Drawn with a cache, one token after the other, as the greedy choice of the full pass."""
     model, variables = fmjax.create(
