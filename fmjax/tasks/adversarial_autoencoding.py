@@ -84,13 +84,13 @@ def quantised_game(
             deceived = Mean.of(-jnp.mean(opinion, axis=1), weights)
             return (plain, deceived.value), (aux, deceived)
 
-        (plain, adversarial), pull, (aux, deceived) = jax.vjp(terms, flat[LAST], has_aux=True)
+        (plain, opposed), pull, (aux, deceived) = jax.vjp(terms, flat[LAST], has_aux=True)
         one, zero = jnp.ones_like(plain), jnp.zeros_like(plain)
         slopes = [jnp.linalg.norm(pull(pair)[0].ravel()) for pair in ((one, zero), (zero, one))]
         # Equation 7. The weight itself is not differentiated.
         balance = jnp.clip(slopes[0] / (slopes[1] + 1e-4), 0, LARGEST)
         balance = jax.lax.stop_gradient(balance)
-        value = plain + weight * balance * adversarial
+        value = plain + weight * balance * opposed
         metrics = {**aux.metrics, "adversarial": deceived}
         metrics["balance"] = Mean(balance * aux.weight, aux.weight)
         return value, Aux(aux.weight, metrics, placed(aux.updates, GENERATOR))
