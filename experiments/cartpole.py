@@ -38,11 +38,12 @@ import fmjax
 from fmjax.config import write_json
 from fmjax.environments import CartPole, GymnasiumVector, Vectorised, check_environment
 from fmjax.methods import dqn, ppo, reinforce
-from fmjax.methods.policies import ActorCritic, Network, actor_critic, network, together
+from fmjax.methods.policies import ActorCritic, Network, actor_critic, network
 from fmjax.methods.rollouts import Act, first_returns, learner
 from fmjax.models import mlp
 from fmjax.report.charts import FIRST, Line, line_chart
 from fmjax.train import gradient, init_state, make_train_step
+from fmjax.tree import together
 from fmjax.types import TrainState, Variables
 
 ACTIONS = ("left", "right")

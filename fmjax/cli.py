@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fmjax.recipes import transcription
+from fmjax.recipes.drawing import Settings as Draw
+from fmjax.recipes.drawing import save_drawings
 from fmjax.recipes.generation import Writing
 from fmjax.recipes.plan import Settings as Plan
 from fmjax.recipes.text_classification import Settings
@@ -477,12 +479,6 @@ def caption(args: Caption) -> None:
             print(f"{path}\t{text}")
 
 
-def report(args: Report) -> None:
-    from fmjax.report import write_report
-
-    print(write_report(args.run))
-
-
 def plan(args: Plan) -> None:
     import jax
 
@@ -541,6 +537,7 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Detect, sub("detect")]
         | Annotated[transcription.Settings, sub("transcribe")]
         | Annotated[Caption, sub("caption")]
+        | Annotated[Draw, sub("draw")]
         | Annotated[Report, sub("report")]
         | Annotated[Plan, sub("plan")],
         prog="fmjax",
@@ -579,8 +576,12 @@ def main(argv: list[str] | None = None) -> int:
                 transcription.print_transcripts(args)
             case Caption():
                 caption(args)
+            case Draw():
+                print(*save_drawings(args), sep="\n")
             case Report():
-                report(args)
+                from fmjax.report import write_report
+
+                print(write_report(args.run))
             case Plan():
                 plan(args)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -65,6 +65,22 @@ def override(tree: Variables, updates: Variables) -> Variables:
     return unflatten(flat | new)
 
 
+def together(**parts: Variables) -> Variables:
+    """Variables of several networks as one tree: ``params/policy/...``, ``params/value/...``."""
+    result: Variables = {}
+    for name, variables in parts.items():
+        for collection, tree in variables.items():
+            result.setdefault(collection, {})[name] = tree
+    return result
+
+
+def part(variables: Variables, name: str) -> Variables:
+    """The inverse of `together`, for one network."""
+    return {
+        collection: tree[name] for collection, tree in variables.items() if name in tree
+    }  # fmt: skip
+
+
 def map_with_path(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """`fn(path, leaf)` over any pytree, its dataclass fields and indices joined into the path."""
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: fn(path_of(keys), leaf), tree)

@@ -143,6 +143,13 @@ class Output:
         encoder_hidden_states, encoder_attentions: as `hidden_states` and `attentions`.
         router_logits: L arrays [B * T, E], mixture-of-experts models, when asked for.
         cache: keys and values so far, to be passed to the next call, when one was given.
+        images: [B, X, Y, C], as a generator or a decoder of images makes them.
+        image_location, image_log_scale: [B, X, Y, C], of each pixel's distribution, in the
+            family's own units.
+        latent_mean, latent_log_variance: [B, Z], of each image's latent variables.
+        latents: [B, x, y, D], an image's grid before it is quantised.
+        quantised: [B, x, y, D], the nearest vectors of the codebook.
+        codes: int [B, x, y], their numbers.
     """
 
     logits: Array | None = None
@@ -180,3 +187,11 @@ class Output:
     encoder_attentions: tuple[Array, ...] | None = None
     router_logits: tuple[Array, ...] | None = None
     cache: PyTree = None
+    images: Array | None = None
+    image_location: Array | None = None
+    image_log_scale: Array | None = None
+    latent_mean: Array | None = None
+    latent_log_variance: Array | None = None
+    latents: Array | None = None
+    quantised: Array | None = None
+    codes: Array | None = None

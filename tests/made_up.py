@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fmjax
-from fmjax.methods.policies import actor_critic, together
+from fmjax.methods.policies import actor_critic
+from fmjax.tree import together
 
 V, B, T = 20, 8, 6
 TEXT = {

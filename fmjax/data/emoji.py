@@ -78,6 +78,26 @@ def emoji_pictures(split: str) -> list[tuple[np.ndarray, str]]:
     return [(row["image"], CATEGORIES[row["category"]]) for row in rows]
 
 
+def named_emoji(split: str, *, size: int = SIDE) -> tuple[np.ndarray, list[str]]:
+    """The pictures of a split on white, uint8 [N, size, size, 3], and the name of each.
+
+    Args:
+      split: as `load_emoji` has them; components are left out here too.
+      size: rows and columns that they are resized to.
+
+    Raises:
+      ValueError: there is no such split.
+      OSError: the asset cannot be downloaded.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}; there are {list(SPLITS)}")
+    rows = read_split(prepared(EmojiPictures), split, ("image", "name", "category"))
+    component = CATEGORIES.index("Component")
+    kept = [row for row in rows if row["category"] != component]
+    images = [resized(on_white(row["image"]), (size, size)) for row in kept]
+    return np.stack(images), [row["name"] for row in kept]
+
+
 class EmojiPictures(tfds.core.GeneratorBasedBuilder):
     """Pictures of emoji with names and categories."""
 

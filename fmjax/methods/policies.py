@@ -16,6 +16,7 @@ from jax import Array
 
 from fmjax.models import family_for
 from fmjax.tasks.apply import apply_fn
+from fmjax.tree import part
 from fmjax.types import Variables
 
 ATTACHES = ("program",)
@@ -98,22 +99,6 @@ def network(model: Any) -> Network:
         return out.logits
 
     return outputs
-
-
-def together(**parts: Variables) -> Variables:
-    """Variables of several networks as one tree: ``params/policy/...``, ``params/value/...``."""
-    result: Variables = {}
-    for name, variables in parts.items():
-        for collection, tree in variables.items():
-            result.setdefault(collection, {})[name] = tree
-    return result
-
-
-def part(variables: Variables, name: str) -> Variables:
-    """The inverse of `together`, for one network."""
-    return {
-        collection: tree[name] for collection, tree in variables.items() if name in tree
-    }  # fmt: skip
 
 
 def actor_critic(policy: Any, value: Any) -> ActorCritic:

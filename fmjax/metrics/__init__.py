@@ -10,6 +10,7 @@ from fmjax.metrics.classification import (
     reliability_bins,
 )
 from fmjax.metrics.detection import detection_metrics
+from fmjax.metrics.generation_quality import frechet_distance, kernel_distance
 from fmjax.metrics.language_modelling import bits_per_byte, perplexity
 from fmjax.metrics.regression import regression_metrics
 from fmjax.metrics.retrieval import retrieval_metrics
@@ -27,6 +28,8 @@ __all__ = [
     "detection_metrics",
     "entity_metrics",
     "expected_calibration_error",
+    "frechet_distance",
+    "kernel_distance",
     "multi_label_metrics",
     "negative_log_likelihood",
     "perplexity",

@@ -16,7 +16,7 @@ from fmjax.nn.activation import activation
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias, affine, gram, matmul
-from fmjax.nn.vision import pair
+from fmjax.nn.vision import pair, shuffle_pixels
 
 # Features of an image up to which the places of a window are put side by side: a product for each
 # would read the gradient as often, and have few rows.
@@ -90,6 +90,81 @@ class Conv(nn.Module):
                 parameter(self, "bias", nn.initializers.zeros, (self.features,)),
             )
         return y.astype(x.dtype)
+
+
+class ConvTranspose(nn.Module):
+    """A transposed convolution: each pixel becomes a window, and windows add up.
+
+    PyTorch's ``ConvTranspose2d``. Not computed with zeros between pixels, three quarters of whose
+    products are nothing: the pixels between two of the image are features of a convolution.
+
+    Args:
+        features: O.
+        size: rows and columns of the window.
+        stride: pixels between windows.
+        padding: pixels left out at each side.
+        more: pixels added at the end, PyTorch's ``output_padding``.
+        kernel_init: initializer of the kernel [X, Y, I, O].
+        use_bias: whether a bias is added.
+    """
+
+    features: int
+    size: int
+    stride: int = 1
+    padding: int = 0
+    more: int = 0
+    kernel_init: Callable[..., Array] = KAIMING
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [B, X, Y, I] -> [B, X', Y', O]
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = parameter(self, "kernel", self.kernel_init, shape)
+        x = x.astype(kernel.dtype)
+        if x.shape[1:3] == (1, 1):  # one window
+            y = jnp.einsum("BI,XYIO->BXYO", x[:, 0, 0], kernel)
+        else:
+            y = self.windows(x, kernel)
+        rows, columns = (
+            (length - 1) * self.stride + self.size - 2 * self.padding + self.more
+            for length in x.shape[1:3]
+        )
+        first = self.padding
+        y = y[:, first : first + rows, first : first + columns]
+        if self.use_bias:
+            y = add_bias(
+                y.astype(jnp.float32),
+                parameter(self, "bias", nn.initializers.zeros, (self.features,)),
+            )
+        return y.astype(x.dtype)
+
+    def windows(self, x: Array, kernel: Array) -> Array:
+        """The sum of all windows, nothing left out: [B, X, Y, I] -> [B, X', Y', O]."""
+        stride = self.stride
+        reach = -(-self.size // stride)  # pixels of the image whose windows one pixel is in
+        zeros = reach * stride - self.size
+        kernel = jnp.pad(kernel, ((0, zeros), (0, zeros), (0, 0), (0, 0)))
+        parts = kernel.reshape(reach, stride, reach, stride, *kernel.shape[2:])[::-1, :, ::-1]
+        phases = parts.transpose(0, 2, 4, 5, 1, 3)  # [reach, reach, I, O, stride, stride]
+        phases = phases.reshape(*phases.shape[:3], -1)
+        options: dict[str, Any] = {
+            "stride": 1,
+            "around": ((reach - 1, reach - 1), (reach - 1, reach - 1)),
+            "groups": 1,
+            "dilation": 1,
+        }
+        y = jax.lax.platform_dependent(
+            x,
+            phases,
+            cpu=partial(_on_cpu, **options),
+            default=partial(_convolution, **options),
+        )
+        return shuffle_pixels(y, stride)
+
+
+def enlarged(x: Array, times: int = 2) -> Array:
+    """Every pixel as a square of them: [B, X, Y, C] -> [B, X * times, Y * times, C]."""
+    return jnp.repeat(jnp.repeat(x, times, axis=1), times, axis=2)
 
 
 def _convolution(

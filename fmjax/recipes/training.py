@@ -6,10 +6,10 @@ import dataclasses
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +39,14 @@ from fmjax.train import (
     warmup_stable_decay,
 )
 from fmjax.train.checkpoint import Checkpoints, saving
-from fmjax.train.loop import Memory, evaluation, fit
+from fmjax.train.loop import Hook, Memory, evaluation, fit
 from fmjax.train.optim import ema_of, track_ema
 from fmjax.train.profiling import parse_steps, profiled
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.sharding import placed
 from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
-from fmjax.types import GradFn, LossFn, TrainState, Variables
+from fmjax.types import GradFn, LossFn, StepFn, TrainState, Variables
 
 Optimizer = Literal["adamw", "muon", "lamb", "adafactor", "lion"]
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "lamb": lamb, "adafactor": adafactor, "lion": lion}
@@ -116,7 +116,7 @@ def plain_settings(settings: Any) -> dict[str, Any]:
 
 
 def describe_run(
-    settings: Training, model: Any, state: TrainState, about: Mapping[str, Any]
+    settings: RunSettings, model: Any, state: TrainState, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What run.json says: the model, the data, the settings and the machine."""
     return {
@@ -213,19 +213,84 @@ def train(
     step = jit_step(make_train_step(grad_fn, tx), mesh, state_shardings=places)
     if traced is not None:
         step = profiled(step, *traced, run / "profile")
+    return carry_out(
+        settings,
+        model,
+        state,
+        step,
+        stream,
+        steps=steps,
+        every=max(1, min(steps, stream.batches_per_epoch) // max(1, settings.evaluations)),
+        evaluate=evaluate,
+        metric=metric,
+        mode=mode,
+        about=about,
+        abstract=abstract,
+        schedule=schedule,
+        shown=averages if settings.ema is not None else lambda state: state,
+        patience=settings.patience,
+        elsewhere=("mesh", "profile", *elsewhere),
+    )
+
+
+class RunSettings(Protocol):
+    """The dataclass of a run's settings, whatever else is in it."""
+
+    @property
+    def output(self) -> Path:
+        """The run's folder."""
+        ...
+
+
+def carry_out(
+    settings: RunSettings,
+    model: Any,
+    state: TrainState,
+    step: StepFn,
+    stream: BatchStream,
+    *,
+    steps: int,
+    every: int,
+    evaluate: Callable[[TrainState], Mapping[str, float]],
+    metric: str,
+    mode: Literal["min", "max"],
+    about: Mapping[str, Any],
+    abstract: TrainState | None = None,
+    schedule: Callable[[int], Any] | None = None,
+    shown: Callable[[TrainState], TrainState] = lambda state: state,
+    patience: int | None = None,
+    hooks: Sequence[tuple[int, Hook]] = (),
+    elsewhere: tuple[str, ...] = (),
+) -> TrainState | None:
+    """Runs a compiled step to its end, or goes on with it, in a run's folder, as `train` says.
+
+    Args:
+        settings: all of them belong to the run's identity, but for its folder and `elsewhere`.
+        model: what is trained, for the record.
+        state, step: at the beginning of the run.
+        stream: of training batches.
+        steps: where the run ends.
+        every: steps between evaluations, which are saved.
+        evaluate, metric, mode, about, elsewhere: see `train`.
+        abstract: the state's, with shardings; None is on the default device.
+        schedule: of the learning rate, for the record.
+        shown: what of a state is evaluated and returned.
+        patience: evaluations without improvement after which the run ends; never if None.
+        hooks: further ones, called before the state is saved.
+    """
+    run = writable_folder(settings.output)
+    restorable = jax.eval_shape(lambda: state) if abstract is None else abstract
     unlabelled = {"label_names": None, "problem_type": None}
     about = {**about, "data": {**unlabelled, **about["data"], "metric": metric, "mode": mode}}
     write_json(run / "run.json", describe_run(settings, model, state, about))
     identity = {
-        k: v
-        for k, v in plain_settings(settings).items()
-        if k not in ("output", "mesh", "profile", *elsewhere)
+        k: v for k, v in plain_settings(settings).items() if k not in ("output", *elsewhere)
     }
-    shown = averages if settings.ema is not None else lambda state: state
-    every = max(1, min(steps, stream.batches_per_epoch) // max(1, settings.evaluations))
     with Checkpoints(run / "checkpoints", settings=identity) as checkpoints:
-        restored, memory = checkpoints.restore_last(abstract), Memory()
+        restored, memory = checkpoints.restore_last(restorable), Memory()
         if restored is not None:
+            for leaf in jax.tree.leaves(state):
+                leaf.delete()  # the caller's name for it would keep it in memory
             state, memory = restored.state, restored.memory
             stream.set_state(restored.data)
         save = saving(checkpoints, stream.get_state, memory)
@@ -241,7 +306,7 @@ def train(
                 mode=mode,
                 record=recorder.write,
                 save=save,
-                patience=settings.patience,
+                patience=patience,
             )
             state = fit(
                 state,
@@ -251,6 +316,7 @@ def train(
                 hooks=[
                     (20, recording(recorder, schedule)),
                     (20, show),
+                    *hooks,
                     (every, best_kept),
                     (every, save),
                 ],
@@ -260,7 +326,7 @@ def train(
         if int(state.step) < steps and not memory.stopped:
             checkpoints.save(state, stream.get_state(), memory)
             return None
-        best = checkpoints.restore_best(abstract)
+        best = checkpoints.restore_best(restorable)
         return shown(state if best is None else best.state)
 
 

@@ -18,6 +18,7 @@ def curves_section(run: Run) -> Section:
         chart
         for chart in (
             _loss(run),
+            _players(run),
             _validation(run),
             _single(run, "learning_rate", "Learning rate", "learning rate"),
             _single(run, "grad_norm", "Gradient norm", "global L2 norm"),
@@ -75,6 +76,26 @@ def _loss(run: Run) -> Markup | None:
         )
     svg = charts.line_chart("loss", lines, y_label=unit, description=_words("Loss", lines))
     return figure("Loss", svg, note=note)
+
+
+def _players(run: Run) -> Markup | None:
+    """The losses of players that take turns, which metrics.jsonl calls {player}/loss."""
+    keys = dict.fromkeys(
+        key for row in run.metrics if row["split"] == "train" for key in row
+        if key.endswith("/loss")
+    )  # fmt: skip
+    lines = [
+        line._replace(label=key.removesuffix("/loss"))
+        for key, color in zip(keys, (FIRST, SECOND), strict=False)
+        for line in _curve(run, "train", key, color)
+    ]
+    if not lines:
+        return None
+    title = "Losses of the players"
+    svg = charts.line_chart(
+        "players", lines, y_label="loss (nats)", description=_words(title, lines)
+    )
+    return figure(title, svg)
 
 
 def _validation(run: Run) -> Markup | None:

@@ -5,6 +5,7 @@ from fmjax.train.compile import jit_init, jit_step, pmap_step
 from fmjax.train.distributed import start
 from fmjax.train.loop import Event, Memory, evaluation, fit
 from fmjax.train.optim import adamw, decays, ema_of, track_ema
+from fmjax.train.players import Turn, init_players, take_turns
 from fmjax.train.recording import Recorder, progress, recording
 from fmjax.train.schedules import (
     inverse_sqrt,
@@ -32,6 +33,7 @@ __all__ = [
     "Memory",
     "Recorder",
     "TrainState",
+    "Turn",
     "accumulate",
     "adamw",
     "all_reduce",
@@ -41,6 +43,7 @@ __all__ = [
     "evaluation",
     "fit",
     "gradient",
+    "init_players",
     "init_state",
     "inverse_sqrt",
     "is_param",
@@ -58,6 +61,7 @@ __all__ = [
     "shardings",
     "start",
     "stop_signals",
+    "take_turns",
     "track_ema",
     "warmup_cosine",
     "warmup_linear",

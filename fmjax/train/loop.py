@@ -214,9 +214,11 @@ def _deliver(waiting: list[_Pending], windows: dict[str, Window], periods: set[i
     """Fetches the metrics of the waiting steps, checks them, and adds them to the windows."""
     fetched = jax.device_get([pending.metrics for pending in waiting])
     for pending, metrics in zip(waiting, fetched, strict=True):
-        for name in ("loss", "grad_norm"):
-            if name in metrics and not math.isfinite(metrics[name].total):
-                raise FloatingPointError(_not_finite(pending, name, metrics[name]))
+        for kind in ("loss", "grad_norm"):
+            for name, mean in metrics.items():
+                # Of several players each has its own, {player}/loss.
+                if name.rpartition("/")[2] == kind and not math.isfinite(mean.total):
+                    raise FloatingPointError(_not_finite(pending, name, mean))
     open_windows = [windows.setdefault(str(period), Window()) for period in periods]
     for pending, metrics in zip(waiting, fetched, strict=True):
         for window in open_windows:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fmjax.weights.rules import Rule
-from fmjax.weights.transforms import CONV1D, CONV2D, TRANSPOSE, Transform, compose
+from fmjax.weights.transforms import CONV1D, CONV2D, TRANSPOSE, Transform, compose, permute
 
 
 def dense_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
@@ -33,6 +33,12 @@ def conv1d_rules(param: str, tensor: str, *, bias: bool = True) -> list[Rule]:
 def conv_rules(param: str, tensor: str, *, bias: bool = False) -> list[Rule]:
     """Kernel and bias of a PyTorch Conv2d; `param` is a path inside "params/"."""
     kernel = Rule(f"params/{param}/kernel", f"{tensor}.weight", CONV2D)
+    return [kernel, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [kernel]
+
+
+def conv_transpose_rules(param: str, tensor: str, *, bias: bool = False) -> list[Rule]:
+    """Kernel and bias of a PyTorch ConvTranspose2d; `param` is a path inside "params/"."""
+    kernel = Rule(f"params/{param}/kernel", f"{tensor}.weight", permute(2, 3, 0, 1))
     return [kernel, Rule(f"params/{param}/bias", f"{tensor}.bias")] if bias else [kernel]
 
 

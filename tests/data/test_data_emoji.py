@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fmjax.data import assets
-from fmjax.data.emoji import load_emoji, read_emoji, rgba, split_of
+from fmjax.data.emoji import load_emoji, named_emoji, read_emoji, rgba, split_of
 from fmjax.data.imagenet import imagenet_labels
 
 
@@ -54,8 +54,13 @@ def test_the_set_is_whole():
     for part in parts:
         assert part.images.shape[1:] == (32, 32, 3)
         assert part.num_labels == 9
-    with pytest.raises(ValueError, match="no split 'dev'"):
-        load_emoji("dev")
+    images, names = named_emoji("val", size=32)
+    np.testing.assert_array_equal(images, parts[1].images)
+    assert len(names) == len(images)
+    assert "grinning face" in [*names, *named_emoji("train")[1], *named_emoji("test")[1]]
+    for load in (load_emoji, named_emoji):
+        with pytest.raises(ValueError, match="no split 'dev'"):
+            load("dev")
 
 
 @pytest.mark.asset

@@ -12,12 +12,13 @@ import fmjax
 from fmjax.environments import CartPole, GymnasiumVector, Maze, Vectorised
 from fmjax.methods import ppo, reinforce
 from fmjax.methods.advantages import discounted_returns
-from fmjax.methods.policies import actor_critic, log_probability, together
+from fmjax.methods.policies import actor_critic, log_probability
 from fmjax.methods.rollouts import advantages_of, begin, collect, first_returns, learner
 from fmjax.models import mlp
 from fmjax.train import accumulate, gradient, init_state, make_train_step
 from fmjax.train.checkpoint import Checkpoints
 from fmjax.train.loop import Memory
+from fmjax.tree import together
 
 ACTIONS = ("up", "right", "down", "left")
 

@@ -38,11 +38,16 @@ def inherits(name):
     )
 
 
+# What makes images: layers that are not scanned, or a decoder's blocks.
+MAKERS = ("dalle", "dcgan", "dvae", "vae", "vqgan", "wgan_gp")
+
+
 def less_to_see(name):
     """Whether a family has no blocks of its own, or blocks that are not scanned, as ResNet's."""
     return (
         inherits(name)
         or name == "deepspeech2"
+        or name in MAKERS
         or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
     )
 
