@@ -143,35 +143,6 @@ class GroupNorm(nn.Module):
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018, arXiv:1803.08494): each example by itself, over all its
-    pixels and a group of features; in x's dtype.
-
-    One group is layer normalisation of a whole image with a scale and a bias a feature.
-
-    Args:
-        groups: parts of as many neighbouring features each.
-        epsilon: added to the variance.
-    """
-
-    groups: int
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:  # [B, ..., C] -> [B, ..., C]
-        features = x.shape[-1]
-        if features % self.groups:
-            raise ValueError(f"{features} features do not fall into {self.groups} groups")
-        scale = parameter(self, "scale", nn.initializers.ones, (features,))
-        bias = parameter(self, "bias", nn.initializers.zeros, (features,))
-        shape = (len(x), -1, self.groups, features // self.groups)
-        parts = x.astype(jnp.float32).reshape(shape)  # [B, N, G, C / G]
-        centred = parts - jnp.mean(parts, axis=(1, 3), keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=(1, 3), keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
-        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
-
-
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last (Ioffe & Szegedy 2015, arXiv:1502.03167).
 
