@@ -18,13 +18,12 @@ from jax import Array
 
 from fmjax.config import read_config, write_json
 from fmjax.data.files import raise_problems
+from fmjax.data.spectral import Frames, log_mel, mel_filters
 
 FILE = "preprocessor_config.json"
 TYPE = "WhisperFeatureExtractor"
 FLOOR = 1e-10  # the least energy whose logarithm is taken
 RANGE = 8.0  # decades below the loudest bin that are kept
-# Slaney's scale of pitch: linear up to a kilohertz, which is 15 mels, and logarithmic above.
-LINEAR_TO, MELS_THERE, DECADES = 1000.0, 15.0, 27.0 / np.log(6.4)
 # Keys that follow from others or say how to return: old files hold their filters too.
 DERIVED = frozenset(
     """
@@ -32,39 +31,6 @@ DERIVED = frozenset(
     processor_class return_attention_mask do_normalize
     """.split()
 )
-
-
-def hertz_to_mels(hertz: np.ndarray) -> np.ndarray:
-    """Slaney's scale: 15 mels a kilohertz, and 27 for every factor of 6.4 above one."""
-    above = MELS_THERE + np.log(np.maximum(hertz, LINEAR_TO) / LINEAR_TO) * DECADES
-    return np.where(hertz < LINEAR_TO, hertz * (MELS_THERE / LINEAR_TO), above)
-
-
-def mels_to_hertz(mels: np.ndarray) -> np.ndarray:
-    """The inverse of `hertz_to_mels`."""
-    above = LINEAR_TO * np.exp((np.maximum(mels, MELS_THERE) - MELS_THERE) / DECADES)
-    return np.where(mels < MELS_THERE, mels * (LINEAR_TO / MELS_THERE), above)
-
-
-def mel_filters(frequencies: int, mels: int, *, sampling_rate: int, highest: float) -> np.ndarray:
-    """Triangles that overlap by half, evenly spaced in mels, each of area 1 (Slaney 1998).
-
-    Args:
-        frequencies: bins of the spectrum, from 0 to half the sampling rate.
-        mels: M.
-        sampling_rate: in Hz.
-        highest: Hz where the last triangle ends; the first begins at 0.
-
-    Returns:
-        float32 [frequencies, M].
-    """
-    last = float(hertz_to_mels(np.array(highest)))
-    corners = mels_to_hertz(np.linspace(0.0, last, mels + 2))  # [M + 2]
-    bins = np.linspace(0.0, sampling_rate / 2, frequencies)[:, None]
-    low, peak, high = corners[:-2], corners[1:-1], corners[2:]
-    rising, falling = (bins - low) / (peak - low), (high - bins) / (high - peak)
-    triangles = np.maximum(0.0, np.minimum(rising, falling))
-    return (triangles * (2.0 / (high - low))).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,17 +173,15 @@ def sample_problem(samples: np.ndarray) -> str | None:
 
 
 @functools.cache
-def _constants(settings: LogMel) -> tuple[np.ndarray, np.ndarray]:
-    """(the window [n_fft], the filters [n_fft / 2 + 1, M])."""
-    turns = np.arange(settings.n_fft) / settings.n_fft
-    window = (0.5 - 0.5 * np.cos(2 * np.pi * turns)).astype(np.float32)  # Hann's, periodic
-    filters = mel_filters(
-        settings.n_fft // 2 + 1,
+def _filters(settings: LogMel) -> np.ndarray:
+    return mel_filters(
+        Frames(settings.n_fft, settings.hop_length),
         settings.feature_size,
-        sampling_rate=settings.sampling_rate,
-        highest=min(8000.0, settings.sampling_rate / 2),
-    )
-    return window, filters
+        settings.sampling_rate,
+        high=min(8000.0, settings.sampling_rate / 2),
+        scale="slaney",
+        equal_area=True,
+    )  # [n_fft / 2 + 1, M]
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "padded"))
@@ -233,17 +197,10 @@ def log_energies(samples: Array | np.ndarray, settings: LogMel, *, padded: bool 
     Returns:
         float32 [B, T, M]: T is N / hop_length, rounded down.
     """
-    window, filters = _constants(settings)
-    half, hop = settings.n_fft // 2, settings.hop_length
+    frames = Frames(settings.n_fft, settings.hop_length, center=not padded)
     samples = jnp.asarray(samples, jnp.float32)
-    if not padded:
-        samples = jnp.pad(samples, ((0, 0), (half, half)), mode="reflect")
-    count = (samples.shape[1] - settings.n_fft) // hop + (1 if padded else 0)
-    places = np.arange(count)[:, None] * hop + np.arange(settings.n_fft)  # [T, n_fft]
-    spectrum = jnp.fft.rfft(samples[:, places] * window)  # [B, T, n_fft / 2 + 1]
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    energies = jnp.einsum("BTF,FM->BTM", power, filters, precision="highest")
-    return jnp.log10(jnp.maximum(energies, FLOOR))
+    found = log_mel(samples, frames, _filters(settings), floor=FLOOR) / np.log(10.0)
+    return found if padded else found[:, :-1]
 
 
 def scaled(energies: Any, loudest: Any) -> Any:

@@ -24,6 +24,7 @@ from fmjax.nn.parameter import parameter
 from fmjax.nn.position import sinusoids_of
 from fmjax.nn.product import affine
 from fmjax.nn.sides import Shared, Tokens, Words
+from fmjax.nn.spans import draw_spans
 from fmjax.types import Output, PyTree
 from fmjax.weights import CONV1D, TRANSPOSE, Rule, dense_rules
 
@@ -317,7 +318,7 @@ class Model(mbart.Model):
             )
             if share > 0.0:
                 key = self.make_rng("dropout")
-                dropped = span_mask(key, limits, size, share=share, span=span, least=least)
+                dropped = draw_spans(key, limits, size, probability=share, length=span, least=least)
                 dropped = jnp.expand_dims(dropped, 3 - axis)  # [B, T, 1] or [B, 1, M]
                 features = jnp.where(dropped, 0.0, features)
         return features
@@ -409,41 +410,6 @@ class Model(mbart.Model):
             encoder_hidden_states=encoded.hidden_states,
             encoder_attentions=encoded.attentions,
         )
-
-
-def span_mask(
-    rng: Array, lengths: Array, size: int, *, share: float, span: int, least: int
-) -> Array:
-    """Which of `size` places fall into spans that are drawn for each row, without their overlaps.
-
-    As many spans as `share` of the row's length takes, rounded up or down at random, and at least
-    `least`; their starts are distinct.
-
-    Args:
-        rng: a key.
-        lengths: int [B], places of each row.
-        size: T.
-        share: of the row, which spans would cover if none overlapped.
-        span: places of one.
-        least: spans of a row, if it has room for them.
-
-    Returns:
-        bool [B, T].
-    """
-    batch = lengths.shape[0]
-    starts = size - span + 1
-    for_rounding, for_starts = jax.random.split(rng)
-    wanted = share * lengths / span + jax.random.uniform(for_rounding)
-    room = jnp.maximum(lengths - span + 1, 0)
-    count = jnp.minimum(jnp.maximum(wanted.astype(jnp.int32), least), room)  # [B]
-    place = jnp.arange(starts)
-    noise = jax.random.uniform(for_starts, (batch, starts))
-    noise = jnp.where(place < room[:, None], noise, 2.0)
-    rank = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)
-    begun = (rank < count[:, None]).astype(jnp.int32)  # [B, starts]
-    ended = jnp.cumsum(jnp.pad(begun, ((0, 0), (0, span - 1))), axis=1)
-    before = jnp.pad(ended, ((0, 0), (span, 0)))[:, :size]
-    return ended > before
 
 
 def inputs(config: Config, head: str) -> dict[str, Array]:
