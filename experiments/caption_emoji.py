@@ -4,8 +4,8 @@
 
 Takes about three minutes on 2 CPU cores. On the test pictures: BLEU 10.2, chrF 21.6, word F1 0.213,
 and 1.1 % of the names right altogether. The baseline, the name of the training picture whose mean
-feature is most alike, has BLEU 13.5, chrF 28.4, word F1 0.250 and no name right: 1,500 names are too
-few for a decoder from scratch to beat it.
+feature is most alike, has BLEU 13.5, chrF 28.4, word F1 0.250 and no name right: 1,500 names are
+too few for a decoder from scratch to beat it.
 
 The encoder is EfficientNet-Lite0 with ImageNet's weights, which stay as they are (--no-frozen
 trains it too); the decoder, a GPT-2 that attends to its last feature map (Xu et al. 2015,

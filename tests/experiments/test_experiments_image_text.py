@@ -29,7 +29,7 @@ def test_caption_emoji(tmp_path, capsys, monkeypatch):
         [
             *("--output", str(tmp_path / "run"), "--encoder", "vit/tiny", "--image-size", "8"),
             *("--layers", "1", "--width", "32", "--vocab-size", "30", "--epochs", "10"),
-            *("--batch-size", "8", "--learning-rate", "1e-2", "--max-target-length", "8"),
+            *("--batch-size", "8", "--learning-rate", "1e-2", "--max-target-length", "16"),
         ]
     )
     assert "test captioner: bleu" in capsys.readouterr().out

@@ -32,7 +32,7 @@ def pair():
     """A tiny captioner, its tokenizer and its processor."""
     tokenizer = train_tokenizer(squares().texts, kind="unigram", vocab_size=40, sentinels=0)
     decoder = gpt2.Config(
-        vocab_size=len(tokenizer), n_positions=12, n_embd=16, n_layer=1, n_head=2,
+        vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2,
         add_cross_attention=True,
     )  # fmt: skip
     config = vision_encoder_decoder.Config(
@@ -58,7 +58,7 @@ def test_colours_are_named(frozen, tmp_path, capsys):
     examples = {"train": squares(240), "val": squares(9, seed=1), "test": squares(6, seed=2)}
     settings = CaptionTraining(
         output=tmp_path / "run", epochs=4.0, batch_size=8, learning_rate=1e-2, num_beams=1,
-        max_target_length=8, frozen=frozen,
+        max_target_length=14, frozen=frozen,
     )  # fmt: skip
     model, variables, tokenizer, processor = pair()
     encoder = jax.tree.map(np.asarray, variables["params"]["encoder"])
