@@ -38,7 +38,7 @@ def pair_inputs(config, length=6):
 @pytest.mark.parametrize(
     ("encoder", "decoder"),
     [
-        (SHORT, GPT2),
+        pytest.param(SHORT, GPT2, marks=pytest.mark.slow),
         pytest.param(PLAIN, BERT, marks=pytest.mark.slow),
         pytest.param(wav2vec2.Config(**SIZES | STABLE), GPT2, marks=pytest.mark.slow),
         pytest.param(

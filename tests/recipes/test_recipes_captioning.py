@@ -1,0 +1,116 @@
+"""Captions: trained, measured beside a neighbour's, and written by `fmjax caption`."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import fmjax
+from fmjax.cli import main
+from fmjax.data.captions import Captions
+from fmjax.data.image_processor import parse_image_processor
+from fmjax.data.tokenizer import train_tokenizer
+from fmjax.metrics.captioning import captioning_metrics
+from fmjax.models import gpt2, t5, vision_encoder_decoder
+from fmjax.recipes.captioning import CaptionTraining, nearest_texts, train_on_captions
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255)}
+
+
+def squares(count=24, seed=0):
+    """Coloured squares with their names."""
+    draw = np.random.default_rng(seed)
+    names = [list(COLOURS)[i] for i in np.arange(count) % 3]
+    images = np.stack([np.full((8, 8, 3), COLOURS[name]) for name in names])
+    noisy = np.clip(images + draw.integers(-20, 20, images.shape), 0, 255).astype(np.uint8)
+    return Captions(noisy, [f"a {name} square" for name in names])
+
+
+def pair():
+    """A tiny captioner, its tokenizer and its processor."""
+    tokenizer = train_tokenizer(squares().texts, kind="unigram", vocab_size=40, sentinels=0)
+    decoder = gpt2.Config(
+        vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2,
+        add_cross_attention=True,
+    )  # fmt: skip
+    config = vision_encoder_decoder.Config(
+        vision_encoder_decoder.VARIANTS["tiny"].encoder, decoder,
+        pad_token_id=tokenizer.pad_token_id, decoder_start_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model, variables = fmjax.create(
+        "vision-encoder-decoder", config, head="seq2seq_lm", rng=jax.random.key(0)
+    )
+    processor = parse_image_processor(
+        {
+            "image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8},
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        }
+    )  # fmt: skip
+    return model, variables, tokenizer, processor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [True, False])
+def test_colours_are_named(frozen, tmp_path, capsys):
+    """A run learns to name colours, and the command writes from its export what the run wrote."""
+    examples = {"train": squares(240), "val": squares(9, seed=1), "test": squares(6, seed=2)}
+    settings = CaptionTraining(
+        output=tmp_path / "run", epochs=4.0, batch_size=8, learning_rate=1e-2, num_beams=1,
+        max_target_length=14, frozen=frozen,
+    )  # fmt: skip
+    model, variables, tokenizer, processor = pair()
+    encoder = jax.tree.map(np.asarray, variables["params"]["encoder"])
+    results = train_on_captions(
+        settings, model, variables, tokenizer, examples, processor,
+        about={"source": "tiny", "data": "squares"},
+    )  # fmt: skip
+    assert results["test"]["exact_match"] == 1.0
+    assert results["baselines"]["nearest neighbour"]["test"]["exact_match"] == 1.0
+    _, kept = fmjax.load(tmp_path / "run" / "export")
+    same = jax.tree.map(np.array_equal, encoder, kept["params"]["encoder"])
+    assert all(jax.tree.leaves(same)) == frozen
+    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+    assert samples["rows"][0][0].startswith("data:image/png")
+    paths = []
+    for name, image in zip(("one", "two"), examples["test"].images, strict=False):
+        paths.append(str(tmp_path / f"{name}.png"))
+        Image.fromarray(image).save(paths[-1])
+    capsys.readouterr()
+    assert main(["caption", str(tmp_path / "run" / "export"), *paths, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["caption"] for row in rows] == ["a red square", "a green square"]
+
+
+def test_what_cannot_be_captioned(tmp_path, capsys):
+    def refused(*argv):
+        assert main(["caption", *map(str, argv)]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error
+
+    assert "no pictures" in refused(tmp_path)
+    model, variables, tokenizer, processor = pair()
+    folder = fmjax.save(tmp_path / "model", model, variables, tokenizer)
+    assert "preprocessor_config.json" in refused(folder, tmp_path / "a.png")
+    processor.save_pretrained(folder)
+    (bad := tmp_path / "bad.png").write_bytes(b"nothing")
+    assert "bad.png" in refused(folder, bad)
+    config = t5.Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1)
+    decoder, weights = fmjax.create("t5", config, head="seq2seq_lm", rng=jax.random.key(0))
+    text = fmjax.save(tmp_path / "text", decoder, weights, tokenizer)
+    processor.save_pretrained(text)
+    Image.fromarray(squares(1).images[0]).save(good := tmp_path / "good.png")
+    assert "model_type 't5', which writes nothing of pictures" in refused(text, good)
+
+
+def test_neighbours_and_measures():
+    states = np.array([[[1.0, 0.0]], [[0.0, 2.0]]])
+    queries = np.array([[[0.1, 9.0]], [[3.0, 1.0]]])
+    assert nearest_texts(states, ["first", "second"], queries) == ["second", "first"]
+    found = captioning_metrics(["the red fox runs home", "a cat"], ["a red fox runs home", "a dog"])
+    assert found["exact_match"] == 0.5
+    assert found["token_f1"] == pytest.approx(0.5)
+    assert 0 < found["bleu"] < 100
+    assert captioning_metrics(["a b c d"], [["x", "a b c d"]])["exact_match"] == 1.0
