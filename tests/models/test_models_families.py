@@ -30,9 +30,17 @@ def inherits(name):
     )
 
 
+# A pair is its two towers, and SigLIP's have CLIP's blocks.
+TOWERS = {"clip", "siglip", "siglip_text_model", "siglip_vision_model", "vision_text_dual_encoder"}
+
+
 def less_to_see(name):
     """Whether a family has no blocks of its own, or blocks that are not scanned, as ResNet's."""
-    return inherits(name) or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
+    return (
+        name in TOWERS
+        or inherits(name)
+        or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
+    )
 
 
 def slow_where(seen, cases):
@@ -78,11 +86,17 @@ def random_variables(model, seed=0):
 
 
 def leaves_of(out: Output):
-    """The outputs that are set, as a dict."""
-    return {
+    """The outputs that are set, as a dict; those of an output inside it by their own names."""
+    fields = {
         field.name: value
         for field in dataclasses.fields(out)
         if (value := getattr(out, field.name)) is not None
+    }
+    inner = {name: fields.pop(name) for name in list(fields) if isinstance(fields[name], Output)}
+    return fields | {
+        f"{name}.{field}": value
+        for name, out in inner.items()
+        for field, value in leaves_of(out).items()
     }
 
 

@@ -1,0 +1,192 @@
+"""A picture encoder beside a text encoder, compared by cosine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from fmjax.nn.checks import check_head
+from fmjax.types import Output
+
+
+def unit(x: Array) -> Array:
+    """Vectors [..., D] scaled to length 1, float32; of length 0 they stay."""
+    x = x.astype(jnp.float32)
+    # Not the norm itself: its derivative at 0 is nan.
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+class DualEncoder(nn.Module):
+    """Two encoders whose pooled outputs lie in one space, with one head.
+
+    A family subclasses it as its ``Model``, gives `heads` and the methods that raise here, and
+    overrides what differs. Its heads are among "model", which compares all pictures with all texts,
+    "text_with_projection" and "vision_with_projection", one side alone, and "image_classification".
+
+    Args:
+        config: the family's.
+        head: a key of the family's ``HEADS``.
+        scan: the encoders' weights stacked over layers and one compiled block each.
+        remat: blocks are recomputed in the backward pass.
+    """
+
+    config: Any
+    head: str = "model"
+    scan: bool = False
+    remat: bool = False
+
+    heads: ClassVar[Mapping[str, str]]
+
+    def text_tower(self) -> nn.Module:
+        """The encoder of texts, with the head "model"."""
+        raise NotImplementedError
+
+    def vision_tower(self) -> nn.Module:
+        """The encoder of pictures, with the head "model"."""
+        raise NotImplementedError
+
+    def pooled_text(self, out: Output, attention_mask: Array | None) -> Array:
+        """[B, D]: what stands for each whole text, of the text encoder's outputs."""
+        return pooled_of(out, "text")
+
+    def text_space(self, pooled: Array) -> Array:
+        """The texts' pooled outputs in the common space: [B, D] -> [B, E]."""
+        return pooled
+
+    def vision_space(self, pooled: Array) -> Array:
+        """The pictures' pooled outputs in the common space: [B, D] -> [B, E]."""
+        return pooled
+
+    def scoring(self) -> tuple[Array, Array | None]:
+        """float32 []: the factor of cosines, and what is added to them, if anything is."""
+        raise NotImplementedError
+
+    def patches(self, hidden: Array) -> Array:
+        """Of the last hidden states [B, T, D] those that a classifier averages."""
+        return hidden
+
+    def classify(self, x: Array) -> Array:
+        """Scores of the classes: [B, D] -> [B, C] float32."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Further modules and parameters; called in ``setup``."""
+
+    def setup(self) -> None:
+        check_head(self, self.heads)
+        self.text = self.text_tower()
+        self.vision = self.vision_tower()
+        self.prepare()
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions a text may have; None where any is computed."""
+        tower = self.clone(parent=None).text_tower()
+        return tower.max_positions  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        pixel_values: Array | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        *,
+        train: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Output:
+        """Runs both sides, or the one that is given.
+
+        Args:
+            input_ids: int [B, T]; None encodes no texts.
+            pixel_values: [P, X, Y, C], normalised, P pictures; None encodes none.
+            attention_mask: [B, T], 1 = token, 0 = padding; None keeps everything.
+            token_type_ids, position_ids: int [B, T], for text encoders that have them.
+            train: whether dropout is on; it needs ``rngs={"dropout": key}``.
+            output_hidden_states, output_attentions: whether each side's are returned.
+
+        Raises:
+            ValueError: neither side is given, or not the one that the head reads; or inputs that
+                contradict the config.
+        """
+        given = {"input_ids": input_ids is not None, "pixel_values": pixel_values is not None}
+        reads = {"text_with_projection": ("input_ids",), "model": ("input_ids", "pixel_values")}
+        names = reads.get(self.head, ("pixel_values",))
+        got = [name for name in given if given[name]]
+        if not got or not set(got) <= set(names):
+            raise ValueError(
+                f"the head {self.head!r} reads {' and '.join(names)}"
+                f"{', or one of them' if len(names) > 1 else ''}; it was given {got or 'neither'}"
+            )
+        options = {
+            "train": train,
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+        }
+        text, vision = None, None
+        if input_ids is not None:
+            # By name and only where given: not every encoder takes each of them.
+            extra = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+            extra = {name: value for name, value in extra.items() if value is not None}
+            text = self.text(input_ids, attention_mask, **extra, **options)
+        if pixel_values is not None:
+            vision = self.vision(pixel_values, **options)
+        if self.head == "image_classification":
+            assert vision is not None
+            x = jnp.mean(self.patches(vision.last_hidden_state).astype(jnp.float32), axis=1)
+            logits = self.classify(x.astype(vision.last_hidden_state.dtype))
+            return dataclasses.replace(
+                vision, logits=logits, last_hidden_state=None, pooler_output=None
+            )
+        texts = None if text is None else self.text_space(self.pooled_text(text, attention_mask))
+        pictures = None if vision is None else self.vision_space(pooled_of(vision, "picture"))
+        if self.head != "model":
+            side = text if vision is None else vision
+            assert side is not None
+            return dataclasses.replace(
+                side, text_embeds=texts, image_embeds=pictures, pooler_output=None
+            )
+        return self.compared(texts, pictures, text, vision)
+
+    def compared(
+        self,
+        texts: Array | None,
+        pictures: Array | None,
+        text: Output | None,
+        vision: Output | None,
+    ) -> Output:
+        """The outputs of the head "model", from what lies in the common space."""
+        texts, pictures = (None if x is None else unit(x) for x in (texts, pictures))
+        scale, bias = self.scoring()
+        out = Output(
+            text_embeds=texts,
+            image_embeds=pictures,
+            text_model_output=text,
+            vision_model_output=vision,
+            logit_scale=scale,
+            logit_bias=bias,
+        )
+        if texts is None or pictures is None:
+            return out
+        logits = scale * (texts @ pictures.T) + (0.0 if bias is None else bias)  # [B, P] float32
+        return dataclasses.replace(out, logits_per_text=logits, logits_per_image=logits.T)
+
+
+def pooled_of(out: Output, side: str) -> Array:
+    """[B, D]: what an encoder made of each whole input.
+
+    Raises:
+        ValueError: it made nothing.
+    """
+    if out.pooler_output is None:
+        raise ValueError(f"the {side} encoder has no pooled output, which pairs are compared by")
+    pooled = out.pooler_output
+    return pooled.reshape(pooled.shape[0], -1)
