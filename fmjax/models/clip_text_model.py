@@ -196,8 +196,8 @@ class Model(Encoder):
         return LayerNorm(self.config.layer_norm_eps, name="final_norm")(hidden)
 
     def states(
-        self, embedded: Array, layers: tuple[Array, ...], hidden: Array
-    ) -> tuple[Array, ...]:
+        self, embedded: Array, layers: tuple[Array | None, ...], hidden: Array
+    ) -> tuple[Array | None, ...]:
         return (embedded, *layers)  # before the last norm
 
     def pool(self, hidden: Array, inputs: Inputs) -> Array | None:

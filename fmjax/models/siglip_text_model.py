@@ -47,10 +47,10 @@ class Config:
 
 MODEL_TYPE = "siglip_text_model"
 HEADS = {"model": "SiglipTextModel"}
-LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+LARGE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
          "num_attention_heads": 16}  # fmt: skip
 # Alabdulmohsin et al. 2023, arXiv:2305.13035, table 2: the shape optimised for 400 M parameters.
-SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+SO400M: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
           "num_attention_heads": 16}  # fmt: skip
 VARIANTS = {
     "tiny": Config(

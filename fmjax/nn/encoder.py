@@ -219,8 +219,8 @@ class Encoder(nn.Module):
         return hidden
 
     def states(
-        self, embedded: Array, layers: tuple[Array, ...], hidden: Array
-    ) -> tuple[Array, ...]:
+        self, embedded: Array, layers: tuple[Array | None, ...], hidden: Array
+    ) -> tuple[Array | None, ...]:
         """The ``hidden_states``: of the embeddings, the layers' outputs and what `finish` gave."""
         return (embedded, *layers[:-1], hidden)
 
@@ -405,8 +405,8 @@ class Encoder(nn.Module):
             output_logits=output_logits,
         )
         if output_hidden_states:
-            states = self.states(embedded, tuple(layer.hidden_state for layer in layers), hidden)
-            out = dataclasses.replace(out, hidden_states=states)
+            inner = tuple(layer.hidden_state for layer in layers)
+            out = dataclasses.replace(out, hidden_states=self.states(embedded, inner, hidden))
         if output_attentions:
             out = dataclasses.replace(out, attentions=tuple(layer.attentions for layer in layers))
         if layers[0].cross_attentions is not None:

@@ -34,13 +34,14 @@ def inherits(name):
 TOWERS = {"clip", "siglip", "siglip_text_model", "siglip_vision_model", "vision_text_dual_encoder"}
 
 
+def seen_elsewhere(name):
+    """Whether a family is made of others' blocks alone."""
+    return name in TOWERS or inherits(name)
+
+
 def less_to_see(name):
     """Whether a family has no blocks of its own, or blocks that are not scanned, as ResNet's."""
-    return (
-        name in TOWERS
-        or inherits(name)
-        or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
-    )
+    return seen_elsewhere(name) or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
 
 
 def slow_where(seen, cases):
@@ -184,7 +185,7 @@ VOCABULARY = [
 ]
 
 
-@pytest.mark.parametrize(("name", "head"), slow_where(inherits, VOCABULARY))
+@pytest.mark.parametrize(("name", "head"), slow_where(seen_elsewhere, VOCABULARY))
 def test_logits_come_from_the_hidden_states(name, head):
     """output_logits=False and unembed give the logits: what chunked losses build on."""
     family = family_of(name)
@@ -214,7 +215,7 @@ TEXT = [
 ]
 
 
-@pytest.mark.parametrize("name", slow_where(inherits, TEXT))
+@pytest.mark.parametrize("name", slow_where(seen_elsewhere, TEXT))
 def test_padding_changes_nothing(name):
     """Whatever stands in the padding leaves the other positions alone."""
     family = family_of(name)
@@ -239,7 +240,7 @@ def test_padding_changes_nothing(name):
     np.testing.assert_allclose(outputs[0][keep], outputs[1][keep], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", slow_where(inherits, families()))
+@pytest.mark.parametrize("name", slow_where(seen_elsewhere, families()))
 def test_dropout_depends_on_the_key_alone(name):
     """Traced, not run: the same key gives the same draws, and with no dropout there are none."""
     family = family_of(name)
