@@ -6,21 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.checks import check_head
+from fmjax.nn.norm import unit_length
 from fmjax.types import Output
-
-
-def unit(x: Array) -> Array:
-    """Vectors [..., D] scaled to length 1, float32; of length 0 they stay."""
-    x = x.astype(jnp.float32)
-    # Not the norm itself: its derivative at 0 is nan.
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 class DualEncoder(nn.Module):
@@ -164,7 +156,7 @@ class DualEncoder(nn.Module):
         vision: Output | None,
     ) -> Output:
         """The outputs of the head "model", from what lies in the common space."""
-        texts, pictures = (None if x is None else unit(x) for x in (texts, pictures))
+        texts, pictures = (None if x is None else unit_length(x) for x in (texts, pictures))
         scale, bias = self.scoring()
         out = Output(
             text_embeds=texts,
