@@ -90,6 +90,7 @@ class DualEncoder(nn.Module):
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
+        image_features: Array | None = None,
         *,
         train: bool = False,
         output_hidden_states: bool = False,
@@ -102,6 +103,9 @@ class DualEncoder(nn.Module):
             pixel_values: [P, X, Y, C], normalised, P pictures; None encodes none.
             attention_mask: [B, T], 1 = token, 0 = padding; None keeps everything.
             token_type_ids, position_ids: int [B, T], for text encoders that have them.
+            image_features: [P, D], what `pooled_images` made of pictures before, in place of
+                `pixel_values`: a picture encoder that is not trained need not run again (Zhai et
+                al. 2022, arXiv:2111.07991).
             train: whether dropout is on; it needs ``rngs={"dropout": key}``.
             output_hidden_states, output_attentions: whether each side's are returned.
 
@@ -109,15 +113,10 @@ class DualEncoder(nn.Module):
             ValueError: neither side is given, or not the one that the head reads; or inputs that
                 contradict the config.
         """
-        given = {"input_ids": input_ids is not None, "pixel_values": pixel_values is not None}
-        reads = {"text_with_projection": ("input_ids",), "model": ("input_ids", "pixel_values")}
-        names = reads.get(self.head, ("pixel_values",))
-        got = [name for name in given if given[name]]
-        if not got or not set(got) <= set(names):
-            raise ValueError(
-                f"the head {self.head!r} reads {' and '.join(names)}"
-                f"{', or one of them' if len(names) > 1 else ''}; it was given {got or 'neither'}"
-            )
+        given = {
+            "input_ids": input_ids, "pixel_values": pixel_values, "image_features": image_features
+        }  # fmt: skip
+        check_given([name for name, value in given.items() if value is not None], self.head)
         options = {
             "train": train,
             "output_hidden_states": output_hidden_states,
@@ -138,8 +137,9 @@ class DualEncoder(nn.Module):
             return dataclasses.replace(
                 vision, logits=logits, last_hidden_state=None, pooler_output=None
             )
+        pooled = image_features if vision is None else pooled_of(vision, "picture")
         texts = None if text is None else self.text_space(self.pooled_text(text, attention_mask))
-        pictures = None if vision is None else self.vision_space(pooled_of(vision, "picture"))
+        pictures = None if pooled is None else self.vision_space(pooled)
         if self.head != "model":
             side = text if vision is None else vision
             assert side is not None
@@ -147,6 +147,10 @@ class DualEncoder(nn.Module):
                 side, text_embeds=texts, image_embeds=pictures, pooler_output=None
             )
         return self.compared(texts, pictures, text, vision)
+
+    def pooled_images(self, pixel_values: Array) -> Array:
+        """[P, D]: what the picture encoder makes of pictures [P, X, Y, C], without dropout."""
+        return pooled_of(self.vision(pixel_values, train=False), "picture")
 
     def compared(
         self,
@@ -170,6 +174,20 @@ class DualEncoder(nn.Module):
             return out
         logits = scale * (texts @ pictures.T) + (0.0 if bias is None else bias)  # [B, P] float32
         return dataclasses.replace(out, logits_per_text=logits, logits_per_image=logits.T)
+
+
+def check_given(given: list[str], head: str) -> None:
+    """Refuses inputs that a head does not read, and too few or too many of them.
+
+    Raises:
+        ValueError: they are such.
+    """
+    pictures = {"vision_with_projection": "pixel_values", "image_classification": "pixel_values"}
+    both = "input_ids, or pixel_values or image_features, or input_ids and one of these"
+    wanted = {"text_with_projection": "input_ids", "model": both, **pictures}[head]
+    fits = 0 < len(given) < 3 and not {"pixel_values", "image_features"} <= set(given)
+    if not (fits if head == "model" else given == [wanted]):
+        raise ValueError(f"the head {head!r} reads {wanted}; it was given {given or 'neither'}")
 
 
 def pooled_of(out: Output, side: str) -> Array:

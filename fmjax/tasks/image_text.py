@@ -18,7 +18,7 @@ from fmjax.types import Aux, Batch, LossFn, Variables
 
 OBJECTIVES = ("softmax", "sigmoid")
 SIDES = {
-    "image": ("pixel_values",),
+    "image": ("pixel_values", "image_features"),
     "text": ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
 }
 MOST_SCALE = 4.605170186
@@ -40,7 +40,8 @@ def loss(
     2023, arXiv:2303.15343, equation 1), which judges each pair by itself. See
     `fmjax.tasks.contrast`.
 
-    A batch has ``pixel_values`` [B, X, Y, C] and ``input_ids`` and ``attention_mask`` [B, T];
+    A batch has ``pixel_values`` [B, X, Y, C], or ``image_features`` [B, D] of a picture encoder
+    that is not trained (`features`), and ``input_ids`` and ``attention_mask`` [B, T];
     ``weight`` [B]. With ``labels`` int [B], rows of the same label, such as pictures of one name,
     are not told apart.
 
@@ -89,8 +90,17 @@ def loss(
 
 
 def _check_sides(batch: Batch, sides: Sequence[str]) -> None:
-    if missing := [SIDES[side][0] for side in sides if SIDES[side][0] not in batch]:
+    first = {"image": ("pixel_values", "image_features"), "text": ("input_ids",)}
+    missing = [" or ".join(first[side]) for side in sides if not set(first[side]) & set(batch)]
+    if missing:
         raise ValueError(f"the batch has no {', '.join(missing)}; it has {sorted(batch)}")
+
+
+def features(model: Any) -> Callable[[Variables, Batch], Array]:
+    """``(variables, batch) -> [B, D]``: what a batch may have as ``image_features``."""
+    return lambda variables, batch: model.apply(
+        variables, jnp.asarray(batch["pixel_values"]), method="pooled_images"
+    )
 
 
 def predict(model: Any, *, side: str) -> Callable[[Variables, Batch], Array]:

@@ -80,6 +80,9 @@ def test_one_side_of_a_whole_file():
     alone = model.apply(variables, pixel_values=pixels)
     assert alone.logits_per_image is None
     np.testing.assert_array_equal(alone.image_embeds, both.image_embeds)
+    features = model.apply(variables, pixels, method="pooled_images")
+    again = model.apply(variables, input_ids=ids, image_features=features)
+    np.testing.assert_array_equal(again.logits_per_text, both.logits_per_text)
 
 
 def test_old_configs():
@@ -140,7 +143,10 @@ def test_what_does_not_fit_is_refused():
 
     with pytest.raises(ValueError, match="it was given neither"):
         run("model")
+    pixels, features = np.zeros((1, 15, 15, 2)), np.zeros((1, 12))
+    with pytest.raises(ValueError, match=r"given \['pixel_values', 'image_features'\]"):
+        run("model", pixel_values=pixels, image_features=features)
     with pytest.raises(ValueError, match="17 positions are more than the model's 16"):
         run("model", input_ids=np.zeros((1, 17), np.int32))
     with pytest.raises(ValueError, match="'text_with_projection' reads input_ids; it was given"):
-        run("text_with_projection", pixel_values=np.zeros((1, 15, 15, 2)))
+        run("text_with_projection", pixel_values=pixels)

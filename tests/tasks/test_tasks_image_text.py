@@ -211,5 +211,5 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="no bias of its logits"):
         jax.eval_shape(sigmoid, variables, batch, None)
     texts = {name: value for name, value in batch.items() if name != "pixel_values"}
-    with pytest.raises(ValueError, match="the batch has no pixel_values"):
+    with pytest.raises(ValueError, match="the batch has no pixel_values or image_features"):
         jax.eval_shape(task.loss(model), variables, texts, None)
