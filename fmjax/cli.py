@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fmjax.recipes.matching import Match, print_matches
 from fmjax.recipes.plan import Settings as Plan
 from fmjax.recipes.text_classification import Settings
 from fmjax.recipes.texts import TextData
@@ -282,8 +283,7 @@ def convert(args: Convert) -> None:
     from fmjax.recipes.checkpoints import convert_checkpoint
 
     options = dataclasses.asdict(args)
-    for line in convert_checkpoint(options.pop("source"), options.pop("target"), **options):
-        print(line)
+    print(*convert_checkpoint(options.pop("source"), options.pop("target"), **options), sep="\n")
 
 
 def predict(args: Predict) -> None:
@@ -551,6 +551,7 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Translate, sub("translate")]
         | Annotated[Classify, sub("classify")]
         | Annotated[Detect, sub("detect")]
+        | Annotated[Match, sub("match")]
         | Annotated[Report, sub("report")]
         | Annotated[Plan, sub("plan")],
         prog="fmjax",
@@ -585,6 +586,8 @@ def main(argv: list[str] | None = None) -> int:
                 classify(args)
             case Detect():
                 detect(args)
+            case Match():
+                print_matches(args)
             case Report():
                 report(args)
             case Plan():
