@@ -116,8 +116,9 @@ class Model(DualEncoder):
 
     heads = HEADS
 
-    def text_tower(self) -> nn.Module:
-        return clip_text_model.Model(self.config.text_config, scan=self.scan, remat=self.remat)
+    def text_tower(self, **fields: Any) -> nn.Module:
+        options = {"scan": self.scan, "remat": self.remat, **fields}
+        return clip_text_model.Model(self.config.text_config, **options)
 
     def vision_tower(self) -> nn.Module:
         return clip_vision_model.Model(self.config.vision_config, scan=self.scan, remat=self.remat)

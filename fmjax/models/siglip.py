@@ -75,8 +75,9 @@ class Model(DualEncoder):
 
     heads = HEADS
 
-    def text_tower(self) -> nn.Module:
-        return siglip_text_model.Model(self.config.text_config, scan=self.scan, remat=self.remat)
+    def text_tower(self, **fields: Any) -> nn.Module:
+        options = {"scan": self.scan, "remat": self.remat, **fields}
+        return siglip_text_model.Model(self.config.text_config, **options)
 
     def vision_tower(self) -> nn.Module:
         return siglip_vision_model.Model(

@@ -92,12 +92,12 @@ class Model(DualEncoder):
 
     heads = HEADS
 
-    def tower(self, config: Any) -> nn.Module:
+    def tower(self, config: Any, **fields: Any) -> nn.Module:
         """The encoder of a config."""
-        return family_for(config).Model(config, scan=self.scan, remat=self.remat)
+        return family_for(config).Model(config, scan=self.scan, remat=self.remat, **fields)
 
-    def text_tower(self) -> nn.Module:
-        return self.tower(self.config.text_config)
+    def text_tower(self, **fields: Any) -> nn.Module:
+        return self.tower(self.config.text_config, **fields)
 
     def vision_tower(self) -> nn.Module:
         return self.tower(self.config.vision_config)

@@ -36,8 +36,8 @@ class DualEncoder(nn.Module):
 
     heads: ClassVar[Mapping[str, str]]
 
-    def text_tower(self) -> nn.Module:
-        """The encoder of texts, with the head "model"."""
+    def text_tower(self, **fields: Any) -> nn.Module:
+        """The encoder of texts, with the head "model"; `fields` are further ones of the module."""
         raise NotImplementedError
 
     def vision_tower(self) -> nn.Module:
@@ -80,7 +80,7 @@ class DualEncoder(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """How many positions a text may have; None where any is computed."""
-        tower = self.clone(parent=None).text_tower()
+        tower = self.text_tower(parent=None)
         return tower.max_positions  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(

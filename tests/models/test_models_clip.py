@@ -85,6 +85,10 @@ def test_one_side_of_a_whole_file():
     np.testing.assert_array_equal(again.logits_per_text, both.logits_per_text)
 
 
+def test_positions_are_the_text_towers():
+    assert clip.Model(PAIR).max_positions == 16
+
+
 def test_old_configs():
     """As version 4 wrote them: every key of every config, each side a second time."""
     generation = {"bos_token_id": 0, "eos_token_id": 2, "max_length": 20, "num_beams": 1}
