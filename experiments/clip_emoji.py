@@ -21,6 +21,7 @@ from fmjax.data.emoji import load_emoji_names
 from fmjax.data.image_processor import ImageProcessor, Size
 from fmjax.data.image_text import ImageTexts, PairProcessor
 from fmjax.models.vision_text_dual_encoder import Config
+from fmjax.nn.dropout import dropout
 from fmjax.recipes.image_classification import LITE0, create_model, data_url
 from fmjax.recipes.texts import evaluation_batches, model_source
 from fmjax.recipes.training import STOPPED, Training, finish, train, weights_of
@@ -71,22 +72,26 @@ class Settings(Training):
     """How often each training picture is encoded: as it is, mirrored, and moved a little."""
     projection_dim: int = 256
     """Width of the common space."""
-    text_rate: float = 0.03
-    """Learning rate of the text encoder, as a share of the projections'; 0 does not train it."""
+    text_rate: float = 0.0
+    """Learning rate of the text encoder, as a share of the projections'; 0 does not train it, and
+    then the names are encoded once, as the pictures are."""
     feature_dropout: float = 0.3
-    """Share of the pictures' features that is dropped in training."""
+    """Share of the encoders' features that is dropped in training."""
+    copies: int = 10
+    """How often a pair comes in an epoch, its views mixed anew: the run is looked at, and kept,
+    once an epoch."""
     max_pairs: int | None = None
     """Pairs of each split, to try things out; None for all."""
-    epochs: float = 30.0
+    epochs: float = 6.0
     """Passes over the training pairs."""
-    batch_size: int = 512
+    batch_size: int = 769
     """Pairs a step, over all devices; each one's negatives are the others."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     """Peak of the projections' schedule."""
     weight_decay: float = 0.1
     """Of kernels."""
-    evaluations: int = 0
-    """0 looks at held-out pairs every epoch; the last weights are kept, whatever they score."""
+    evaluations: int = 1
+    """Looks at held-out pairs an epoch; the last weights are kept, whatever they score."""
 
 
 def build(settings: Settings) -> tuple[Any, Variables, Any]:
@@ -141,7 +146,7 @@ def encoded(
     if kept.is_file():
         with np.load(kept) as file:
             return {split: file[split] for split in pairs}
-    run = jax.jit(normalised(task.features(model), MEAN, STD))
+    run = jax.jit(normalised(task.features(model, side="image"), MEAN, STD))
     result = {}
     for split, part in pairs.items():
         views = []
@@ -155,20 +160,30 @@ def encoded(
     return result
 
 
-def of_a_view(loss: LossFn, rate: float) -> LossFn:
-    """The loss of one of the views of each picture, some of its features dropped."""
+def of_mixed_views(loss: LossFn, rate: float) -> LossFn:
+    """The loss of a random mean of each picture's views, some of all features dropped."""
 
     def loss_fn(variables: Variables, batch: Batch, rng: jax.Array | None) -> tuple[Any, Aux]:
         assert rng is not None
-        choice, drop, rng = jax.random.split(rng, 3)
+        mixing, rng = jax.random.split(rng)
         views = jnp.asarray(batch["image_features"])  # [B, V, D]
-        rows, count, width = views.shape
-        features = views[jnp.arange(rows), jax.random.randint(choice, (rows,), 0, count)]
-        keep = jax.random.bernoulli(drop, 1 - rate, (rows, width))
-        features = jnp.where(keep, features / (1 - rate), 0.0)
-        return loss(variables, {**batch, "image_features": features}, rng)
+        shares = jax.random.dirichlet(mixing, jnp.ones(views.shape[1]), views.shape[:1])
+        batch = {**batch, "image_features": jnp.einsum("BV,BVD->BD", shares, views)}
+        for name in ("image_features", "text_features"):
+            if name in batch:
+                drop, rng = jax.random.split(rng)
+                batch[name] = dropout(drop, jnp.asarray(batch[name]), rate)
+        return loss(variables, batch, rng)
 
     return loss_fn
+
+
+def balanced(kernel: jax.Array, features: np.ndarray) -> jax.Array:
+    """A first kernel [D, E] that sees each feature [N, D] at one scale, and not their mean, which
+    all examples share."""
+    scale, mean = features.std(axis=0) + 0.05, features.mean(axis=0)
+    kernel = kernel / scale[:, None]
+    return kernel - np.outer(mean, mean @ kernel) / (mean @ mean)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -180,18 +195,29 @@ def run(settings: Settings) -> dict[str, Any]:
     features = encoded(settings, model, variables, pairs)
     size = {"max_length": MAX_LENGTH, "vocab_size": model.config.vocab_size}
     columns = {split: part.columns(tokenizer, **size) for split, part in pairs.items()}
-    columns = {
-        split: Columns(
-            part.ragged, {"image_features": features[split], "labels": part.fixed["labels"]}
+    encode = jax.jit(task.features(model, side="text"))
+    for split, part in columns.items():
+        names = collect(encode, variables, evaluation_batches(Columns(part.ragged)), size=len(part))
+        fixed = {"image_features": features[split], "labels": part.fixed["labels"]}
+        known = {"text_features": names}
+        columns[split] = Columns(
+            part.ragged if settings.text_rate else (),
+            fixed | ({} if settings.text_rate else known),
         )
-        for split, part in columns.items()
-    }
+        if split == "train":
+            pictures = features[split].reshape(-1, features[split].shape[-1])
+            for side, rows in (("vision", pictures), ("text", names)):
+                place = variables["params"][f"{side}_projection"]
+                place["kernel"] = balanced(place["kernel"], rows)
     embed = {side: jax.jit(task.predict(model, side=side)) for side in ("image", "text")}
 
     def vectors(variables: Variables, split: str) -> dict[str, np.ndarray]:
         part = columns[split]
-        pictures = Columns((), {"image_features": part.fixed["image_features"][:, 0]})
-        sides = {"image": pictures, "text": Columns(part.ragged)}
+        known = {name: part.fixed[name] for name in ("text_features",) if name in part.fixed}
+        sides = {
+            "image": Columns((), {"image_features": part.fixed["image_features"][:, 0]}),
+            "text": Columns(part.ragged, known),
+        }
         return {
             side: collect(embed[side], variables, evaluation_batches(one), size=len(one))
             for side, one in sides.items()
@@ -212,8 +238,12 @@ def run(settings: Settings) -> dict[str, Any]:
         settings,
         model,
         variables,
-        of_a_view(task.loss(model), settings.feature_dropout),
-        batches(columns["train"], batch_size=settings.batch_size, seed=settings.seed),
+        of_mixed_views(task.loss(model), settings.feature_dropout),
+        batches(
+            columns["train"].select(np.tile(np.arange(len(pairs["train"])), settings.copies)),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        ),
         evaluate=held_out,
         metric="trained_steps",
         mode="max",

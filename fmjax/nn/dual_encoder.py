@@ -91,6 +91,7 @@ class DualEncoder(nn.Module):
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
         image_features: Array | None = None,
+        text_features: Array | None = None,
         *,
         train: bool = False,
         output_hidden_states: bool = False,
@@ -103,9 +104,9 @@ class DualEncoder(nn.Module):
             pixel_values: [P, X, Y, C], normalised, P pictures; None encodes none.
             attention_mask: [B, T], 1 = token, 0 = padding; None keeps everything.
             token_type_ids, position_ids: int [B, T], for text encoders that have them.
-            image_features: [P, D], what `pooled_images` made of pictures before, in place of
-                `pixel_values`: a picture encoder that is not trained need not run again (Zhai et
-                al. 2022, arXiv:2111.07991).
+            image_features, text_features: [P, D], [B, D], what `pooled_images` and `pooled_texts`
+                made before, in place of `pixel_values` and `input_ids`: an encoder that is not
+                trained need not run again (Zhai et al. 2022, arXiv:2111.07991).
             train: whether dropout is on; it needs ``rngs={"dropout": key}``.
             output_hidden_states, output_attentions: whether each side's are returned.
 
@@ -114,7 +115,8 @@ class DualEncoder(nn.Module):
                 contradict the config.
         """
         given = {
-            "input_ids": input_ids, "pixel_values": pixel_values, "image_features": image_features
+            "input_ids": input_ids, "text_features": text_features,
+            "pixel_values": pixel_values, "image_features": image_features,
         }  # fmt: skip
         check_given([name for name, value in given.items() if value is not None], self.head)
         options = {
@@ -137,9 +139,10 @@ class DualEncoder(nn.Module):
             return dataclasses.replace(
                 vision, logits=logits, last_hidden_state=None, pooler_output=None
             )
-        pooled = image_features if vision is None else pooled_of(vision, "picture")
-        texts = None if text is None else self.text_space(self.pooled_text(text, attention_mask))
-        pictures = None if pooled is None else self.vision_space(pooled)
+        seen = image_features if vision is None else pooled_of(vision, "picture")
+        said = text_features if text is None else self.pooled_text(text, attention_mask)
+        texts = None if said is None else self.text_space(said)
+        pictures = None if seen is None else self.vision_space(seen)
         if self.head != "model":
             side = text if vision is None else vision
             assert side is not None
@@ -151,6 +154,10 @@ class DualEncoder(nn.Module):
     def pooled_images(self, pixel_values: Array) -> Array:
         """[P, D]: what the picture encoder makes of pictures [P, X, Y, C], without dropout."""
         return pooled_of(self.vision(pixel_values, train=False), "picture")
+
+    def pooled_texts(self, input_ids: Array, attention_mask: Array | None = None) -> Array:
+        """[B, D]: what the text encoder makes of texts [B, T], without dropout."""
+        return self.pooled_text(self.text(input_ids, attention_mask, train=False), attention_mask)
 
     def compared(
         self,
@@ -183,9 +190,10 @@ def check_given(given: list[str], head: str) -> None:
         ValueError: they are such.
     """
     pictures = {"vision_with_projection": "pixel_values", "image_classification": "pixel_values"}
-    both = "input_ids, or pixel_values or image_features, or input_ids and one of these"
+    both = "one of input_ids and text_features, one of pixel_values and image_features, or two"
     wanted = {"text_with_projection": "input_ids", "model": both, **pictures}[head]
-    fits = 0 < len(given) < 3 and not {"pixel_values", "image_features"} <= set(given)
+    sides = ({"input_ids", "text_features"}, {"pixel_values", "image_features"})
+    fits = bool(given) and not any(side <= set(given) for side in sides)
     if not (fits if head == "model" else given == [wanted]):
         raise ValueError(f"the head {head!r} reads {wanted}; it was given {given or 'neither'}")
 

@@ -19,7 +19,13 @@ from fmjax.types import Aux, Batch, LossFn, Variables
 OBJECTIVES = ("softmax", "sigmoid")
 SIDES = {
     "image": ("pixel_values", "image_features"),
-    "text": ("input_ids", "attention_mask", "token_type_ids", "position_ids"),
+    "text": (
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "position_ids",
+        "text_features",
+    ),
 }
 MOST_SCALE = 4.605170186
 """log 100, which CLIP's training keeps the parameter ``logit_scale`` below (Radford et al. 2021,
@@ -40,8 +46,8 @@ def loss(
     2023, arXiv:2303.15343, equation 1), which judges each pair by itself. See
     `fmjax.tasks.contrast`.
 
-    A batch has ``pixel_values`` [B, X, Y, C], or ``image_features`` [B, D] of a picture encoder
-    that is not trained (`features`), and ``input_ids`` and ``attention_mask`` [B, T];
+    A batch has ``pixel_values`` [B, X, Y, C] and ``input_ids`` and ``attention_mask`` [B, T], or
+    ``image_features`` and ``text_features`` [B, D] of an encoder that is not trained (`features`);
     ``weight`` [B]. With ``labels`` int [B], rows of the same label, such as pictures of one name,
     are not told apart.
 
@@ -90,17 +96,27 @@ def loss(
 
 
 def _check_sides(batch: Batch, sides: Sequence[str]) -> None:
-    first = {"image": ("pixel_values", "image_features"), "text": ("input_ids",)}
+    first = {
+        "image": ("pixel_values", "image_features"), "text": ("input_ids", "text_features")
+    }  # fmt: skip
     missing = [" or ".join(first[side]) for side in sides if not set(first[side]) & set(batch)]
     if missing:
         raise ValueError(f"the batch has no {', '.join(missing)}; it has {sorted(batch)}")
 
 
-def features(model: Any) -> Callable[[Variables, Batch], Array]:
-    """``(variables, batch) -> [B, D]``: what a batch may have as ``image_features``."""
-    return lambda variables, batch: model.apply(
-        variables, jnp.asarray(batch["pixel_values"]), method="pooled_images"
-    )
+def features(model: Any, *, side: str) -> Callable[[Variables, Batch], Array]:
+    """``(variables, batch) -> [B, D]``: what a batch may have as ``image_features`` (side "image")
+    or ``text_features`` ("text"), in place of what it is made of."""
+    names, method = {
+        "image": (("pixel_values",), "pooled_images"),
+        "text": (("input_ids", "attention_mask"), "pooled_texts"),
+    }[side]
+
+    def encode(variables: Variables, batch: Batch) -> Array:
+        given = [jnp.asarray(batch[name]) for name in names]
+        return model.apply(variables, *given, method=method)
+
+    return encode
 
 
 def predict(model: Any, *, side: str) -> Callable[[Variables, Batch], Array]:
