@@ -2,7 +2,17 @@
 
     python experiments/clip_emoji.py --output runs/clip_emoji
 
-Numbers: not measured yet.
+Two linear maps over the encoders, which are not trained and so run once; about 2 minutes of 2
+cores. Of the 364 pairs that are held out, each picture finds its own name first among all names
+with 0.272 (chance 0.003) and each name its picture with 0.299; the categories, nine classes known
+by a few words each, are right for 0.657 of the pictures. The report shows what names find.
+
+With `--held-out groups` (and `--views 4 --batch-size 769`) 0.207 and 0.231 of 368 were measured:
+then no flag of a country that begins with the same letter is in the training set, nor any "man ...".
+`--text-rate 0.03` trains the text encoder too (not measured yet).
+
+An interrupted run is continued by the same command. The folder gets checkpoints, metrics.jsonl,
+TensorBoard events, report.html and the model as a Hugging Face folder, for `fmjax match`.
 """
 
 import dataclasses
