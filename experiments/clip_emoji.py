@@ -8,7 +8,7 @@ with 0.272 (chance 0.003) and each name its picture with 0.299; the categories, 
 by a few words each, are right for 0.657 of the pictures. The report shows what names find.
 
 With `--held-out groups` (and `--views 4 --batch-size 769`) 0.207 and 0.231 of 368 were measured:
-then no flag of a country that begins with the same letter is in the training set, nor any "man ...".
+there a country's flag has none of the same first letter in the training set, nor "man" other men.
 `--text-rate 0.03` trains the text encoder too (not measured yet).
 
 An interrupted run is continued by the same command. The folder gets checkpoints, metrics.jsonl,
