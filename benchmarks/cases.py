@@ -127,7 +127,7 @@ def create(case: Case) -> tuple[Any, Variables]:
 def make_batch(case: Case) -> dict[str, np.ndarray]:
     """Random tokens without padding, or pixels, from seed 0; labels where the head has some."""
     random = np.random.default_rng(0)
-    if case.family == "clip":
+    if case.family == "clip" and case.image_size is not None:
         text, vision = case.config.text_config, case.config.vision_config
         size = (case.batch_size, case.image_size, case.image_size, vision.num_channels)
         ids = random.integers(0, text.eos_token_id, (case.batch_size, case.length), dtype=np.int32)

@@ -191,16 +191,17 @@ def of_mixed_views(loss: LossFn, rate: float) -> LossFn:
     """The loss of a random mean of each picture's views, some of all features dropped."""
 
     def loss_fn(variables: Variables, batch: Batch, rng: jax.Array | None) -> tuple[Any, Aux]:
-        assert rng is not None
-        mixing, rng = jax.random.split(rng)
+        if rng is None:
+            raise ValueError("views are mixed at random: give it a key")
+        mixing, key = jax.random.split(rng)
         views = jnp.asarray(batch["image_features"])  # [B, V, D]
         shares = jax.random.dirichlet(mixing, jnp.ones(views.shape[1]), views.shape[:1])
         batch = {**batch, "image_features": jnp.einsum("BV,BVD->BD", shares, views)}
         for name in ("image_features", "text_features"):
             if name in batch:
-                drop, rng = jax.random.split(rng)
+                drop, key = jax.random.split(key)
                 batch[name] = dropout(drop, jnp.asarray(batch[name]), rate)
-        return loss(variables, batch, rng)
+        return loss(variables, batch, key)
 
     return loss_fn
 
@@ -292,7 +293,11 @@ def run(settings: Settings) -> dict[str, Any]:
     every = {side: np.concatenate([both[s][side] for s in both]) for side in ("image", "text")}
     classes = class_vectors(model, variables, tokenizer, pairs["val"].label_names)
     for split, found in {**both, "held_out": every}.items():
-        labels = [pairs[name].labels for name in ("val", "test") if split in (name, "held_out")]
+        labels = [
+            np.asarray(pairs[name].labels)
+            for name in ("val", "test")
+            if split in (name, "held_out")
+        ]
         guesses = np.argmax(found["image"] @ np.asarray(classes).T, axis=1)
         results[split] = {
             **task.both_ways(found["image"], found["text"], own(len(found["image"]))),
