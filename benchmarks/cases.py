@@ -20,7 +20,7 @@ from peer import Peer
 from record import named
 
 import fmjax
-from fmjax.models import bert, family_of, gpt2, llama, resnet, t5, vit
+from fmjax.models import bert, clip, family_of, gpt2, llama, resnet, t5, vit
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE
 from fmjax.types import Variables
 
@@ -39,6 +39,7 @@ SMOKE = bert.Config(
 )
 TINY = {
     "bert": SMOKE,
+    "clip": clip.VARIANTS["tiny"],
     "gpt2": gpt2.Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=64),
     "llama": dataclasses.replace(llama.VARIANTS["tiny"], attention_dropout=0.0),
     "resnet": resnet.VARIANTS["tiny"],
@@ -61,7 +62,7 @@ class Case:
         config: the model's sizes, and by its class the family.
         head: the model's head.
         batch_size: B.
-        length: T; 1 of pictures, so that a picture counts as one.
+        length: T; 1 of pictures, so that a picture counts as one, and of pairs the text's.
         dtype: of the products. bfloat16 keeps float32 master weights and is the peer's autocast.
         image_size: rows and columns of pictures; None for tokens.
         target_length: tokens of the targets of an encoder-decoder, besides T.
@@ -90,6 +91,12 @@ def pictures(name: str, config: Any, batch_size: int, dtype: str) -> Case:
     return Case(name, config, "image_classification", batch_size, 1, dtype, image_size=224)
 
 
+def pairs(name: str, config: Any, batch_size: int, dtype: str) -> Case:
+    """Pictures of 224 x 224 pixels and as many texts of full length, all compared with all."""
+    length = config.text_config.max_position_embeddings
+    return Case(name, config, "model", batch_size, length, dtype, image_size=224)
+
+
 def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[Case]:
     """The cases with these names (all if none are given); for a smoke run, made tiny.
 
@@ -103,7 +110,7 @@ def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[
                 case,
                 config=TINY[case.family],
                 batch_size=2,
-                length=16 if case.image_size is None else 1,
+                length=min(case.length, 16),
                 image_size=None if case.image_size is None else 8,
                 target_length=None if case.target_length is None else 8,
             )
@@ -120,6 +127,12 @@ def create(case: Case) -> tuple[Any, Variables]:
 def make_batch(case: Case) -> dict[str, np.ndarray]:
     """Random tokens without padding, or pixels, from seed 0; labels where the head has some."""
     random = np.random.default_rng(0)
+    if case.family == "clip" and case.image_size is not None:
+        text, vision = case.config.text_config, case.config.vision_config
+        size = (case.batch_size, case.image_size, case.image_size, vision.num_channels)
+        ids = random.integers(0, text.eos_token_id, (case.batch_size, case.length), dtype=np.int32)
+        ids[:, -1] = text.eos_token_id
+        return {"input_ids": ids, "pixel_values": random.normal(size=size).astype(np.float32)}
     if case.image_size is not None:
         shape = (case.batch_size, case.image_size, case.image_size, case.config.num_channels)
         classes = len(case.config.id2label)
@@ -158,6 +171,8 @@ def forward_fn(model: Any, case: Case) -> Callable[[Variables, dict[str, Any]], 
     def forward(variables: Variables, inputs: dict[str, Any]) -> jax.Array:
         low = jax.tree.map(lambda leaf: leaf.astype(case.dtype), variables["params"])
         output = model.apply({**variables, "params": low}, **inputs)
+        if case.family == "clip":
+            return output.logits_per_image
         return output.last_hidden_state if case.head == "model" else output.logits
 
     return forward

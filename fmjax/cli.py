@@ -16,6 +16,7 @@ from fmjax.recipes import transcription
 from fmjax.recipes.drawing import Settings as Draw
 from fmjax.recipes.drawing import save_drawings
 from fmjax.recipes.generation import Writing
+from fmjax.recipes.matching import Match, print_matches
 from fmjax.recipes.plan import Settings as Plan
 from fmjax.recipes.text_classification import Settings
 from fmjax.recipes.texts import TextData
@@ -260,8 +261,7 @@ def convert(args: Convert) -> None:
     from fmjax.recipes.checkpoints import convert_checkpoint
 
     options = dataclasses.asdict(args)
-    for line in convert_checkpoint(options.pop("source"), options.pop("target"), **options):
-        print(line)
+    print(*convert_checkpoint(options.pop("source"), options.pop("target"), **options), sep="\n")
 
 
 def predict(args: Predict) -> None:
@@ -538,6 +538,7 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[transcription.Settings, sub("transcribe")]
         | Annotated[Caption, sub("caption")]
         | Annotated[Draw, sub("draw")]
+        | Annotated[Match, sub("match")]
         | Annotated[Report, sub("report")]
         | Annotated[Plan, sub("plan")],
         prog="fmjax",
@@ -578,6 +579,8 @@ def main(argv: list[str] | None = None) -> int:
                 caption(args)
             case Draw():
                 print(*save_drawings(args), sep="\n")
+            case Match():
+                print_matches(args)
             case Report():
                 from fmjax.report import write_report
 

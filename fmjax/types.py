@@ -141,6 +141,12 @@ class Output:
         encoder_last_hidden_state: [B, S, D]; in encoder-decoders the fields without "encoder" are
             the decoder's.
         encoder_hidden_states, encoder_attentions: as `hidden_states` and `attentions`.
+        image_embeds, text_embeds: [B, D], of pairs in one space; of length 1 where the model
+            compares them.
+        logits_per_image, logits_per_text: float32 [images, texts] and its transpose, how well each
+            fits each.
+        logit_scale, logit_bias: float32 [], by which cosines become such logits.
+        vision_model_output, text_model_output: what the two sides returned.
         router_logits: L arrays [B * T, E], mixture-of-experts models, when asked for.
         cache: keys and values so far, to be passed to the next call, when one was given.
         images: [B, X, Y, C], as a generator or a decoder of images makes them.
@@ -185,6 +191,14 @@ class Output:
     encoder_last_hidden_state: Array | None = None
     encoder_hidden_states: tuple[Array, ...] | None = None
     encoder_attentions: tuple[Array, ...] | None = None
+    image_embeds: Array | None = None
+    text_embeds: Array | None = None
+    logits_per_image: Array | None = None
+    logits_per_text: Array | None = None
+    logit_scale: Array | None = None
+    logit_bias: Array | None = None
+    vision_model_output: Output | None = None
+    text_model_output: Output | None = None
     router_logits: tuple[Array, ...] | None = None
     cache: PyTree = None
     images: Array | None = None

@@ -18,6 +18,20 @@ TEXT = {
 }  # fmt: skip
 
 
+def towers(family):
+    """The configs of encoders of texts and pictures of one width."""
+    small = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12,
+             "num_hidden_layers": 2}  # fmt: skip
+    text, vision = (
+        fmjax.models.family_of(f"{family}_{side}_model").Config for side in ("text", "vision")
+    )
+    end = {"eos_token_id": V - 1} if family == "clip" else {}
+    return {
+        "text_config": text(**small, **end, vocab_size=V, max_position_embeddings=16),
+        "vision_config": vision(**small, image_size=8, patch_size=4, num_channels=1),
+    }
+
+
 @functools.cache
 def made(family, head, layers=2, scan=False):
     """A tiny model and its variables."""
@@ -33,6 +47,8 @@ def made(family, head, layers=2, scan=False):
                 "intermediate_size": 12, "image_size": 8, "patch_size": 4, "num_channels": 1,
                 "initializer_range": 0.3},
         "cnn": {"image_size": 8, "hidden_sizes": (4, 6), "pooled_size": 2, "dense_sizes": (10,)},
+        "clip": towers("clip"),
+        "siglip": towers("siglip"),
         "mlp": {"hidden_sizes": (8,), "num_features": 3, "id2label": ("left", "right")},
     }  # fmt: skip
     config = fmjax.models.family_of(family).Config(**sizes[family])
@@ -46,6 +62,18 @@ def texts(labels=True):
     ids = draw.integers(2, V // 2, (B, T)) + kinds[:, None] * (V // 2 - 2)
     batch = {"input_ids": ids, "attention_mask": np.ones((B, T), np.int32)}
     return batch | ({"labels": kinds} if labels else {}) | {"weight": np.ones(B, np.float32)}
+
+
+def named_pictures():
+    """Gray squares, each with a text that says how light it is."""
+    ids = np.full((B, T), 1, np.int32)
+    ids[:, 1], ids[:, -1] = np.arange(2, 2 + B), V - 1
+    shades = np.linspace(-1, 1, B, dtype=np.float32)[:, None, None, None]
+    return {
+        "input_ids": ids, "attention_mask": np.ones((B, T), np.int32),
+        "pixel_values": np.broadcast_to(shades, (B, 8, 8, 1)).copy(),
+        "weight": np.ones(B, np.float32),
+    }  # fmt: skip
 
 
 def tags():

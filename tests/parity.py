@@ -45,6 +45,12 @@ OUTPUTS = (
     "projected_quantized_states",
     "codevector_perplexity",
     "embeddings",
+    "image_embeds",
+    "text_embeds",
+    "logits_per_image",
+    "logits_per_text",
+    "text_model_output.last_hidden_state",
+    "vision_model_output.last_hidden_state",
 )
 LAYERS = (
     "hidden_states",
@@ -53,7 +59,19 @@ LAYERS = (
     "cross_attentions",
     "encoder_hidden_states",
     "encoder_attentions",
+    *(
+        f"{side}_model_output.{name}"
+        for side in ("text", "vision")
+        for name in ("hidden_states", "attentions")
+    ),
 )
+
+
+def part_of(out, name):
+    """A field of an output, or of one inside it; None where it is not set."""
+    for field in name.split("."):
+        out = None if out is None else getattr(out, field)
+    return out
 
 
 def assert_near(ours, reference, what, tolerance=1e-5):
@@ -174,6 +192,9 @@ def torch_outputs(twin, inputs, *, attentions=True):
     extra = {"output_attentions": True} if attentions else {}
     out = twin(**tensors, output_hidden_states=True, return_dict=True, **extra)
     named: dict[str, Any] = dict(out)
+    for side in ("text_model_output", "vision_model_output"):
+        inner = named.pop(side, {})
+        named |= {f"{side}.{name}": value for name, value in inner.items()}
     if images:
         named = {
             name: value
@@ -216,19 +237,19 @@ def check_numbers(
             output_hidden_states=True,
             output_attentions=attentions,
         )
-        total = sum(jnp.vdot(getattr(out, name), weights[name]) for name in names)
+        total = sum(jnp.vdot(part_of(out, name), weights[name]) for name in names)
         return total, out
 
     (_, out), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(trained)
     grads |= jax.tree.map(jnp.zeros_like, statistics)  # constants to PyTorch
     for name in OUTPUTS:
-        ours = getattr(out, name)
+        ours = part_of(out, name)
         assert (ours is None) == (name not in names), f"{name}: ours {ours}, theirs {names}"
         if ours is not None:
             assert_near(ours, reference[name].detach(), name, tolerance)
     for name in LAYERS:
         theirs = reference.get(name)
-        ours = getattr(out, name)
+        ours = part_of(out, name)
         if not theirs or theirs[0] is None:
             assert not ours or not attentions, f"{name}: PyTorch returns none"
             continue
@@ -377,7 +398,9 @@ def check_fixture(folder: Path, *, tolerance: float = 2e-4) -> None:
             field = field.removeprefix("decoder_")
         if field.startswith("generate"):
             continue
-        ours = getattr(out, field) if not index else getattr(out, field)[int(index)]
+        if index and not index.isdecimal():
+            field, index = f"{field}.{index}", ""
+        ours = part_of(out, field) if not index else part_of(out, field)[int(index)]
         reference = io[key]
         if images and field != "attentions":
             reference = channels_last(torch.tensor(reference))

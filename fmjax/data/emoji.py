@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from fmjax.data import assets
 from fmjax.data.builders import prepared, read_split
 from fmjax.data.decoding import on_white
+from fmjax.data.image_text import ImageTexts
 from fmjax.data.images import ImageExamples, resized
 from fmjax.data.splits import SPLITS, hash_split
 
@@ -66,6 +67,22 @@ def load_emoji(split: str, *, size: int = SIDE) -> ImageExamples:
     labels = [names.index(name) for _, name in found]
     images = [resized(on_white(image), (size, size)) for image, _ in found]
     return ImageExamples(np.stack(images), np.array(labels, np.int32), names)
+
+
+def load_emoji_names(split: str, *, size: int = SIDE) -> ImageTexts:
+    """The pictures of a split on white with their names, and their categories as labels.
+
+    Args:
+      split, size: as in `load_emoji`.
+
+    Raises:
+      ValueError: there is no such split.
+      OSError: the asset cannot be downloaded.
+    """
+    examples = load_emoji(split, size=size)
+    rows = read_split(prepared(EmojiPictures), split, ("name", "category"))
+    names = [row["name"] for row in rows if CATEGORIES[row["category"]] != "Component"]
+    return ImageTexts(examples.images, names, examples.labels, examples.label_names)
 
 
 def emoji_pictures(split: str) -> list[tuple[np.ndarray, str]]:

@@ -22,6 +22,8 @@ from fmjax.data.files import raise_problems
 from fmjax.weights.strict_json import parse_object
 
 FILE = "preprocessor_config.json"
+PAIR_FILE = "processor_config.json"
+"""Where version 5 writes it, inside, of models that take texts too."""
 SUFFIX = "ImageProcessor"
 RESAMPLING = range(6)  # Pillow's codes: nearest, lanczos, bilinear, bicubic, box, hamming
 
@@ -369,10 +371,15 @@ def load_image_processor(folder: str | Path) -> ImageProcessor:
     """The processor of a checkpoint's folder.
 
     Raises:
-        OSError: there is no preprocessor_config.json.
+        OSError: there is no preprocessor_config.json, nor a processor_config.json with it inside.
         ValueError: it is no JSON object, or says what is not understood; everything is listed.
     """
     file = Path(folder).expanduser() / FILE
+    pair = file.with_name(PAIR_FILE)
+    if not file.is_file() and pair.is_file():
+        inside = parse_object(pair.read_bytes(), str(pair)).get("image_processor")
+        if isinstance(inside, dict):
+            return parse_image_processor(inside)
     if not file.is_file():
         raise FileNotFoundError(
             f"{file.parent} has no {FILE}, which says how pictures are resized and normalised; "

@@ -112,3 +112,18 @@ def write_part(config: Any) -> dict[str, Any]:
 
 PART = {"read": read_part, "write": write_part}
 """The metadata of a field that holds the Config of any family: see `fmjax.config.parse_config`."""
+
+
+def part_of(model_type: str) -> dict[str, Any]:
+    """The same for a field whose config is of one family, which its file need not name."""
+
+    def read(data: Any) -> Any:
+        if data is None:  # the family's defaults
+            return None
+        named = {"model_type": model_type, **data} if isinstance(data, Mapping) else data
+        part = read_part(named)
+        if (found := family_for(part).MODEL_TYPE) != model_type:
+            raise ValueError(f"is of model_type {found!r}; it must be {model_type!r}")
+        return part
+
+    return {"read": read, "write": write_part}

@@ -106,6 +106,7 @@ class TextEmbeddings(nn.Module):
         position_padding_index: the same of the position table.
         position_init: initializer of the position table; None is `embedding_init`.
         project: the width that a dense layer brings the sum to at the end; None for no such layer.
+        normed: whether there is a norm.
     """
 
     vocab_size: int
@@ -119,6 +120,7 @@ class TextEmbeddings(nn.Module):
     position_padding_index: int | None = None
     position_init: Callable[..., Array] | None = None
     project: int | None = None
+    normed: bool = True
 
     def setup(self) -> None:
         init = self.embedding_init
@@ -130,13 +132,15 @@ class TextEmbeddings(nn.Module):
             )
         if self.token_types:
             self.token_type = Embed(self.token_types, self.width, init)
-        self.norm = LayerNorm(self.epsilon)
+        if self.normed:
+            self.norm = LayerNorm(self.epsilon)
         self.dropout = Dropout(self.dropout_rate)
         if self.project is not None:
             self.projection = Dense(self.project, kernel_init=init)
 
     def __call__(self, inputs: Inputs) -> Array:  # [B, T] -> [B, T, D]
-        x = self.dropout(self.norm(self.total(inputs)), inputs.train)
+        x = self.total(inputs)
+        x = self.dropout(self.norm(x) if self.normed else x, inputs.train)
         return x if self.project is None else self.projection(x)
 
     def total(self, inputs: Inputs) -> Array:
@@ -218,6 +222,12 @@ class Encoder(nn.Module):
     def finish(self, hidden: PyTree) -> Array:
         """What follows the last block, to [B, T, D]."""
         return hidden
+
+    def states(
+        self, embedded: Array, layers: tuple[Array | None, ...], hidden: Array
+    ) -> tuple[Array | None, ...]:
+        """The ``hidden_states``: of the embeddings, the layers' outputs and what `finish` gave."""
+        return (embedded, *layers[:-1], hidden)
 
     def pool(self, hidden: Array, inputs: Inputs) -> Array | None:
         """[B, T, D] -> [B, D]: one vector a sequence, for the heads that take it."""
@@ -400,8 +410,8 @@ class Encoder(nn.Module):
             output_logits=output_logits,
         )
         if output_hidden_states:
-            inner = tuple(layer.hidden_state for layer in layers[:-1])
-            out = dataclasses.replace(out, hidden_states=(embedded, *inner, hidden))
+            inner = tuple(layer.hidden_state for layer in layers)
+            out = dataclasses.replace(out, hidden_states=self.states(embedded, inner, hidden))
         if output_attentions:
             out = dataclasses.replace(out, attentions=tuple(layer.attentions for layer in layers))
         if layers[0].cross_attentions is not None:

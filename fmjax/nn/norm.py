@@ -143,6 +143,14 @@ class GroupNorm(nn.Module):
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+def unit_length(x: Array) -> Array:
+    """Vectors [..., D] divided by their length, float32; those of length 0 stay."""
+    x = x.astype(jnp.float32)
+    # Not the norm itself: its derivative at 0 is nan.
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last (Ioffe & Szegedy 2015, arXiv:1502.03167).
 

@@ -208,22 +208,24 @@ class PatchEmbed(nn.Module):
         features: D.
         patch: (P, Q), rows and columns of a patch.
         kernel_init: initializer of the kernel [P, Q, C, D].
+        use_bias: whether there is a bias.
     """
 
     features: int
     patch: tuple[int, int]
     kernel_init: Callable[..., Array]
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, pixel_values: Array) -> Array:  # [B, X, Y, C] -> [B, N, D]
         shape = (*self.patch, pixel_values.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, shape)
-        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         # Pixels are float32 whatever the weights are: they are rounded as the weights are.
         patches = patchify(pixel_values, self.patch).astype(kernel.dtype)
-        return add_bias(matmul(patches, kernel.reshape(-1, self.features)), bias).astype(
-            kernel.dtype
-        )
+        y = matmul(patches, kernel.reshape(-1, self.features))
+        if self.use_bias:
+            y = add_bias(y, parameter(self, "bias", nn.initializers.zeros, (self.features,)))
+        return y.astype(kernel.dtype)
 
 
 class ImageEmbeddings(nn.Module):
@@ -237,6 +239,7 @@ class ImageEmbeddings(nn.Module):
         kernel_init: initializer of the patches' kernel.
         token_init: of the tokens and positions.
         tokens: names of the vectors put before the patches, each with a position.
+        patch_bias: whether the map of the patches has a bias.
         positions: whether there are any.
         registers: how many further tokens, without positions, stand after these (Darcet et al.
             2023, arXiv:2309.16588).
@@ -251,6 +254,7 @@ class ImageEmbeddings(nn.Module):
     kernel_init: Callable[..., Array]
     token_init: Callable[..., Array]
     tokens: tuple[str, ...] = ("cls",)
+    patch_bias: bool = True
     positions: bool = True
     registers: int = 0
     mask_shape: tuple[int, ...] | None = None
@@ -261,7 +265,10 @@ class ImageEmbeddings(nn.Module):
     def __call__(self, pixel_values: Array, masked: Array | None, train: bool) -> Array:
         old = grid_of(self.image, self.patch)
         new = grid_of((pixel_values.shape[1], pixel_values.shape[2]), self.patch)
-        x = PatchEmbed(self.width, self.patch, self.kernel_init, name="patch")(pixel_values)
+        patches = PatchEmbed(
+            self.width, self.patch, self.kernel_init, self.patch_bias, name="patch"
+        )
+        x = patches(pixel_values)
         if self.mask_shape is not None:
             mask = parameter(self, "mask", nn.initializers.zeros, (*self.mask_shape, self.width))
             if masked is not None:
@@ -277,12 +284,14 @@ class ImageEmbeddings(nn.Module):
         if self.positions:
             shape = (1, count + old[0] * old[1], self.width)
             table = parameter(self, "position", self.token_init, shape)
-            patches = resize_grid(table[:, count:], old, new, antialias=self.antialias)
-            before, after = table[:, :count].astype(x.dtype), patches.astype(x.dtype)
-        tokens = jnp.concatenate([repeated(name) for name in self.tokens], axis=1)
-        parts = [tokens + before, x + after]
+            others = resize_grid(table[:, count:], old, new, antialias=self.antialias)
+            before, after = table[:, :count].astype(x.dtype), others.astype(x.dtype)
+        parts = [x + after]
         if self.registers:
-            parts.insert(1, repeated("registers", self.registers))
+            parts.insert(0, repeated("registers", self.registers))
+        if self.tokens:
+            tokens = jnp.concatenate([repeated(name) for name in self.tokens], axis=1)
+            parts.insert(0, tokens + before)
         return Dropout(self.dropout_rate)(jnp.concatenate(parts, axis=1), train)
 
 

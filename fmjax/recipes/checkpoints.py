@@ -26,6 +26,7 @@ PROCESSOR_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 # Parameters below which a variant is nothing that was published but one for tests.
 SMALLEST = 1_000_000

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fmjax.nn.norm import unit_length
 from fmjax.tasks.apply import apply_fn
 from fmjax.types import Batch, Variables
 
@@ -47,9 +47,7 @@ def encoder(model: Any, *, pooling: str = "mean", normalize: bool = False) -> En
         else:
             raise ValueError('this model has no pooler; use pooling="mean"')
         if normalize:
-            # Not the norm itself: its derivative at 0 is nan.
-            square = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
-            vectors = vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+            vectors = unit_length(vectors)
         return vectors, updates
 
     return encode

@@ -7,17 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from fmjax.metrics.retrieval import Relevant, retrieval_metrics
-from fmjax.tasks.apply import collect, once
+from fmjax.tasks.apply import collect, once, row_weights
+from fmjax.tasks.contrast import softmax_contrast
 from fmjax.tasks.feature_extraction import embed, encoder
-from fmjax.types import Aux, Batch, LossFn, Mean, Variables
+from fmjax.types import Aux, Batch, LossFn, Variables
 
 QUERY, PASSAGE = "query_", "passage_"
-FAR = -1e9
-"""The score of a passage that is no negative; finite, as minus infinity has no gradient."""
 
 
 def loss(
@@ -26,25 +24,26 @@ def loss(
     pooling: str = "mean",
     temperature: float = 0.05,
     symmetric: bool = False,
+    axis_name: str | None = None,
     train: bool = True,
 ) -> LossFn:
     """InfoNCE (nats): each query's own passage against all others of the batch, by cosine.
 
-    van den Oord et al. 2018, arXiv:1807.03748, equation 4, with the negatives of the batch
-    (Henderson et al. 2017, arXiv:1705.00652). A batch has ``query_input_ids`` and
+    See `fmjax.tasks.contrast.softmax_contrast`. A batch has ``query_input_ids`` and
     ``query_attention_mask`` [B, S], ``passage_input_ids`` and ``passage_attention_mask`` [B, T], or
     [B, 1 + n, T] with n hard negatives behind the right passage; ``weight`` [B]. Passages of rows
     of weight 0 are no negatives. With ``labels`` int [B], nor are the passages of rows of the same
     label, which are right for one another's queries.
 
-    More examples are more negatives: accumulated over pieces, each sees those of its own, and over
-    devices mapped by `pmap` each those of its own; under a sharded `jit` all are seen.
+    More examples are more negatives: accumulated over pieces, each sees those of its own; over
+    devices all are seen, under a sharded `jit` as under `pmap` with its axis' name.
 
     Args:
         model: with the head ``model``.
         pooling: see `feature_extraction.embed`.
         temperature: what cosines are divided by.
         symmetric: whether passages also look for their queries; the loss is the mean of both.
+        axis_name: of the axis that `pmap` or `shard_map` maps the batch over, if one does.
         train: whether dropout is on.
 
     Raises:
@@ -58,37 +57,21 @@ def loss(
         keys = (None, None) if rng is None else jax.random.split(rng)
         queries, updates = encode(variables, _side(batch, QUERY), keys[0], train=train)  # [B, D]
         side = _side(batch, PASSAGE)
-        several = side["input_ids"].ndim == 3
-        if several:  # [B, 1 + n, T] -> [B * (1 + n), T]
+        if side["input_ids"].ndim == 3:  # [B, 1 + n, T] -> [B * (1 + n), T]
             side = {name: value.reshape(-1, value.shape[-1]) for name, value in side.items()}
         variables = {**variables, **updates}
         passages, updates = encode(variables, side, keys[1], train=train)
         rows, width = queries.shape
-        passages = passages.reshape(rows, -1, width)  # [B, 1 + n, D]
-        passages = jnp.swapaxes(passages, 0, 1).reshape(-1, width)  # the right ones first
-        weights = jnp.asarray(batch.get("weight", jnp.ones(rows)), jnp.float32)
-        scores = queries @ passages.T / temperature  # [B, B * (1 + n)]
-
-        own = jnp.eye(rows, dtype=bool)
-        hidden = jnp.broadcast_to(weights == 0, (rows, rows))  # [queries, rows of passages]
-        if "labels" in batch:
-            labels = jnp.asarray(batch["labels"])
-            hidden |= labels[:, None] == labels[None, :]
-        hidden &= ~own
-        # A hard negative is one for its own query, whatever the labels say.
-        scores = jnp.where(jnp.tile(hidden, (1, len(passages) // rows)), FAR, scores)
-
-        def contrast(scores: Array) -> Mean:
-            right = jnp.arange(rows)
-            losses = optax.softmax_cross_entropy_with_integer_labels(scores, right)
-            return Mean.of(losses, weights)
-
-        mean = contrast(scores)
-        value = mean.value
-        if symmetric:
-            value = (value + contrast(jnp.where(hidden, FAR, scores[:, :rows].T)).value) / 2
-        first = jnp.argmax(scores, axis=-1) == jnp.arange(rows)
-        return value, Aux(mean.weight, {"accuracy": Mean.of(first, weights)}, updates)
+        contrast = softmax_contrast(
+            queries,
+            passages.reshape(rows, -1, width),  # [B, 1 + n, D]
+            scale=1.0 / temperature,
+            weights=row_weights(batch, rows),
+            labels=jnp.asarray(batch["labels"]) if "labels" in batch else None,
+            symmetric=symmetric,
+            axis_name=axis_name,
+        )
+        return contrast.loss, Aux(contrast.weight, {"accuracy": contrast.accuracy}, updates)
 
     return loss_fn
 

@@ -4,7 +4,7 @@ from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.compile import jit_init, jit_step, pmap_step
 from fmjax.train.distributed import start
 from fmjax.train.loop import Event, Memory, evaluation, fit
-from fmjax.train.optim import adamw, decays, ema_of, track_ema
+from fmjax.train.optim import adamw, bounded, decays, ema_of, track_ema
 from fmjax.train.players import Turn, init_players, take_turns
 from fmjax.train.recording import Recorder, progress, recording
 from fmjax.train.schedules import (
@@ -37,6 +37,7 @@ __all__ = [
     "accumulate",
     "adamw",
     "all_reduce",
+    "bounded",
     "cast",
     "decays",
     "ema_of",

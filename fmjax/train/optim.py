@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fmjax.tree import map_with_path
+from fmjax.tree import flatten, map_with_path, unflatten
 from fmjax.types import PyTree, Variables
 
 
@@ -99,6 +99,37 @@ def states_of(opt_state: optax.OptState, kind: type[Any]) -> list[Any]:
     """All states of a kind inside an optimizer state."""
     is_kind = lambda x: isinstance(x, kind)  # noqa: E731
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
+
+
+def bounded(limits: Mapping[str, tuple[float, float]]) -> optax.GradientTransformation:
+    """Keeps leaves within limits: what an update would take past one ends there.
+
+    It comes behind what makes the updates, and before an average. CLIP's temperature:
+    ``bounded({"params/logit_scale": (0.0, log(100))})`` (Radford et al. 2021, section 2.5).
+
+    Args:
+        limits: (least, most) by the path of a leaf.
+
+    Raises:
+        ValueError: limits that cross; or, when it is used, paths that are not there.
+    """
+    if wrong := {path: pair for path, pair in limits.items() if not pair[0] <= pair[1]}:
+        raise ValueError(f"limits {wrong} cross; each is (least, most)")
+
+    def init(params: PyTree) -> optax.EmptyState:
+        if missing := sorted(set(limits) - set(flatten(params))):
+            raise ValueError(f"there is nothing to keep within limits at {missing}")
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("limits need the params: call tx.update(grads, state, params)")
+        flat, here = flatten(updates), flatten(params)
+        for path, (least, most) in limits.items():
+            flat[path] = jnp.clip(here[path] + flat[path], least, most) - here[path]
+        return unflatten(flat), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def decays(path: str) -> bool:

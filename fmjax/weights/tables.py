@@ -204,21 +204,23 @@ def renamed(table: Iterable[Rule], names: Mapping[str, str]) -> list[Rule]:
     ]
 
 
-def nested_rules(table: Iterable[Rule], place: str) -> list[Rule]:
-    """The table of a model that is a part of another, under one name in parameters and tensors.
+def nested_rules(table: Iterable[Rule], place: str, tensors: str | None = None) -> list[Rule]:
+    """The table of a model that is a part of another.
 
     Args:
         table: rules of the part.
         place: its name, "encoder": "params/embed/..." becomes "params/encoder/embed/..." and the
             tensor "embed..." becomes "encoder.embed...".
+        tensors: its name in the tensors; None is `place`.
     """
+    prefix = place if tensors is None else tensors
 
     def path(param: str) -> str:
         collection, _, rest = param.partition("/")
         return f"{collection}/{place}/{rest}"
 
     def name(tensor: str) -> str:
-        return f"{place}.{tensor}"
+        return f"{prefix}.{tensor}"
 
     return [
         replace(

@@ -40,12 +40,19 @@ def inherits(name):
 
 # What makes images: layers that are not scanned, or a decoder's blocks.
 MAKERS = ("dalle", "dcgan", "dvae", "vae", "vqgan", "wgan_gp")
+# A pair is its two towers, and SigLIP's have CLIP's blocks.
+TOWERS = {"clip", "siglip", "siglip_text_model", "siglip_vision_model", "vision_text_dual_encoder"}
+
+
+def seen_elsewhere(name):
+    """Whether a family is made of others' blocks alone."""
+    return name in TOWERS or inherits(name)
 
 
 def less_to_see(name):
     """Whether a family has no blocks of its own, or blocks that are not scanned, as ResNet's."""
     return (
-        inherits(name)
+        seen_elsewhere(name)
         or name == "deepspeech2"
         or name in MAKERS
         or (name != "resnet" and issubclass(family_of(name).Model, ConvNet))
@@ -96,11 +103,17 @@ def random_variables(model, seed=0):
 
 
 def leaves_of(out: Output):
-    """The outputs that are set, as a dict."""
-    return {
+    """The outputs that are set, as a dict; those of an output inside it by their own names."""
+    fields = {
         field.name: value
         for field in dataclasses.fields(out)
         if (value := getattr(out, field.name)) is not None
+    }
+    inner = {name: fields.pop(name) for name in list(fields) if isinstance(fields[name], Output)}
+    return fields | {
+        f"{name}.{field}": value
+        for name, out in inner.items()
+        for field, value in leaves_of(out).items()
     }
 
 
@@ -189,7 +202,7 @@ VOCABULARY = [
 ]
 
 
-@pytest.mark.parametrize(("name", "head"), slow_where(inherits, VOCABULARY))
+@pytest.mark.parametrize(("name", "head"), slow_where(seen_elsewhere, VOCABULARY))
 def test_logits_come_from_the_hidden_states(name, head):
     """output_logits=False and unembed give the logits: what chunked losses build on."""
     family = family_of(name)
@@ -222,7 +235,7 @@ TEXT = [
 ]
 
 
-@pytest.mark.parametrize("name", slow_where(inherits, TEXT))
+@pytest.mark.parametrize("name", slow_where(seen_elsewhere, TEXT))
 def test_padding_changes_nothing(name):
     """Whatever stands in the padding leaves the other positions alone."""
     family = family_of(name)
@@ -248,7 +261,7 @@ def test_padding_changes_nothing(name):
     np.testing.assert_allclose(first[keep], second[keep], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", slow_where(inherits, families()))
+@pytest.mark.parametrize("name", slow_where(seen_elsewhere, families()))
 def test_dropout_depends_on_the_key_alone(name):
     """Traced, not run: the same key gives the same draws, and with no dropout there are none."""
     family = family_of(name)
