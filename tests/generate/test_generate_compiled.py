@@ -112,7 +112,10 @@ def test_the_cache_is_updated_in_place(family, change, rows):
     controls = Controls((), empty, np.array(0, np.int32), None, None)
     ids = np.ones((rows, 16), np.int32)
     none = np.zeros(rows, np.int32)
-    prompt = Prompt(ids, none) if head == "causal_lm" else Prompt(ids[:, :1], none, ids, None, ids)
+    if head == "causal_lm":
+        prompt = Prompt(ids, none)
+    else:
+        prompt = Prompt(ids[:, :1], none, {"input_ids": ids}, None, ids)
     limit = np.int32(8)
 
     def begin(variables):

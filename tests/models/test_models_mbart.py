@@ -74,7 +74,11 @@ def test_model_equals_pytorch(family, tmp_path):
     """Untied here: then each side has words of its own."""
     config = config_of(family, tie_word_embeddings=False)
     inputs = seq2seq_inputs(config)
-    check_head(family, config, "model", tmp_path, inputs, unused=["shared.weight"])
+    check_head(
+        family, config, "model", tmp_path, inputs, unused=["shared.weight"],
+        # Measured on one kind of CPU: 1.21e-5, of keys' biases, whose gradient is rounding alone.
+        gradient_tolerance=2e-5,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:], ids=NAMES[1:])

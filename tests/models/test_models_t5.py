@@ -208,7 +208,10 @@ def test_longt5_equals_pytorch(config, tmp_path):
     inputs = seq2seq_inputs(config, length=11)
     # Padding, which also fills up the last block, is left out here: see below.
     del inputs["attention_mask"]
-    check_head(longt5, config, "seq2seq_lm", tmp_path, inputs, attentions=False)
+    check_head(
+        longt5, config, "seq2seq_lm", tmp_path, inputs, attentions=False,
+        gradient_tolerance=2e-5,  # measured on one kind of CPU: 1.04e-5, of a norm's scale
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("head", "kind"), [("model", "local"), ("encoder", "transient-global")])
