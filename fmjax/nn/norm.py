@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -237,7 +238,8 @@ def _batch_normalised(
                 "which has no variance; use more examples or larger images"
             )
         if mask is None:
-            y, mean, variance = _by_own_statistics(x, scale, bias, module.epsilon)
+            y, *statistics = _whitened(x, scale, bias, module.epsilon)
+            mean, variance = jax.lax.stop_gradient(statistics)
         else:
             kept = mask.astype(jnp.float32).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
             values = jnp.maximum(jnp.sum(kept) * (values // mask.size), 2)
@@ -269,16 +271,6 @@ def _by_own_statistics(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[Array, Array, Array]:
     """x by the mean and variance over all axes but the last, and these, float32 [C]."""
-    y, mean, variance = _whitened(x, scale, bias, epsilon)
-    return y, *jax.lax.stop_gradient((mean, variance))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _whitened(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
-    """The same, of whose statistics there is no gradient.
-
-    The derivative that JAX finds reads x more often, and below float32 keeps float32 arrays of it.
-    """
     axes = tuple(range(x.ndim - 1))
     if x.dtype == jnp.float32:
         mean, variance = jnp.mean(x, axes), jnp.var(x, axes)
@@ -296,7 +288,7 @@ def _whitened(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Arra
 def _batch_forward(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    found = _whitened(x, scale, bias, epsilon)
+    found = _by_own_statistics(x, scale, bias, epsilon)
     return found, (x, scale, bias, *found[1:])
 
 
@@ -314,4 +306,7 @@ def _batch_backward(
     return to_x.astype(x.dtype), to_scale.astype(scale.dtype), to_bias.astype(bias.dtype)
 
 
+# The derivative that JAX finds reads x more often, and below float32 keeps float32 arrays of it.
+# Of the statistics there is none.
+_whitened: Any = jax.custom_vjp(_by_own_statistics, nondiff_argnums=(3,))
 _whitened.defvjp(_batch_forward, _batch_backward)
