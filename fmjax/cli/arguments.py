@@ -1,0 +1,20 @@
+"""What commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+ModelArg = Annotated[str, tyro.conf.Positional]
+
+
+def given(texts: tuple[str, ...], file: Path | None, command: str) -> list[str]:
+    """The texts of the command line and of the file, at least one."""
+    from fmjax.recipes.predict import read_texts
+
+    found = [*texts, *(read_texts(file) if file is not None else ())]
+    if not found:
+        raise ValueError(f'no texts; write them after the model: fmjax {command} MODEL "a text"')
+    return found
