@@ -126,16 +126,10 @@ VARIANTS = {
         vocab_size=11, hidden_dropout=0.1,
     ),
     # Amodei et al. 2015: seven plain layers of both directions behind three convolutions or two,
-    # with the 70 and 68 million parameters of tables 11 and 10, and what they deploy: three layers
-    # of GRUs in one direction that look 80 frames ahead.
+    # with about 70 and 68 million parameters.
     "70m": Config(),
     "68m": Config(
         conv_channels=(32, 32), conv_sizes=((11, 41), (11, 21)), conv_strides=((2, 2), (1, 2)),
-    ),
-    "deployed": Config(
-        conv_channels=(32, 32), conv_sizes=((11, 41), (11, 21)), conv_strides=((2, 2), (1, 2)),
-        cell="gru", hidden_size=2560, num_hidden_layers=3, bidirectional=False, lookahead=80,
-        dense_sizes=(),
     ),
 }  # fmt: skip
 
