@@ -139,7 +139,7 @@ def recordings(count: int, *, smoke: bool) -> list[np.ndarray]:
         return [0.1 * rng.normal(size=12000).astype(np.float32) for _ in range(count)]
     names = (
         "agent-alreadyon", "agent-pass", "auth-incorrect", "conf-adminmenu", "conf-extended",
-        "conf-getpin", "demo-congrats", "vm-advopts",
+        "conf-getpin", "demo-thanks", "vm-advopts",
     )  # fmt: skip
     folder = fetch("prompts")
     return [read_audio(folder / f"{name}.wav").samples for name in names[:count]]
