@@ -164,9 +164,9 @@ VARIANTS = {
         ),
         hidden_size=16, num_attention_heads=2, intermediate_size=24,
     ),
-    # No published model: the sizes of ViLBERT's co-attention (Lu et al. 2019, section 3.1: six pairs
-    # of co-attention and Transformer layers of 8 heads at width 1024) behind BERT-base and a ViT,
-    # where the paper puts them between BERT's layers, and a detector's regions beside.
+    # No published model: the sizes of ViLBERT's co-attention (Lu et al. 2019, section 3.1: six
+    # pairs of co-attention and Transformer layers of 8 heads at width 1024) behind BERT-base and a
+    # ViT, where the paper puts them between BERT's layers, and a detector's regions beside.
     "co-attention-bert-vit-b16": Config(
         (
             ("text", bert.Config(add_pooling_layer=False)),
