@@ -4,6 +4,18 @@
 
 The trunk is the real MiniLM; the texts are rated movie sentences and sentences of the Brown corpus.
 Every arm takes as many steps on a task as the others do.
+
+Two seeds of the three (some 8 minutes each on 2 busy cores; of the last arm one):
+
+|                          | sentiment    | tags         |
+| ---                      | ---          | ---          |
+| alone                    | 0.797, 0.785 | 0.816, 0.813 |
+| one trunk, drawn         | 0.710, 0.683 | 0.862, 0.854 |
+| one trunk, joint         | 0.646, 0.488 | 0.812, 0.803 |
+| one trunk, uncertainties | 0.631        | 0.836        |
+
+In so few steps tags gain from the shared trunk where tasks are drawn, and sentiment loses in every
+way of sharing it.
 """
 
 import dataclasses
