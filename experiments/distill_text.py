@@ -4,6 +4,20 @@
 
 The teacher is the real MiniLM (six layers), fine-tuned on all rated movie sentences; its students
 have every second of its layers and train on fewer of the sentences, once through.
+
+Three seeds, some 20 minutes on 2 busy cores, 1,076 test texts (a standard error of 0.012); forward
+passes beside other work:
+
+|                            | test accuracy   | parameters | forward       |
+| ---                        | ---             | ---        | ---           |
+| teacher                    | 0.845           | 22.7 M     | 149 to 302 ms |
+| labels, pretrained layers  | 0.735 +- 0.012  | 17.4 M     | 111 to 115 ms |
+| labels, teacher's layers   | 0.792 +- 0.005  | 17.4 M     | 112 to 117 ms |
+| soft labels                | 0.793 +- 0.006  | 17.4 M     | 114 to 160 ms |
+| soft labels, hidden states | 0.798 +- 0.001  | 17.4 M     | 110 to 115 ms |
+
+To begin with the fine-tuned teacher's layers is worth six points; what the teacher says of the
+texts adds half of one, less than chance could.
 """
 
 import dataclasses
