@@ -72,7 +72,11 @@ def test_segmentation_equals_pytorch(train, tmp_path):
     config = dataclasses.replace(SEGMENTS, drop_path_rate=0.0)
     inputs, head = images(config, rows=20, columns=25), "semantic_segmentation"
     if train:
-        check_training(beit, config, head, tmp_path, inputs, earlier=("auxiliary_head",))
+        check_training(
+            beit, config, head, tmp_path, inputs, earlier=("auxiliary_head",),
+            # Measured: 2.7e-5, of a convolution before a norm over one value an image.
+            gradient_tolerance=5e-5,
+        )  # fmt: skip
     else:
         check_head(beit, config, head, tmp_path, inputs)
 
