@@ -18,3 +18,10 @@ def given(texts: tuple[str, ...], file: Path | None, command: str) -> list[str]:
     if not found:
         raise ValueError(f'no texts; write them after the model: fmjax {command} MODEL "a text"')
     return found
+
+
+def some_pictures(images: tuple[Path, ...], command: str) -> tuple[Path, ...]:
+    """The pictures of the command line, at least one."""
+    if not images:
+        raise ValueError(f"no pictures; write them after the model: fmjax {command} MODEL a.png")
+    return images

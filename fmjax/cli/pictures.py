@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from fmjax.cli.arguments import ModelArg
+from fmjax.cli.arguments import ModelArg, some_pictures
 from fmjax.recipes.generation import Writing
 
 
@@ -58,12 +58,11 @@ class Caption(Writing):
 def classify(args: Classify) -> None:
     from fmjax.recipes.pictures import classify_images
 
-    if not args.images:
-        raise ValueError("no pictures; write them after the model: fmjax classify MODEL a.png")
+    images = some_pictures(args.images, "classify")
     if args.top < 1:
         raise ValueError(f"top={args.top} must be at least 1")
-    names, rows = classify_images(args.model, args.images)
-    for path, row in zip(args.images, rows, strict=True):
+    names, rows = classify_images(args.model, images)
+    for path, row in zip(images, rows, strict=True):
         scores = {names[i]: round(float(row[i]), 6) for i in (-row).argsort()[: args.top]}
         if args.json:
             print(json.dumps({"image": str(path), "scores": scores}, ensure_ascii=False))
@@ -76,10 +75,9 @@ def classify(args: Classify) -> None:
 def detect(args: Detect) -> None:
     from fmjax.recipes.pictures import detect_images, save_drawn
 
-    if not args.images:
-        raise ValueError("no pictures; write them after the model: fmjax detect MODEL a.png")
-    names, rows = detect_images(args.model, args.images, threshold=args.threshold)
-    for path, found in zip(args.images, rows, strict=True):
+    images = some_pictures(args.images, "detect")
+    names, rows = detect_images(args.model, images, threshold=args.threshold)
+    for path, found in zip(images, rows, strict=True):
         objects = [
             {"label": names[label], "score": round(float(score), 6), "box": box.round(1).tolist()}
             for box, score, label in zip(*found, strict=True)
@@ -92,16 +90,15 @@ def detect(args: Detect) -> None:
             corners = " ".join(f"{end:.1f}" for end in thing["box"])
             print(f"  {thing['score']:.4f}\t{thing['label']}\t{corners}")
     if args.out is not None:
-        save_drawn(args.out, args.images, rows, names)
+        save_drawn(args.out, images, rows, names)
 
 
 def caption(args: Caption) -> None:
     from fmjax.recipes.captioning import caption_images
 
-    if not args.images:
-        raise ValueError("no pictures; write them after the model: fmjax caption MODEL a.png")
-    texts = caption_images(args.model, args.images, seed=args.seed, options=args.options())
-    for path, text in zip(args.images, texts, strict=True):
+    images = some_pictures(args.images, "caption")
+    texts = caption_images(args.model, images, seed=args.seed, options=args.options())
+    for path, text in zip(images, texts, strict=True):
         if args.json:
             print(json.dumps({"image": str(path), "caption": text}, ensure_ascii=False))
         else:

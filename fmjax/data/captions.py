@@ -71,20 +71,7 @@ def load_emoji_captions(split: str, *, size: int) -> Captions:
       ValueError: there is no such split.
       OSError: the asset cannot be downloaded.
     """
-    from fmjax.data.builders import prepared, read_split
-    from fmjax.data.decoding import on_white
-    from fmjax.data.emoji import CATEGORIES, EmojiPictures
-    from fmjax.data.images import resized
-    from fmjax.data.splits import SPLITS
+    from fmjax.data.emoji import load_emoji_names
 
-    if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}; there are {list(SPLITS)}")
-    names = tuple(name for name in CATEGORIES if name != "Component")
-    rows = [
-        (resized(on_white(row["image"]), (size, size)), row["name"], CATEGORIES[row["category"]])
-        for row in read_split(prepared(EmojiPictures), split, ("image", "name", "category"))
-    ]
-    rows = [row for row in rows if row[2] in names]
-    images, texts, found = zip(*rows, strict=True)
-    labels = np.array([names.index(name) for name in found], np.int32)
-    return Captions(np.stack(images), texts, labels, names)
+    pairs = load_emoji_names(split, size=size)
+    return Captions(pairs.images, pairs.texts, pairs.labels, pairs.label_names)

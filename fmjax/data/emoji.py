@@ -60,13 +60,9 @@ def load_emoji(split: str, *, size: int = SIDE) -> ImageExamples:
       ValueError: there is no such split.
       OSError: the asset cannot be downloaded.
     """
-    if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}; there are {list(SPLITS)}")
-    names = tuple(name for name in CATEGORIES if name != "Component")
-    found = [(image, name) for image, name in emoji_pictures(split) if name in names]
-    labels = [names.index(name) for _, name in found]
-    images = [resized(on_white(image), (size, size)) for image, _ in found]
-    return ImageExamples(np.stack(images), np.array(labels, np.int32), names)
+    pairs = load_emoji_names(split, size=size)
+    assert pairs.labels is not None  # every emoji has a category
+    return ImageExamples(pairs.images, pairs.labels, pairs.label_names)
 
 
 def load_emoji_names(split: str, *, size: int = SIDE) -> ImageTexts:
@@ -79,10 +75,16 @@ def load_emoji_names(split: str, *, size: int = SIDE) -> ImageTexts:
       ValueError: there is no such split.
       OSError: the asset cannot be downloaded.
     """
-    examples = load_emoji(split, size=size)
-    rows = read_split(prepared(EmojiPictures), split, ("name", "category"))
-    names = [row["name"] for row in rows if CATEGORIES[row["category"]] != "Component"]
-    return ImageTexts(examples.images, names, examples.labels, examples.label_names)
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}; there are {list(SPLITS)}")
+    classes = tuple(name for name in CATEGORIES if name != "Component")
+    rows = [
+        (resized(on_white(row["image"]), (size, size)), row["name"], classes.index(category))
+        for row in read_split(prepared(EmojiPictures), split, ("image", "name", "category"))
+        if (category := CATEGORIES[row["category"]]) in classes
+    ]
+    images, names, labels = zip(*rows, strict=True)
+    return ImageTexts(np.stack(images), list(names), np.array(labels, np.int32), classes)
 
 
 def emoji_pictures(split: str) -> list[tuple[np.ndarray, str]]:
@@ -106,13 +108,8 @@ def named_emoji(split: str, *, size: int = SIDE) -> tuple[np.ndarray, list[str]]
       ValueError: there is no such split.
       OSError: the asset cannot be downloaded.
     """
-    if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}; there are {list(SPLITS)}")
-    rows = read_split(prepared(EmojiPictures), split, ("image", "name", "category"))
-    component = CATEGORIES.index("Component")
-    kept = [row for row in rows if row["category"] != component]
-    images = [resized(on_white(row["image"]), (size, size)) for row in kept]
-    return np.stack(images), [row["name"] for row in kept]
+    pairs = load_emoji_names(split, size=size)
+    return pairs.images, list(pairs.texts)
 
 
 class EmojiPictures(tfds.core.GeneratorBasedBuilder):

@@ -16,6 +16,7 @@ from jax import Array
 
 from fmjax.models import bart, config_alone, mbart
 from fmjax.nn.activation import gelu
+from fmjax.nn.conv1d import windows
 from fmjax.nn.decoder import config_problems
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
@@ -169,9 +170,8 @@ class FrameConv(nn.Module):
         bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         x = jnp.pad(x.astype(kernel.dtype), ((0, 0), (1, 1), (0, 0)))
         # Frames of a window side by side and one product: XLA's CPU convolutions are slow.
-        last = x.shape[1] - WINDOW
-        windows = [x[:, i : i + last + 1 : self.stride] for i in range(WINDOW)]
-        return affine(jnp.concatenate(windows, axis=-1), kernel.reshape(-1, self.features), bias)
+        seen = windows(x, WINDOW, stride=self.stride)
+        return affine(seen, kernel.reshape(-1, self.features), bias)
 
 
 class Frames(nn.Module):

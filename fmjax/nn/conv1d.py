@@ -15,17 +15,18 @@ from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias
 
 
-def windows(x: Array, size: int, *, dilation: int = 1) -> Array:
+def windows(x: Array, size: int, *, stride: int = 1, dilation: int = 1) -> Array:
     """The frames of every window side by side: [B, T, C] -> [B, T', size * C].
 
     Args:
         x: frames.
         size: frames of a window.
+        stride: frames between windows.
         dilation: frames from one place of a window to the next.
     """
     length = x.shape[1] - dilation * (size - 1)
     starts = range(0, dilation * size, dilation)
-    return jnp.concatenate([x[:, start : start + length] for start in starts], axis=-1)
+    return jnp.concatenate([x[:, start : start + length : stride] for start in starts], axis=-1)
 
 
 def convolve(

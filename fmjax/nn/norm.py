@@ -36,9 +36,16 @@ class LayerNorm(nn.Module):
 
 def layer_norm(x: Array, scale: Array | None, bias: Array | None, epsilon: float) -> Array:
     """`LayerNorm` as a function of its parameters [D]: [..., D] -> [..., D]."""
+    return _by_rows(x, scale, bias, epsilon, True)
+
+
+def _by_rows(
+    x: Array, scale: Array | None, bias: Array | None, epsilon: float, centred: bool
+) -> Array:
+    """x by the statistics of its rows, with the derivative that its precision wants."""
     if x.dtype == jnp.float32:
-        return _normalised(x, scale, bias, epsilon, True)[0]
-    return _low_precision(x, scale, bias, epsilon, True)
+        return _normalised(x, scale, bias, epsilon, centred)[0]
+    return _low_precision(x, scale, bias, epsilon, centred)
 
 
 def _normalised(
@@ -110,9 +117,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [..., D] -> [..., D]
         scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
-        if x.dtype == jnp.float32:
-            return _normalised(x, scale, None, self.epsilon, False)[0]
-        return _low_precision(x, scale, None, self.epsilon, False)
+        return _by_rows(x, scale, None, self.epsilon, False)
 
 
 class GroupNorm(nn.Module):
