@@ -10,16 +10,45 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 
-class Peer:
-    """A case in PyTorch with scaled dot-product attention, with the same weights and batch.
+class Served:
+    """A function in a process of its own that answers what it is asked, until a ``with`` statement
+    ends.
 
-    Use it in a ``with`` statement, which ends the process.
+    Args:
+        serve: called there with a connection and the arguments.
+        args: whatever can be pickled.
+    """
+
+    def __init__(self, serve: Callable[..., None], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, far_end = context.Pipe()
+        self._process = context.Process(target=serve, args=(far_end, *args), daemon=True)
+        self._process.start()
+        far_end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def _ask(self, *what: Any) -> Any:
+        self._connection.send(what)
+        return self._connection.recv()
+
+
+class Peer(Served):
+    """A case in PyTorch with scaled dot-product attention, with the same weights and batch.
 
     Args:
         folder: what `fmjax.save` wrote.
@@ -43,39 +72,10 @@ class Peer:
         learning_rate: float = 0.0,
         weight_decay: float = 0.0,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, far_end = context.Pipe()
         self._begun = False
-        self._process = context.Process(
-            target=_serve,
-            args=(
-                far_end,
-                folder,
-                family,
-                model_class,
-                dtype,
-                device,
-                batch,
-                learning_rate,
-                weight_decay,
-            ),
-            daemon=True,
+        super().__init__(
+            _serve, folder, family, model_class, dtype, device, batch, learning_rate, weight_decay
         )
-        self._process.start()
-        far_end.close()
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.terminate()
-
-    def _ask(self, *what: Any) -> Any:
-        self._connection.send(what)
-        return self._connection.recv()
 
     def logits(self, rows: int) -> np.ndarray:
         """The logits (or the last hidden state of the bare model) of the first examples of the

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import tempfile
 from multiprocessing.connection import Connection
@@ -27,6 +26,7 @@ import jax
 import numpy as np
 import tyro
 from cases import TINY, Case, torch_is_there
+from peer import Served
 from record import Row
 from record import row as make_row
 from run import Settings, run
@@ -54,7 +54,7 @@ TINY["whisper"] = dataclasses.replace(
 )
 
 
-class Peer:
+class Peer(Served):
     """transformers' Whisper with scaled dot-product attention, in a process of its own.
 
     Args:
@@ -63,27 +63,11 @@ class Peer:
     """
 
     def __init__(self, folder: Path, sounds: list[np.ndarray]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, far_end = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(far_end, str(folder), sounds), daemon=True
-        )
-        self._process.start()
-        far_end.close()
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.terminate()
+        super().__init__(_serve, str(folder), sounds)
 
     def ask(self, what: str) -> np.ndarray:
         """ "features" [B, M, T], or "tokens" [B, N], the prompt included."""
-        self._connection.send(what)
-        return self._connection.recv()
+        return self._ask(what)
 
 
 def _serve(connection: Connection, folder: str, sounds: list[np.ndarray]) -> None:
@@ -104,7 +88,7 @@ def _serve(connection: Connection, folder: str, sounds: list[np.ndarray]) -> Non
 
     while True:
         try:
-            what = connection.recv()
+            (what,) = connection.recv()
         except EOFError:
             return
         if what == "features":
