@@ -397,13 +397,18 @@ def max_pool(x: Array, size: int, stride: int, padding: int | Around = 0) -> Arr
         padding: on all sides, or as a convolution's.
     """
     around = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
-    options = {"size": size, "stride": stride, "around": around}
+
+    def along_both(x: Array) -> Array:
+        for axis, ends in ((2, around[1]), (1, around[0])):
+            x = _maxima(x, axis, size, stride, ends)
+        return x
+
     return jax.lax.platform_dependent(
         x,
         # XLA's CPU gradient of a window's maximum takes 15 times as long (measured: 53 ms against
         # 3 ms for [128, 28, 28, 32] and windows of 2).
-        cpu=partial(_shifted_maxima, **options),
-        default=partial(_window_maxima, **options),
+        cpu=along_both,
+        default=partial(_window_maxima, size=size, stride=stride, around=around),
     )
 
 
@@ -436,10 +441,55 @@ def average_pool(
     return (total / count).astype(x.dtype)
 
 
-def _shifted_maxima(x: Array, *, size: int, stride: int, around: Around) -> Array:
-    """The larger, each time, of the image and of itself shifted."""
-    x = jnp.pad(x, ((0, 0), *around, (0, 0)), constant_values=-jnp.inf)
-    return reduce(jnp.maximum, _shifts(x, size, stride))
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _maxima(x: Array, axis: int, size: int, stride: int, ends: tuple[int, int]) -> Array:
+    """The larger, each time, of the image and of itself shifted along an axis.
+
+    Equal pixels: the first has the gradient, as in PyTorch. What JAX derives from the maxima is a
+    sum of images with zeros between their pixels, for each of which XLA makes all comparisons anew
+    (measured, along both axes: 138 ms against 26 ms for [8, 112, 112, 64], windows of 3, stride 2).
+    """
+    return _maxima_forward(x, axis, size, stride, ends)[0]
+
+
+def _maxima_forward(
+    x: Array, axis: int, size: int, stride: int, ends: tuple[int, int]
+) -> tuple[Array, Any]:
+    padded = _pad(x, axis, ends, -jnp.inf)
+    reach = (padded.shape[axis] - size) // stride * stride + 1
+    largest, place = jnp.full((), -jnp.inf, x.dtype), jnp.zeros((), x.dtype)
+    for i in range(size):
+        seen = jax.lax.slice_in_dim(padded, i, i + reach, stride, axis)
+        place = jnp.where(seen > largest, jnp.asarray(i, x.dtype), place)
+        largest = jnp.maximum(seen, largest)
+    return largest, (place, x)  # x for its shape
+
+
+def _maxima_backward(
+    axis: int, size: int, stride: int, ends: tuple[int, int], saved: Any, g: Array
+) -> tuple[Array]:
+    place, x = saved
+    windows, length = g.shape[axis], x.shape[axis]
+    count = -(-(sum(ends) + length) // stride)
+    phases = []  # every `stride`-th pixel, from each of the first on
+    for first in range(stride):
+        total = jnp.zeros((*g.shape[:axis], count, *g.shape[axis + 1 :]), g.dtype)
+        for i in range(first, size, stride):
+            before = i // stride
+            chosen = jnp.where(place == i, g, 0)
+            total += _pad(chosen, axis, (before, count - before - windows), 0)
+        phases.append(total)
+    dx = jnp.stack(phases, axis + 1)
+    dx = dx.reshape(*g.shape[:axis], count * stride, *g.shape[axis + 1 :])
+    return (jax.lax.slice_in_dim(dx, ends[0], ends[0] + length, axis=axis),)
+
+
+_maxima.defvjp(_maxima_forward, _maxima_backward)
+
+
+def _pad(x: Array, axis: int, ends: tuple[int, int], value: float) -> Array:
+    around = [ends if i == axis else (0, 0) for i in range(x.ndim)]
+    return jnp.pad(x, around, constant_values=value)
 
 
 def _window_maxima(x: Array, *, size: int, stride: int, around: Around) -> Array:

@@ -59,8 +59,13 @@ def _product(x: Array, kernel: Array, transposed: bool) -> Array:
 
 
 def _dot(x: Array, kernel: Array, transposed: bool, dtype: DTypeLike) -> Array:
-    contracted = ((x.ndim - 1,), (1 if transposed else 0,))
-    return jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=dtype)
+    # Of rows: contracted over several axes, the kernel's gradient would first copy both its
+    # operands on CPUs (measured, forward and both gradients: 127 ms against 90 ms for
+    # [8, 128, 768] and 3072 features on one core).
+    rows = x.reshape(-1, x.shape[-1])  # [N, I]
+    contracted = ((1,), (1 if transposed else 0,))
+    y = jax.lax.dot_general(rows, kernel, (contracted, ((), ())), preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _rounded(x: Array, kernel: Array, bias: Array | None, transposed: bool) -> Array:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from parity import assert_near
 
-from fmjax.nn.conv import Conv, _convolution, half_a_window, same_padding, window
+from fmjax.nn.conv import (
+    Conv,
+    _convolution,
+    _window_maxima,
+    half_a_window,
+    max_pool,
+    same_padding,
+    window,
+)
 
 KINDS = {  # I, O, size, stride, groups, dilation
     "plain": (8, 6, 3, 2, 1, 1),
@@ -67,3 +75,22 @@ def test_same_padding_is_tensorflows():
             windows = (length + before + after - size) // stride + 1
             assert windows == -(-length // stride)
             assert after - before in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (2, 3, 0)]
+)
+def test_largest_of_windows_equals_pytorch(size, stride, padding):
+    """The gradient too, which goes to the first of equal pixels."""
+    rng = np.random.default_rng(size)
+    x = rng.integers(-3, 4, (2, 11, 14, 3)).astype(np.float32)
+    theirs = torch.tensor(x).permute(0, 3, 1, 2).requires_grad_(True)
+    pooled = torch.nn.functional.max_pool2d(theirs, size, stride, padding)
+    weight = rng.normal(size=tuple(pooled.permute(0, 2, 3, 1).shape)).astype(np.float32)
+    (pooled.permute(0, 2, 3, 1) * torch.tensor(weight)).sum().backward()
+    ours, back = jax.vjp(lambda x: max_pool(x, size, stride, padding), x)
+    np.testing.assert_array_equal(ours, pooled.detach().permute(0, 2, 3, 1))
+    assert_near(back(weight)[0], theirs.grad.permute(0, 2, 3, 1), 1e-6)
+    around = ((padding, padding), (padding, padding))
+    elsewhere = _window_maxima(x, size=size, stride=stride, around=around)
+    np.testing.assert_array_equal(ours, elsewhere)

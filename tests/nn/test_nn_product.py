@@ -33,6 +33,18 @@ def test_affine_below_float32_is_float32s_but_for_rounding(with_bias: bool) -> N
         assert jnp.abs(one - other).max() <= 2**-7 * jnp.abs(other).max()
 
 
+def test_a_train_step_on_cpus_copies_no_operand_of_a_product() -> None:
+    """Contracted over a batch's two axes, a kernel's gradient would begin with two copies."""
+    x, kernel = jnp.ones((4, 16, 32)), jnp.ones((32, 48))
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.tanh(affine(jnp.tanh(x), kernel, None)) ** 2)
+
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).compile().as_text()
+    assert program.count(" dot(") == 3
+    assert "copy" not in program
+
+
 @pytest.mark.parametrize("rows", [3, FEW + 1])
 def test_accelerators_look_the_same_up(rows: int) -> None:
     table = jax.random.normal(jax.random.key(0), (rows, 4))
