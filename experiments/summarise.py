@@ -2,9 +2,11 @@
 
     python experiments/summarise.py --output runs/subjects
 
-Its default run has not been timed or measured yet; the tests run it on a few lines of text.
-The pairs are bodies and subjects of public mailing lists and spam; a thread is in one split; the
-baseline is the body's first words. Any other pairs, in two columns:
+1,120 mails are too few to learn it from nothing: test ROUGE-1 is 5.3 and ROUGE-L 5.3, below the
+baseline's 12.0 and 11.3, and the validation loss is lowest after a third of the steps (with
+`--precision bfloat16`, 6 minutes of CPU). The pairs are bodies and subjects of public mailing lists
+and spam; a thread is in one split; the baseline is the body's first words. Any other pairs, in two
+columns:
 
     python experiments/summarise.py --output runs/mine --data train.jsonl --val val.jsonl \
         --test test.jsonl --source article --target summary

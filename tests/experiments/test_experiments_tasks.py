@@ -252,7 +252,7 @@ def test_mnist_cnn(stripes, tmp_path, capsys):
         [
             *("--output", str(other), "--data", str(stripes), "--no-photos"),
             *("--model", str(run / "export"), "--image-size", "8", "--epochs", "2"),
-            *("--batch-size", "4", "--shift", "0", "--learning-rate", "1e-2", "--scratch", "None"),
+            *("--batch-size", "4", "--shift", "0", "--learning-rate", "1e-2", "--no-scratch"),
         ]
     )
     compared = json.loads((other / "results.json").read_text())
