@@ -18,7 +18,7 @@ from jax import Array
 from fmjax.methods.advantages import generalised_advantages
 from fmjax.methods.policies import entropy, log_probability
 from fmjax.methods.preference import policy_of
-from fmjax.tasks.apply import apply_fn
+from fmjax.tasks.apply import apply_fn, row_weights
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE, over_vocabulary, unembed_fn
 from fmjax.types import Batch, Variables
 
@@ -79,7 +79,7 @@ def response_scores(
 def token_weights(batch: Batch) -> Array:
     """float32 [R, N]: the row's weight where a token was drawn, else 0."""
     mask = jnp.asarray(batch["response_mask"], jnp.float32)
-    return mask * jnp.asarray(batch.get("weight", jnp.ones(len(mask))), jnp.float32)[:, None]
+    return mask * row_weights(batch, len(mask))[:, None]
 
 
 def log_ratio(log_probs: Array, old: Array, weights: Array) -> Array:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from fmjax.tasks.apply import row_weights
 from fmjax.train.step import gradient
 from fmjax.tree import flatten, unflatten
 from fmjax.types import Aux, Batch, GradFn, LossFn, Mean, PyTree, Variables
@@ -217,7 +218,7 @@ def clipped_sum(
                 f"the batch has {rows} rows, no multiple of microbatch_size={microbatch_size}; "
                 "choose a batch size that is"
             )
-        weights = jnp.asarray(batch.get("weight", jnp.ones(rows)), jnp.float32)  # [B]
+        weights = row_weights(batch, rows)  # [B]
 
         def one(row: tuple[Any, Array, Array]) -> tuple[Variables, Array, Aux]:
             example, place, weight = row

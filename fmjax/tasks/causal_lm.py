@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from fmjax.metrics.language_modelling import bits_per_byte, perplexity
-from fmjax.tasks.apply import apply_fn, means, once
+from fmjax.tasks.apply import apply_fn, means, once, row_weights
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.vocabulary_loss import (
     CHUNK_SIZE,
@@ -133,7 +133,7 @@ def _tokens(batch: Batch) -> Array:
 def _counted(batch: Batch) -> Array:
     """bool [B, T]: tokens of rows that count."""
     keep = _tokens(batch)
-    return keep & (jnp.asarray(batch.get("weight", jnp.ones(len(keep)))) != 0)[:, None]
+    return keep & (row_weights(batch, len(keep)) != 0)[:, None]
 
 
 def load_balance(router_logits: tuple[Array, ...], top_k: int, keep: Array) -> Array:

@@ -17,7 +17,7 @@ from jax import Array
 
 from fmjax.data.augment import BatchFn
 from fmjax.nn.vision import grid_of, pair, patchify
-from fmjax.tasks.apply import apply_fn, means, once
+from fmjax.tasks.apply import apply_fn, means, once, row_weights
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 Size = int | tuple[int, ...]
@@ -173,7 +173,7 @@ def loss(model: Any, *, masking: BatchFn | None = None, train: bool = True) -> L
             batch = masking(key, batch)
         output, updates = apply(variables, batch, rng, train=train)
         weights = jnp.asarray(batch["bool_masked_pos"]).astype(jnp.float32)
-        weights = weights * jnp.asarray(batch.get("weight", jnp.ones(len(weights))))[:, None]
+        weights = weights * row_weights(batch)[:, None]
         if output.reconstruction is not None:
             patch = pair(model.config.patch_size)
             errors = pixel_errors(output.reconstruction, batch["pixel_values"], patch)

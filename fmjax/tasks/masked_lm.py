@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn, means, once
+from fmjax.tasks.apply import apply_fn, means, once, row_weights
 from fmjax.tasks.masking import Masked, Masking, gather_labels, mask_tokens, weigh
 from fmjax.tasks.vocabulary_loss import (
     CHUNK_SIZE,
@@ -77,7 +77,7 @@ def loss(
         value = found.loss.value
         for name, logits in _pair_logits(model, output, batch).items():
             labels = jnp.asarray(batch[f"{name}_label"])
-            rows = jnp.asarray(batch.get("weight", jnp.ones(len(labels))))
+            rows = row_weights(batch, len(labels))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)  # [B]
             metrics[f"{name}_loss"] = mean = Mean.of(losses, rows)
             metrics[f"{name}_accuracy"] = Mean.of(jnp.argmax(logits, -1) == labels, rows)

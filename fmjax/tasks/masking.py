@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fmjax.tasks.apply import row_weights
 from fmjax.tasks.vocabulary_loss import IGNORED
 from fmjax.types import Batch
 
@@ -191,7 +192,7 @@ def gather_labels(batch: Batch, labels: Array, size: int) -> Masked:
 
 def weigh(batch: Batch, labels: Array) -> Array:
     """float32 [B, ...]: each row's weight where there is a label, else 0."""
-    rows = jnp.asarray(batch.get("weight", jnp.ones(labels.shape[0])), jnp.float32)
+    rows = row_weights(batch, labels.shape[0])
     return (labels != IGNORED) * rows.reshape(-1, *[1] * (labels.ndim - 1))
 
 

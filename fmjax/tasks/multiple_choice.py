@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn, collect, once
+from fmjax.tasks.apply import apply_fn, collect, once, row_weights
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 
@@ -33,7 +33,7 @@ def loss(model: Any, *, train: bool = True) -> LossFn:
         output, updates = apply(variables, batch, rng, train=train)
         logits, labels = output.logits, jnp.asarray(batch["labels"])  # [B, N]
         assert logits is not None
-        weights = jnp.asarray(batch.get("weight", jnp.ones(labels.shape)))
+        weights = row_weights(batch)
         mean = Mean.of(optax.softmax_cross_entropy_with_integer_labels(logits, labels), weights)
         accuracy = Mean.of(jnp.argmax(logits, axis=-1) == labels, weights)
         return mean.value, Aux(mean.weight, {"accuracy": accuracy}, updates)

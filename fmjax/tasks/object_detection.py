@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from fmjax.nn.boxes import generalised_iou, to_corners
-from fmjax.tasks.apply import apply_fn, collect_ragged, means, once
+from fmjax.tasks.apply import apply_fn, collect_ragged, means, once, row_weights
 from fmjax.tasks.matching import match
 from fmjax.types import Aux, Batch, LossFn, Mean, Output, Variables
 
@@ -85,8 +85,7 @@ def split_targets(batch: Batch) -> tuple[Batch, Batch]:
     """What the model is given, and what it is to say."""
     inputs = {name: value for name, value in batch.items() if name not in TARGETS}
     targets = {name: batch[name] for name in TARGETS}
-    rows = targets["object_mask"].shape[0]
-    targets["weight"] = jnp.asarray(batch.get("weight", np.ones(rows, np.float32)))
+    targets["weight"] = row_weights(batch)
     return inputs, targets
 
 

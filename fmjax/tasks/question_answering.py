@@ -16,7 +16,7 @@ from jax import Array
 from fmjax.data.records import Questions
 from fmjax.data.windows import OUTSIDE, QuestionWindows
 from fmjax.metrics.spans import best_threshold, squad_metrics
-from fmjax.tasks.apply import apply_fn, collect_ragged, once
+from fmjax.tasks.apply import apply_fn, collect_ragged, once, row_weights
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 
@@ -37,7 +37,7 @@ def loss(model: Any, *, train: bool = True) -> LossFn:
         output, updates = apply(variables, batch, rng, train=train)
         ends = (output.start_logits, output.end_logits)  # [B, T] each
         places = [jnp.asarray(batch[f"{name}_positions"]) for name in ("start", "end")]  # [B]
-        weights = jnp.asarray(batch.get("weight", jnp.ones(len(places[0]))))
+        weights = row_weights(batch, len(places[0]))
         losses, right = jnp.zeros(weights.shape), jnp.ones(weights.shape, bool)
         for logits, place in zip(ends, places, strict=True):
             assert logits is not None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn, means, once
+from fmjax.tasks.apply import apply_fn, means, once, row_weights
 from fmjax.tasks.masked_lm import gather
 from fmjax.tasks.masking import Masked, Masking, mask_tokens, row_keys
 from fmjax.tasks.vocabulary_loss import (
@@ -141,7 +141,7 @@ def loss(
                 f"for each of {ids.shape} tokens"
             )
         losses = optax.sigmoid_binary_cross_entropy(output.logits, replaced)  # [B, T]
-        rows = jnp.asarray(batch.get("weight", jnp.ones(len(ids))), jnp.float32)
+        rows = row_weights(batch, len(ids))
         weights = rows[:, None] * (
             jnp.asarray(batch.get("attention_mask", jnp.ones_like(ids))) != 0
         )

@@ -13,7 +13,7 @@ from jax import Array
 
 from fmjax.metrics.segmentation import segmentation_confusion, segmentation_metrics
 from fmjax.nn.vision import resize
-from fmjax.tasks.apply import apply_fn, once
+from fmjax.tasks.apply import apply_fn, once, row_weights
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 
@@ -82,7 +82,7 @@ def loss(
             enlarged = resize(earlier, labels.shape[1:3])
             losses = losses + model.config.auxiliary_loss_weight * losses_of(enlarged, true)
         losses = jnp.where(true.any(axis=-1), losses, jnp.nan)
-        rows = jnp.asarray(batch.get("weight", jnp.ones(len(labels))), jnp.float32)
+        rows = row_weights(batch, len(labels))
         counted = (labels != ignored) * rows[:, None, None]
         weight = Mean.of(jnp.sum(by_class * true, axis=-1), counted).total
         mean = Mean(Mean.of(losses, counted).total, weight)
@@ -138,7 +138,7 @@ def evaluate(
     segment_fn = jax.jit(once(segment, model))
     confusion = np.zeros((len(names), len(names)), np.int64)
     for batch in batches:
-        real = np.asarray(batch.get("weight", np.ones(len(batch["labels"])))) != 0
+        real = np.asarray(row_weights(batch)) != 0
         found = np.asarray(segment_fn(variables, batch))[real]
         labels = np.asarray(batch["labels"])[real]
         confusion += segmentation_confusion(found, labels, len(names), ignored=ignored)
