@@ -28,7 +28,7 @@ from fmjax.data.tokenizer import train_tokenizer
 from fmjax.metrics.translation import translation_metrics
 from fmjax.models import marian
 from fmjax.recipes.sequence_to_sequence import PairTraining, train_on_pairs
-from fmjax.recipes.training import STOPPED
+from fmjax.recipes.training import STOPPED, Optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,13 @@ class Settings(Files, PairTraining):
     """Blocks of the encoder, and of the decoder."""
     width: int = 256
     """Of the hidden states; heads have 64."""
-    epochs: float = 4.0
+    epochs: float = 6.0
     """Passes over the training pairs."""
     batch_size: int = 64
     """Pairs a step, over all devices."""
-    learning_rate: float = 2e-3
+    optimizer: Optimizer = "muon"
+    """Muon learns from fewer tokens."""
+    learning_rate: float = 1e-3
     """Peak of the schedule."""
     max_length: int = 64
     """Tokens a source is cut to."""
