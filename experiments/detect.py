@@ -3,8 +3,8 @@
     python experiments/detect.py --output runs/detect
 
 The mean average precision of validation scenes rises from 0.02 after an epoch to 0.29 (0.47 at IoU
-0.5); of test scenes it is 0.21 (0.37), highest for flags and smileys, 0.05 for animals. 6 minutes of
-CPU.
+0.5); of test scenes it is 0.21 (0.37), highest for flags and smileys, 0.05 for animals. Six
+minutes of CPU.
 
 Scenes of 64 x 64 pixels with one to three objects of four classes, made from a seed; validation and
 test have other emoji and other parts of the photographs. An interrupted run is continued by the
