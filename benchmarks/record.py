@@ -337,3 +337,29 @@ def show(doc: Mapping[str, Any]) -> None:
 
 def _or_empty(value: float | None, show: Callable[[float], str]) -> str:
     return "" if value is None else show(value)
+
+
+def print_rows(
+    doc: Mapping[str, Any],
+    columns: Mapping[str, Callable[[dict[str, Any]], str]],
+    *,
+    caption: str,
+) -> None:
+    """Print a document of a benchmark's own rows as a table.
+
+    Args:
+        columns: by title, what a row has there; words are to the left, numbers to the right.
+        caption: what else must be known to read it.
+    """
+    machine = doc["machine"]
+    device = machine["devices"][0]
+    table = Table(
+        title=f"{doc['benchmark']} on {device['count']} x {device['kind']} "
+        f"({machine['cpu']}, {machine['cores']} cores)",
+        caption=f"load before {doc['load_before']:.1f}; {caption}",
+    )
+    for title in columns:
+        table.add_column(title, justify="left" if title.islower() and " " not in title else "right")
+    for entry in doc["rows"]:
+        table.add_row(*(cell(entry) for cell in columns.values()))
+    Console(width=None if Console().is_terminal else 200).print(table)
