@@ -1,6 +1,6 @@
 """How fast is attention alone, by each kernel, next to PyTorch sdpa in the same run?
 
-    python benchmarks/attention.py                        about 6 minutes on 2 cores
+    python benchmarks/attention.py                        about 12 minutes on 2 cores
     python benchmarks/attention.py --cases causal-512-forward causal-512-gradient
     python benchmarks/attention.py --smoke                short rows, seconds
 
@@ -11,9 +11,9 @@ are longer. Masks: none; causal; padding, where rows end at different places; a 
 128 keys. 12 heads of 64 features; "grouped" has 32 of queries on 8 of keys and values, and is
 causal. PyTorch gets `is_causal` for a causal mask and an array for padding and windows.
 
-Before anything is timed all must give the same. FLOPs are those of all pairs, masked or not, and the
-gradient's are three times the forward pass's; a kernel that skips what no query sees looks faster
-for it. "temporary" is what the compiler plans to hold beside arguments and results.
+Before anything is timed all must give the same. FLOPs are those of all pairs, masked or not, and
+the gradient's are three times the forward pass's; a kernel that skips what no query sees looks
+faster for it. "temporary" is what the compiler plans to hold beside arguments and results.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def attention_fn(case: Case) -> Callable[..., Any]:
     def backward(
         query: jax.Array, key: jax.Array, value: jax.Array, padding: jax.Array, out: jax.Array
     ) -> Any:
-        _, pull = jax.vjp(lambda *qkv: forward(*qkv, padding), query, key, value)
+        _, pull = jax.vjp(lambda q, k, v: forward(q, k, v, padding), query, key, value)
         return pull(out)
 
     return backward if case.backward else lambda q, k, v, padding, _: forward(q, k, v, padding)
@@ -208,7 +208,8 @@ def _serve(connection: Connection, device: str) -> None:
         except EOFError:
             return
         if asked:
-            compute = _torch_attention(*asked, device)
+            case, dtype, arrays = asked
+            compute = _torch_attention(case, dtype, arrays, device)
             connection.send([part.float().cpu().numpy() for part in compute()])
         else:
             compute()
@@ -225,19 +226,24 @@ def _torch_attention(case: Case, dtype: str, arrays: Arrays, device: str) -> Cal
         for name in ("query", "key", "value", "out")
     )
     inputs = [part.requires_grad_(case.backward) for part in (query, key, value)]
-    options: dict[str, Any] = {"enable_gqa": case.groups != case.heads}
-    if case.mask == "causal":
-        options["is_causal"] = True
-    elif case.mask == "padding":
-        options["attn_mask"] = torch.from_numpy(arrays["padding"]).to(device)[:, None, None]
+    mask = None
+    if case.mask == "padding":
+        mask = torch.from_numpy(arrays["padding"]).to(device)[:, None, None]
     elif case.mask == "window":
         places = torch.arange(case.length, device=device)
         distance = places[:, None] - places[None]
-        options["attn_mask"] = (distance >= 0) & (distance < case.window)
+        mask = (distance >= 0) & (distance < case.window)
 
     def compute() -> list[torch.Tensor]:
         with torch.set_grad_enabled(case.backward):
-            found = scaled_dot_product_attention(*inputs, **options)
+            found = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=case.mask == "causal",
+                enable_gqa=case.groups != case.heads,
+            )
             results = torch.autograd.grad(found, inputs, out) if case.backward else [found]
         if device == "cuda":
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The benchmark of attention, tiny: every kernel and PyTorch give the same, and are written down."""
+"""The benchmark of attention, tiny: all kernels and PyTorch give the same, and are written down."""
 
 import json
 import subprocess
