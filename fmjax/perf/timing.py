@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,11 @@ class Timing:
     median: float
     max: float
     all: tuple[float, ...]
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Timing:
+        """Of the seconds of each repeat."""
+        return cls(min(times), statistics.median(times), max(times), tuple(times))
 
     def of_each(self, parts: int) -> Timing:
         """The same of one of as many equal parts of the thunk."""
@@ -72,10 +77,7 @@ def time_alternately(
             start = time.perf_counter()
             thunk()
             seconds[name].append(time.perf_counter() - start)
-    return {
-        name: Timing(min(times), statistics.median(times), max(times), tuple(times))
-        for name, times in seconds.items()
-    }
+    return {name: Timing.of(times) for name, times in seconds.items()}
 
 
 @dataclasses.dataclass(frozen=True)
