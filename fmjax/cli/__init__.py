@@ -121,7 +121,7 @@ def finetune(args: Settings) -> None:
     print(results_table(args.output, results))
 
 
-def _keep_what_is_compiled() -> None:
+def keep_what_is_compiled() -> None:
     """A second command of the kind need not compile again, unless JAX was told where to keep it.
 
     By model of processor: code made for one may not run on another that shares the folder.
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; bad input is printed without a traceback and ends with 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fmjax").setLevel(logging.INFO)
-    _keep_what_is_compiled()
+    keep_what_is_compiled()
     # Of these, the one that every user without PyTorch would see is that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sub = tyro.conf.subcommand

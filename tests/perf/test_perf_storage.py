@@ -1,4 +1,4 @@
-"""The benchmarks of checkpoints and of loading, tiny: they compare first and write what they say."""
+"""The benchmarks of checkpoints and of loading, tiny: they compare first and write all down."""
 
 import dataclasses
 import importlib
@@ -89,7 +89,5 @@ def test_other_numbers_are_not_compared(scripts):
 def test_a_child_that_fails_is_named(scripts):
     child = scripts("child")
     process = child.begin("load_once.py", ["nobody", "folder", "head"])
-    with pytest.raises(
-        ValueError, match=r"load_once.py nobody folder head ended with 1:(.|\n)*Key"
-    ):
+    with pytest.raises(ValueError, match=r"load_once.py nobody .*ended with 1:(.|\n)*Key"):
         child.answer(process)
