@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(write_report(args.run))
             case Plan():
                 plan(args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if os.environ.get("FMJAX_DEBUG"):
             raise
         print(f"fmjax: {error}", file=sys.stderr)

@@ -125,6 +125,31 @@ def jit_over(step: StepFn, mesh: Mesh, states: PyTree, rows: NamedSharding) -> A
     )
 
 
+def lower_step(
+    step: StepFn,
+    abstract_state: TrainState,
+    abstract_batch: PyTree,
+    mesh: Mesh | None = None,
+    *,
+    state_shardings: PyTree = None,
+) -> jax.stages.Lowered:
+    """The program of `jit_step`, of the same arguments, not compiled and not run.
+
+    Args:
+        step: from `make_train_step`.
+        abstract_state, abstract_batch: arrays or ``jax.ShapeDtypeStruct``.
+        mesh, state_shardings: as there.
+    """
+    if mesh is None:
+        options = compiler_options(jax.default_backend())
+        jitted = jax.jit(step, donate_argnums=0, compiler_options=options)
+        return jitted.lower(abstract_state, abstract_batch)
+    states = NamedSharding(mesh, P()) if state_shardings is None else state_shardings
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, examples_over(mesh))
+        return jit_over(step, mesh, states, rows).lower(abstract_state, abstract_batch)
+
+
 def pmap_step(
     grad_fn: GradFn, tx: optax.GradientTransformation, axis_name: str = "batch"
 ) -> StepFn:
