@@ -220,11 +220,9 @@ def explanation(
         together = use
         for way, _, _ in chosen:
             together = way.after(together)
-        verdict = "" if together.total <= limit else ", still too much: a smaller model, or more"
-        lines.append(
-            f"  all of them: about {together.total / 1e9:.2f} GB{verdict}"
-            + (" or larger devices" if verdict else "")
-        )
+        lines.append(f"  all of them: about {together.total / 1e9:.2f} GB")
+        if together.total > limit:
+            lines[-1] += ", still too much: shorter examples, a smaller model or more devices"
     return "\n".join(lines)
 
 
