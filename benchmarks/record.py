@@ -41,7 +41,7 @@ class Row:
 
     Attributes:
         case: its name.
-        side: "fmjax" or "torch".
+        side: "fmjax" or "torch"; of a train step's other ways "mesh", "pmap" and "accumulate-4".
         dtype: of the matrix products, "float32" or "bfloat16".
         batch_size: B, examples.
         length: T, tokens.
@@ -50,9 +50,9 @@ class Row:
         model_flops: FLOPs of a step, counted from the jaxpr of the plain loss; both sides compute
             the same function, so both carry fmjax's count.
         peak_share: model FLOPs per second, over the measured matmul peak of `dtype`.
-        compile_seconds: {"lower", "compile"}; None for the peer.
+        compile_seconds: {"lower", "compile"}; None for the peer, a mesh and pmap.
         planned_bytes: what the compiler plans to hold: arguments, outputs that do not reuse them,
-            temporaries; None for the peer.
+            temporaries; None for the same.
         max_difference: largest difference of the two sides' logits, over the largest logit;
             measured before anything was timed. None when there is no peer.
         weight_bytes_per_second: of generation, bytes of all weights times tokens of a text, over

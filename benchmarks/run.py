@@ -52,14 +52,14 @@ def rows_of(
     case: Case,
     timings: Mapping[str, Timing],
     *,
-    compiled: Compiled,
+    compiled: Mapping[str, Compiled],
     model_flops: int,
     matmul_peak: float,
     max_difference: float | None,
     peak_bytes: Mapping[str, int | None] = MappingProxyType({}),
     joules: Mapping[str, float | None] = MappingProxyType({}),
 ) -> list[Row]:
-    """A row for each side of a case; peaks of memory and joules by side."""
+    """A row for each side of a case; what was compiled, peaks of memory and joules by side."""
     return [
         row(
             timing,
@@ -70,7 +70,7 @@ def rows_of(
             length=case.length,
             model_flops=model_flops,
             matmul_peak=matmul_peak,
-            compiled=compiled if side == "fmjax" else None,
+            compiled=compiled.get(side),
             max_difference=max_difference,
             peak_bytes=peak_bytes.get(side),
             joules=joules.get(side),

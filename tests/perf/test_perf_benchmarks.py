@@ -54,6 +54,26 @@ def test_script_writes_the_schema(benchmarks, tmp_path, capsys, script, case, dt
 
 
 @pytest.mark.slow
+def test_a_step_is_timed_in_all_its_ways(benchmarks, tmp_path) -> None:
+    _, record = benchmarks
+    path = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / "train_step.py"), "--smoke", "--repeats", "2"]
+    done = subprocess.run(
+        [*command, "--no-peer", "--cases", "minilm-ways-float32", "--json", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    doc = json.loads(path.read_text())
+    record.check(doc)
+    rows = {row["side"]: row for row in doc["rows"]}
+    assert [*rows] == ["fmjax", "mesh", "pmap", "accumulate-4"]
+    assert len({row["model_flops"] for row in rows.values()}) == 1
+    # In pieces less is alive at a time.
+    assert 0 < rows["accumulate-4"]["planned_bytes"] < rows["fmjax"]["planned_bytes"]
+
+
+@pytest.mark.slow
 def test_generate_writes_the_schema(benchmarks, tmp_path) -> None:
     _, record = benchmarks
     path = tmp_path / "out.json"
