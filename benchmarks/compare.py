@@ -108,8 +108,8 @@ def show(found: Sequence[Line]) -> None:
 
 
 def draw(found: Sequence[Line], path: Path) -> None:
-    """A picture: bars of tokens a second, on a logarithmic axis because devices are orders of
-    magnitude apart, and of the shares and of tokens a joule where there are some."""
+    """A picture: bars of tokens a second and a joule, on logarithmic axes because devices are
+    orders of magnitude apart, and of the shares, where there are some."""
     from matplotlib.figure import Figure
 
     ordered = sorted(found, key=lambda line: (line.case, line.tokens_per_second), reverse=True)
@@ -132,7 +132,9 @@ def draw(found: Sequence[Line], path: Path) -> None:
             color=[sides.get(line.side, "tab:gray") for line in ordered],
         )
         place.set_xlabel(f"{title}, measured")
-    axes[0].set_xscale("log")
+        if title.startswith("tokens"):
+            place.set_xscale("log")
+    axes[0].set_ylim(-0.5, len(ordered) - 0.5)
     axes[0].set_yticks(range(len(ordered)), names, fontsize=6)
     figure.savefig(path, dpi=150)
 

@@ -216,4 +216,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"fmjax: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # as XLA's are
+        if os.environ.get("FMJAX_DEBUG") or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"fmjax: the device has no room for this ({str(error).splitlines()[0][:300]}); fewer "
+            "or shorter inputs at a time, a smaller model, or one whose weights are bfloat16 "
+            "(fmjax convert MODEL NEW_FOLDER --dtype bfloat16) need less",
+            file=sys.stderr,
+        )
+        return 2
     return 0

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import fmjax
+from fmjax import cli
 from fmjax.data.batches import batches
 from fmjax.data.columns import Columns
 from fmjax.models import bert
 from fmjax.perf.memory import MemoryUse, memory_use
+from fmjax.recipes import memory_errors
 from fmjax.recipes.memory_errors import Setup, cheapest, explanation, said_bytes, ways
 from fmjax.recipes.training import Training, train
 from fmjax.tasks import masked_lm
@@ -128,3 +130,44 @@ def test_a_step_without_room_says_what_fills_it(tmp_path):
     ):
         assert words in text
     assert isinstance(caught.value.__cause__, jax.errors.JaxRuntimeError)
+
+
+def test_a_compiler_that_refuses_is_believed(monkeypatch):
+    """As on a TPU, whose compiler says how much it would have taken."""
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+
+    def refused(*args, **options):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(memory_errors, "lower_step", refused)
+    monkeypatch.setattr(memory_errors, "device_memory", lambda: 15.75 * 2**30)
+    _, variables = model_of()
+    state = jax.eval_shape(lambda: init_state(variables, adamw(1e-3), jax.random.key(0)))
+    watched = memory_errors.Watched(refused)
+    batch = {"input_ids": np.ones((32, 64), np.int32)}
+    with (
+        pytest.raises(MemoryError, match=r"it needs 22.01 GB") as caught,
+        memory_errors.explained(watched, None, state, SETUP, None, None),
+    ):
+        watched(state, batch)
+    for way in ("precision=bfloat16: about 15.4", "microbatches=2: about 11.0", "remat=True"):
+        assert way in str(caught.value)
+    assert "not enough" not in str(caught.value)
+    # Other errors, and those before the first step, are not its.
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        memory_errors.explained(watched, None, state, SETUP, None, None),
+    ):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+
+def test_other_commands_say_it_in_a_line(monkeypatch, capsys):
+    def refused(args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(cli, "generate", refused)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    assert cli.main(["generate", "model", "a text"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fmjax: the device has no room for this (RESOURCE_EXHAUSTED: Out of mem")
+    assert "--dtype bfloat16" in said
