@@ -50,7 +50,7 @@ def test_what_is_reckoned_is_near_what_the_compiler_says():
     use = use_of()
     boundaries = 4 * 32 * 64 * 32 * 4  # L B T D, float32
     found = {way.setting: way.after(use).total for way in ways(SETUP, 4, boundaries)}
-    # Measured, of 36.2 MB: 26.2, 17.5, 10.8 and 17.3; reckoned 25.6, 18.3, 10.6 and 18.4.
+    # Measured, of 36.2 MB: 26.2, 17.5, 10.8 and 17.3; reckoned 25.6, 18.6, 10.6 and 18.4.
     for setting, options in {
         "precision=bfloat16": {"precision": "bfloat16"},
         "microbatches=2": {"microbatches": 2},
