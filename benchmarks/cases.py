@@ -67,6 +67,7 @@ class Case:
         image_size: rows and columns of pictures; None for tokens.
         target_length: tokens of the targets of an encoder-decoder, besides T.
         chunk_size: tokens whose logits exist at one time in a train step.
+        ways: whether `train_step.py` also takes the step in its other ways.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Case:
     image_size: int | None = None
     target_length: int | None = None
     chunk_size: int = CHUNK_SIZE
+    ways: bool = False
 
     @property
     def family(self) -> str:
@@ -109,7 +111,7 @@ def select(cases: Sequence[Case], names: Sequence[str], *, smoke: bool) -> list[
             dataclasses.replace(
                 case,
                 config=TINY[case.family],
-                batch_size=2,
+                batch_size=8 if case.ways else 2,  # which divides in all ways
                 length=min(case.length, 16),
                 image_size=None if case.image_size is None else 8,
                 target_length=None if case.target_length is None else 8,

@@ -4,8 +4,9 @@
     python benchmarks/compare.py A.json B.json --chart compared.png
 
 A row is one side of one case on one device: tokens (or pictures) a second, the share of the
-device's published peak (MFU) and tokens a joule, where the file has them. All of it was measured;
-what a compiler plans for a device that was not there is not in these files.
+device's published peak (MFU), that of the pace of a plain matrix product in the same run, and
+tokens a joule, where the file has them. All of it was measured; what a compiler plans for a device
+that was not there is not in these files. Files with rows of another kind are left out, and named.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Line(NamedTuple):
     dtype: str
     tokens_per_second: float
     utilisation: float | None
+    peak_share: float | None
     tokens_per_joule: float | None
 
 
@@ -44,18 +46,27 @@ class Settings:
     """Where a picture of tokens a second goes."""
 
 
+WANTED = frozenset(("case", "side", "dtype", "batch_size", "length", "seconds"))
+KINDS = (
+    "give files of forward.py, train_step.py, generate.py, vision.py, speech.py, accelerator.py or "
+    "attention.py"
+)
+
+
+def missing_fields(doc: dict[str, Any]) -> list[str]:
+    """What the rows of a result file lack to be compared."""
+    rows = [set(row) for row in doc["rows"]]
+    return sorted(WANTED - set.intersection(*rows) if rows else WANTED)
+
+
 def lines(doc: dict[str, Any]) -> list[Line]:
     """The rows of a result file.
 
     Raises:
         ValueError: its rows are of another kind.
     """
-    wanted = {"case", "side", "dtype", "batch_size", "length", "seconds"}
-    if missing := wanted - set.intersection(*({*row} for row in doc["rows"])):
-        raise ValueError(
-            f"rows of {doc['benchmark']!r} have no {sorted(missing)}; give files of forward.py, "
-            "train_step.py, generate.py, vision.py or accelerator.py"
-        )
+    if missing := missing_fields(doc):
+        raise ValueError(f"rows of {doc['benchmark']!r} have no {missing}; {KINDS}")
     device = device_slug(doc["machine"])
     found = []
     for row in doc["rows"]:
@@ -68,6 +79,7 @@ def lines(doc: dict[str, Any]) -> list[Line]:
                 row["dtype"],
                 tokens / row["seconds"]["median"],
                 row.get("published_share"),
+                row.get("peak_share"),
                 tokens / joules if joules else None,
             )
         )
@@ -79,7 +91,7 @@ def show(found: Sequence[Line]) -> None:
     table = Table(title="measured")
     for name in ("case", "side", "device", "dtype"):
         table.add_column(name)
-    for name in ("tokens/s", "MFU", "tokens/J"):
+    for name in ("tokens/s", "MFU", "of measured peak", "tokens/J"):
         table.add_column(name, justify="right")
     for line in sorted(found, key=lambda line: (line.case, -line.tokens_per_second)):
         table.add_row(
@@ -89,27 +101,41 @@ def show(found: Sequence[Line]) -> None:
             line.dtype,
             f"{line.tokens_per_second:,.0f}",
             "" if line.utilisation is None else f"{line.utilisation:.1%}",
+            "" if line.peak_share is None else f"{line.peak_share:.1%}",
             "" if line.tokens_per_joule is None else f"{line.tokens_per_joule:,.0f}",
         )
     Console(width=None if Console().is_terminal else 140).print(table)
 
 
 def draw(found: Sequence[Line], path: Path) -> None:
-    """A bar for each line on a logarithmic axis: devices are orders of magnitude apart."""
+    """A picture: bars of tokens a second and a joule, on logarithmic axes because devices are
+    orders of magnitude apart, and of the shares, where there are some."""
     from matplotlib.figure import Figure
 
     ordered = sorted(found, key=lambda line: (line.case, line.tokens_per_second), reverse=True)
-    figure = Figure(figsize=(9, 1 + 0.28 * len(ordered)), layout="constrained")
-    axes = figure.subplots()
+    panels: list[tuple[str, list[float | None]]] = [
+        ("tokens or pictures a second", [line.tokens_per_second for line in ordered]),
+        ("share of the published peak (MFU)", [line.utilisation for line in ordered]),
+        ("share of the measured peak", [line.peak_share for line in ordered]),
+        ("tokens or pictures a joule", [line.tokens_per_joule for line in ordered]),
+    ]
+    panels = [(title, values) for title, values in panels if any(values)]
+    size = (5 + 4 * len(panels), 1 + 0.28 * len(ordered))
+    figure = Figure(figsize=size, layout="constrained")
     sides = {"fmjax": "tab:blue", "torch": "tab:orange"}
-    axes.barh(
-        [f"{line.case}, {line.side}\n{line.device}" for line in ordered],
-        [line.tokens_per_second for line in ordered],
-        color=[sides.get(line.side, "tab:gray") for line in ordered],
-    )
-    axes.set_xscale("log")
-    axes.set_xlabel("tokens or pictures a second, measured")
-    axes.tick_params(axis="y", labelsize=6)
+    names = [f"{line.case}, {line.side}\n{line.device}" for line in ordered]
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for place, (title, values) in zip(axes, panels, strict=True):
+        place.barh(
+            range(len(ordered)),
+            [value or 0.0 for value in values],
+            color=[sides.get(line.side, "tab:gray") for line in ordered],
+        )
+        place.set_xlabel(f"{title}, measured")
+        if title.startswith("tokens"):
+            place.set_xscale("log")
+    axes[0].set_ylim(-0.5, len(ordered) - 0.5)
+    axes[0].set_yticks(range(len(ordered)), names, fontsize=6)
     figure.savefig(path, dpi=150)
 
 
@@ -117,11 +143,21 @@ def main(settings: Settings) -> None:
     """Read, print, draw.
 
     Raises:
-        ValueError: no file, or a file whose rows are of another kind.
+        ValueError: no file, or none whose rows are models'.
     """
     if not settings.files:
         raise ValueError("give at least one result file, such as benchmarks/results/*.json")
-    found = [line for path in settings.files for line in lines(json.loads(path.read_text()))]
+    found, others = [], []
+    for path in settings.files:
+        doc = json.loads(path.read_text())
+        if missing_fields(doc):
+            others.append(path.name)
+        else:
+            found += lines(doc)
+    if others:
+        print(f"left out, as their rows are of another kind: {', '.join(others)}")
+    if not found:
+        raise ValueError("none of the files has rows of models; " + KINDS)
     show(found)
     if settings.chart is not None:
         draw(found, settings.chart)

@@ -56,7 +56,7 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     return rows_of(
         case,
         timings,
-        compiled=compiled,
+        compiled={"fmjax": compiled},
         model_flops=flops,
         matmul_peak=peak,
         max_difference=difference,

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,9 +28,10 @@ import jax
 import numpy as np
 import optax
 import tyro
-from record import named, own_document, save
+from record import named
 from rich.console import Console
 from rich.table import Table
+from run import run_own
 
 import fmjax
 from fmjax.data.augment import each_image, erase, flip, shift_crop
@@ -283,20 +283,15 @@ def show(doc: dict[str, Any]) -> None:
 
 def main(settings: Settings) -> None:
     """Run the chosen cases, print the table, write the JSON."""
-    load = os.getloadavg()[0]
-    rows = [row for case in named(CASES, settings.cases) for row in run_case(case, settings)]
-    doc = own_document(
+    run_own(
         "input",
         SCHEMA,
-        rows,
-        ratios_of(rows),
-        repeats=settings.repeats,
-        smoke=settings.smoke,
-        load=load,
+        named(CASES, settings.cases),
+        settings,
+        lambda case: run_case(case, settings),
+        ratios_of=ratios_of,
+        show=show,
     )
-    show(doc)
-    if settings.json is not None or not settings.smoke:
-        print(f"wrote {save(doc, settings.json)}")
 
 
 if __name__ == "__main__":

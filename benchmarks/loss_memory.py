@@ -15,7 +15,6 @@ of 4 x 512 tokens are timed turn by turn. The two must give the same loss and gr
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ import jax.numpy as jnp
 import optax
 import tyro
 from jax import Array
-from record import named, own_document, save
+from record import named
 from rich.console import Console
 from rich.table import Table
+from run import run_own
 
 from fmjax.nn.product import matmul
 from fmjax.perf.timing import compile_time, time_alternately
@@ -260,20 +260,15 @@ def ratios_of(rows: list[Row]) -> dict[str, dict[str, float | None]]:
 
 def main(settings: Settings) -> None:
     """Run the chosen cases, print the table, write the JSON."""
-    load = os.getloadavg()[0]
-    rows = [row for case in select(settings) for row in run_case(case, settings)]
-    doc = own_document(
+    run_own(
         "loss_memory",
         SCHEMA,
-        rows,
-        ratios_of(rows),
-        repeats=settings.repeats,
-        smoke=settings.smoke,
-        load=load,
+        select(settings),
+        settings,
+        lambda case: run_case(case, settings),
+        ratios_of=ratios_of,
+        show=show,
     )
-    show(doc)
-    if settings.json is not None or not settings.smoke:
-        print(f"wrote {save(doc, settings.json)}")
 
 
 if __name__ == "__main__":

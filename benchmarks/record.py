@@ -41,7 +41,7 @@ class Row:
 
     Attributes:
         case: its name.
-        side: "fmjax" or "torch".
+        side: "fmjax" or "torch"; of a train step's other ways "mesh", "pmap" and "accumulate-4".
         dtype: of the matrix products, "float32" or "bfloat16".
         batch_size: B, examples.
         length: T, tokens.
@@ -50,9 +50,9 @@ class Row:
         model_flops: FLOPs of a step, counted from the jaxpr of the plain loss; both sides compute
             the same function, so both carry fmjax's count.
         peak_share: model FLOPs per second, over the measured matmul peak of `dtype`.
-        compile_seconds: {"lower", "compile"}; None for the peer.
+        compile_seconds: {"lower", "compile"}; None for the peer, a mesh and pmap.
         planned_bytes: what the compiler plans to hold: arguments, outputs that do not reuse them,
-            temporaries; None for the peer.
+            temporaries; None for the same.
         max_difference: largest difference of the two sides' logits, over the largest logit;
             measured before anything was timed. None when there is no peer.
         weight_bytes_per_second: of generation, bytes of all weights times tokens of a text, over
@@ -337,3 +337,29 @@ def show(doc: Mapping[str, Any]) -> None:
 
 def _or_empty(value: float | None, show: Callable[[float], str]) -> str:
     return "" if value is None else show(value)
+
+
+def print_rows(
+    doc: Mapping[str, Any],
+    columns: Mapping[str, Callable[[dict[str, Any]], str]],
+    *,
+    caption: str,
+) -> None:
+    """Print a document of a benchmark's own rows as a table.
+
+    Args:
+        columns: by title, what a row has there; words are to the left, numbers to the right.
+        caption: what else must be known to read it.
+    """
+    machine = doc["machine"]
+    device = machine["devices"][0]
+    table = Table(
+        title=f"{doc['benchmark']} on {device['count']} x {device['kind']} "
+        f"({machine['cpu']}, {machine['cores']} cores)",
+        caption=f"load before {doc['load_before']:.1f}; {caption}",
+    )
+    for title in columns:
+        table.add_column(title, justify="left" if title.islower() and " " not in title else "right")
+    for entry in doc["rows"]:
+        table.add_row(*(cell(entry) for cell in columns.values()))
+    Console(width=None if Console().is_terminal else 200).print(table)

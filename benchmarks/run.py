@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 from cases import Case, select
-from record import Row, document, measure_peaks, row, show, write
+from record import Row, document, measure_peaks, own_document, row, save, show, write
 
 from fmjax.perf.timing import Compiled, Timing
 
@@ -51,14 +52,14 @@ def rows_of(
     case: Case,
     timings: Mapping[str, Timing],
     *,
-    compiled: Compiled,
+    compiled: Mapping[str, Compiled],
     model_flops: int,
     matmul_peak: float,
     max_difference: float | None,
     peak_bytes: Mapping[str, int | None] = MappingProxyType({}),
     joules: Mapping[str, float | None] = MappingProxyType({}),
 ) -> list[Row]:
-    """A row for each side of a case; peaks of memory and joules by side."""
+    """A row for each side of a case; what was compiled, peaks of memory and joules by side."""
     return [
         row(
             timing,
@@ -69,7 +70,7 @@ def rows_of(
             length=case.length,
             model_flops=model_flops,
             matmul_peak=matmul_peak,
-            compiled=compiled if side == "fmjax" else None,
+            compiled=compiled.get(side),
             max_difference=max_difference,
             peak_bytes=peak_bytes.get(side),
             joules=joules.get(side),
@@ -102,5 +103,60 @@ def run(
         if settings.json is not None or not settings.smoke:
             path = write(doc, settings.json)  # after each: what was measured is kept
         show(doc)
+    if path is not None:
+        print(f"wrote {path}")
+
+
+class OwnSettings(Protocol):
+    """Settings of a benchmark whose rows are its own."""
+
+    @property
+    def repeats(self) -> int: ...
+    @property
+    def smoke(self) -> bool: ...
+    @property
+    def json(self) -> Path | None: ...
+
+
+AnyCase = TypeVar("AnyCase")
+AnyRow = TypeVar("AnyRow")
+
+
+def run_own(
+    benchmark: str,
+    schema: int,
+    cases: Sequence[AnyCase],
+    settings: OwnSettings,
+    run_case: Callable[[AnyCase], Sequence[AnyRow]],
+    *,
+    ratios_of: Callable[[list[AnyRow]], Mapping[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    """`run` of a benchmark that has rows of its own.
+
+    Args:
+        schema: the version of its rows and ratios.
+        cases: the chosen ones.
+        run_case: the rows of one.
+        ratios_of: what the document's ratios are of all rows so far.
+        show: prints the document.
+    """
+    load = os.getloadavg()[0]
+    rows: list[AnyRow] = []
+    doc, path = {}, None
+    for case in cases:
+        rows += run_case(case)
+        doc = own_document(
+            benchmark,
+            schema,
+            rows,
+            ratios_of(rows),
+            repeats=settings.repeats,
+            smoke=settings.smoke,
+            load=load,
+        )
+        if settings.json is not None or not settings.smoke:
+            path = save(doc, settings.json)  # after each: what was measured is kept
+    show(doc)
     if path is not None:
         print(f"wrote {path}")

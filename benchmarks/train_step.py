@@ -1,6 +1,6 @@
 """How fast is a train step, next to PyTorch sdpa in the same run?
 
-    python benchmarks/train_step.py                       about 11 minutes on 2 cores
+    python benchmarks/train_step.py                       about 13 minutes on 2 cores
     python benchmarks/train_step.py --cases base-mlm-float32 --repeats 9
     python benchmarks/train_step.py --smoke               a tiny model, seconds
 
@@ -9,6 +9,9 @@ small causal language modelling (4 x 256 tokens) and fine-tuning a MiniLM-sized 
 layers, width 384, 32 x 64 tokens). AdamW, dropout 0.1, float32 master weights; bfloat16 is
 `cast(loss, bfloat16)` here and autocast there. PyTorch's AdamW is `torch.optim.AdamW` with its
 defaults. Run it on an idle machine: other load slows the two sides unequally.
+
+The case "minilm-ways-float32" has the same step in other ways beside: by jit over a mesh of all
+devices ("mesh") and by pmap over them, both dividing the batch, and accumulated over 4 pieces.
 """
 
 from __future__ import annotations
@@ -43,11 +46,21 @@ from fmjax.perf.timing import compile_time, peak_memory_bytes, time_alternately
 from fmjax.tasks import causal_lm, seq2seq, sequence_classification
 from fmjax.tasks.apply import apply_fn
 from fmjax.tasks.vocabulary_loss import unembed_fn, vocabulary_loss
-from fmjax.train import cast, gradient, init_state, jit_step, make_train_step
-from fmjax.types import Aux, Batch, LossFn, TrainState, Variables
+from fmjax.train import (
+    accumulate,
+    cast,
+    gradient,
+    init_state,
+    jit_step,
+    make_mesh,
+    make_train_step,
+    pmap_step,
+)
+from fmjax.types import Aux, Batch, GradFn, LossFn, StepFn, TrainState, Variables
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 STEPS_BETWEEN_WAITS = 5
+PIECES = 4
 
 CASES = (
     *(
@@ -58,6 +71,7 @@ CASES = (
         )
         for dtype in ("float32", "bfloat16")
     ),
+    Case("minilm-ways-float32", MINILM, "sequence_classification", 32, 64, "float32", ways=True),
     # In float32 alone: on a CPU the gradient of PyTorch's Conv1D in bfloat16 goes through a plain
     # loop, minutes a step, which says nothing about either side.
     Case("gpt2-clm-float32", gpt2.VARIANTS["base"], "causal_lm", 4, 256, "float32"),
@@ -94,6 +108,16 @@ def loss_of(case: Case, model: Any) -> LossFn:
     }
     loss_fn = losses[case.head](model)
     return loss_fn if case.dtype == "float32" else cast(loss_fn, jnp.dtype(case.dtype))
+
+
+def other_ways(grad_fn: GradFn, tx: optax.GradientTransformation) -> dict[str, StepFn]:
+    """The same step, compiled otherwise than by jit for one device."""
+    step = make_train_step(grad_fn, tx)
+    return {
+        "mesh": jit_step(step, make_mesh(data=jax.device_count())),
+        "pmap": pmap_step(grad_fn, tx),
+        f"accumulate-{PIECES}": jit_step(make_train_step(accumulate(grad_fn, PIECES), tx)),
+    }
 
 
 def stepper(
@@ -138,7 +162,18 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
             ).total
             step = cast_type(jax.stages.Wrapped, jit_step(make_train_step(grad_fn, tx)))
             compiled = compile_time(step, state, device_batch)
-            thunks = {"fmjax": stepper(compiled.call, state, device_batch, steps)}
+            all_compiled = {"fmjax": compiled}
+            thunks = {}
+            if case.ways:
+                for way, other in other_ways(grad_fn, tx).items():
+                    # None has run yet, so the buffers are still there to be copied.
+                    own = init_state(jax.tree.map(jnp.copy, variables), tx, jax.random.key(0))
+                    call: Any = other
+                    if way.startswith("accumulate"):
+                        all_compiled[way] = compile_time(call, own, device_batch)
+                        call = all_compiled[way].call
+                    thunks[way] = stepper(call, own, device_batch, steps)
+            thunks = {"fmjax": stepper(compiled.call, state, device_batch, steps), **thunks}
             if peer is not None:
                 thunks["torch"] = partial(peer.train_steps, steps)
                 peer.wait()
@@ -152,7 +187,7 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     return rows_of(
         case,
         {side: timing.of_each(steps) for side, timing in timings.items()},
-        compiled=compiled,
+        compiled=all_compiled,
         model_flops=flops,
         matmul_peak=peak,
         max_difference=difference,

@@ -121,7 +121,7 @@ def finetune(args: Settings) -> None:
     print(results_table(args.output, results))
 
 
-def _keep_what_is_compiled() -> None:
+def keep_what_is_compiled() -> None:
     """A second command of the kind need not compile again, unless JAX was told where to keep it.
 
     By model of processor: code made for one may not run on another that shares the folder.
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; bad input is printed without a traceback and ends with 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fmjax").setLevel(logging.INFO)
-    _keep_what_is_compiled()
+    keep_what_is_compiled()
     # Of these, the one that every user without PyTorch would see is that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sub = tyro.conf.subcommand
@@ -211,9 +211,19 @@ def main(argv: list[str] | None = None) -> int:
                 print(write_report(args.run))
             case Plan():
                 plan(args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if os.environ.get("FMJAX_DEBUG"):
             raise
         print(f"fmjax: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # as XLA's are
+        if os.environ.get("FMJAX_DEBUG") or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"fmjax: the device has no room for this ({str(error).splitlines()[0][:300]}); fewer "
+            "or shorter inputs at a time, a smaller model, or one whose weights are bfloat16 "
+            "(fmjax convert MODEL NEW_FOLDER --dtype bfloat16) need less",
+            file=sys.stderr,
+        )
         return 2
     return 0

@@ -9,7 +9,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,11 @@ class Timing:
     median: float
     max: float
     all: tuple[float, ...]
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Timing:
+        """Of the seconds of each repeat."""
+        return cls(min(times), statistics.median(times), max(times), tuple(times))
 
     def of_each(self, parts: int) -> Timing:
         """The same of one of as many equal parts of the thunk."""
@@ -71,10 +77,7 @@ def time_alternately(
             start = time.perf_counter()
             thunk()
             seconds[name].append(time.perf_counter() - start)
-    return {
-        name: Timing(min(times), statistics.median(times), max(times), tuple(times))
-        for name, times in seconds.items()
-    }
+    return {name: Timing.of(times) for name, times in seconds.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,12 +206,29 @@ def peak_memory_bytes() -> PeakMemory:
 
     Both only ever grow: for one case's own peak, run the case in its own process.
     """
-    # Linux reports KiB, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # Linux' getrusage goes on counting in a new program what its parent had.
+    host = resident_bytes("VmHWM")
+    if host is None:
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, others KiB
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peaks = [
         stats["peak_bytes_in_use"]
         for stats in (device.memory_stats() for device in jax.local_devices())
         if stats and "peak_bytes_in_use" in stats
     ]
     return PeakMemory(host, max(peaks) if peaks else None)
+
+
+def resident_bytes(name: str) -> int | None:
+    """Bytes of Linux's account of this process; None where there is none.
+
+    Args:
+        name: "VmRSS", what is resident, or "VmHWM", its peak.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fmjax.perf.timing import resident_bytes
 from fmjax.recipes.planned_step import Compiled
 
 STEPS = 3
@@ -28,14 +29,14 @@ def measure(compiled: Compiled) -> dict[str, Any]:
         on each chip's behalf, above what there was before the state. None where the system does
         not say.
     """
-    before = _resident("VmRSS") if _forget_peak() else None
+    before = resident_bytes("VmRSS") if _forget_peak() else None
     state, batch = _filled((compiled.state, compiled.batch))
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()
         state, _ = jax.block_until_ready(compiled.run(state, batch))
         times.append(time.perf_counter() - start)
-    peak = _resident("VmHWM")
+    peak = resident_bytes("VmHWM")
     chips = len(jax.tree.leaves(state)[0].sharding.device_set)
     grown = None if before is None or peak is None else (peak - before) // chips
     return {"step_seconds": statistics.median(times), "peak_bytes": grown}
@@ -51,17 +52,6 @@ def _filled(tree: Any) -> Any:
 
     places = jax.tree.map(lambda abstract: abstract.sharding, tree)
     return jax.jit(lambda: jax.tree.map(leaf, tree), out_shardings=places)()
-
-
-def _resident(name: str) -> int | None:
-    """Bytes of Linux's account of this process."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    for line in status.read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _forget_peak() -> bool:

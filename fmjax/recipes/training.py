@@ -20,6 +20,7 @@ from fmjax.config import write_json
 from fmjax.data import BatchStream
 from fmjax.methods.optimizers import adafactor, lamb, lion, muon
 from fmjax.perf.device import describe_machine
+from fmjax.recipes.memory_errors import Setup, Watched, explained
 from fmjax.report import write_report
 from fmjax.train import (
     accumulate,
@@ -180,6 +181,7 @@ def train(
         ValueError: settings that do not fit, or those of another run in the folder.
         OSError: files that cannot be read or written.
         FloatingPointError: the loss is not finite.
+        MemoryError: the step does not fit; it says what fills the device and what would need less.
     """
     traced = None if settings.profile is None else parse_steps(settings.profile)
     run = writable_folder(settings.output)
@@ -210,27 +212,40 @@ def train(
     if settings.mesh is not None and mesh is not None:
         places = layout(abstract, mesh)
         abstract = placed(abstract, places)
-    step = jit_step(make_train_step(grad_fn, tx), mesh, state_shardings=places)
+    plain = make_train_step(grad_fn, tx)
+    step = watched = Watched(jit_step(plain, mesh, state_shardings=places))
     if traced is not None:
         step = profiled(step, *traced, run / "profile")
-    return carry_out(
-        settings,
-        model,
-        state,
-        step,
-        stream,
-        steps=steps,
-        every=max(1, min(steps, stream.batches_per_epoch) // max(1, settings.evaluations)),
-        evaluate=evaluate,
-        metric=metric,
-        mode=mode,
-        about=about,
-        abstract=abstract,
-        schedule=schedule,
-        shown=averages if settings.ema is not None else lambda state: state,
-        patience=settings.patience,
-        elsewhere=("mesh", "profile", *elsewhere),
+    setup = Setup(
+        settings.batch_size,
+        settings.microbatches,
+        settings.remat,
+        settings.scan,
+        settings.precision,
+        settings.optimizer,
+        fsdp=1 if mesh is None else mesh.shape.get("fsdp", 1),
+        rows=1 if mesh is None else mesh.devices.size // mesh.shape.get("tensor", 1),
+        devices=jax.device_count(),
     )
+    with explained(watched, plain, abstract, setup, mesh, places):
+        return carry_out(
+            settings,
+            model,
+            state,
+            step,
+            stream,
+            steps=steps,
+            every=max(1, min(steps, stream.batches_per_epoch) // max(1, settings.evaluations)),
+            evaluate=evaluate,
+            metric=metric,
+            mode=mode,
+            about=about,
+            abstract=abstract,
+            schedule=schedule,
+            shown=averages if settings.ema is not None else lambda state: state,
+            patience=settings.patience,
+            elsewhere=("mesh", "profile", *elsewhere),
+        )
 
 
 class RunSettings(Protocol):

@@ -15,6 +15,7 @@ or, of a checkpoint, ``fmjax.load(folder, shardings=partial(layout, mesh=mesh))`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -100,11 +101,19 @@ def jit_step(
     def placed(state: Any, batch: Batch) -> Any:
         # A first state that is elsewhere would have the step traced and compiled for it alone.
         if not state.step.sharding.is_equivalent_to(replicated, state.step.ndim):
-            state = jax.device_put(state, states)
+            state = _put(state, states)
         with jax.set_mesh(mesh):
             return compiled(state, global_batch(batch, rows))
 
     return _checked(placed, max(1, parts // jax.process_count()))
+
+
+def _put(state: TrainState, places: PyTree) -> TrainState:
+    """The state where it belongs, on other hosts too. Of keys ``jax.device_put`` does not do that;
+    their words it does."""
+    impl, words = jax.random.key_impl(state.rng), jax.random.key_data(state.rng)
+    put = jax.device_put(dataclasses.replace(state, rng=words), places)
+    return dataclasses.replace(put, rng=jax.random.wrap_key_data(put.rng, impl=impl))
 
 
 def jit_over(step: StepFn, mesh: Mesh, states: PyTree, rows: NamedSharding) -> Any:
@@ -123,6 +132,31 @@ def jit_over(step: StepFn, mesh: Mesh, states: PyTree, rows: NamedSharding) -> A
         donate_argnums=0,
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
+
+
+def lower_step(
+    step: StepFn,
+    abstract_state: TrainState,
+    abstract_batch: PyTree,
+    mesh: Mesh | None = None,
+    *,
+    state_shardings: PyTree = None,
+) -> jax.stages.Lowered:
+    """The program of `jit_step`, of the same arguments, not compiled and not run.
+
+    Args:
+        step: from `make_train_step`.
+        abstract_state, abstract_batch: arrays or ``jax.ShapeDtypeStruct``.
+        mesh, state_shardings: as there.
+    """
+    if mesh is None:
+        options = compiler_options(jax.default_backend())
+        jitted = jax.jit(step, donate_argnums=0, compiler_options=options)
+        return jitted.lower(abstract_state, abstract_batch)
+    states = NamedSharding(mesh, P()) if state_shardings is None else state_shardings
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, examples_over(mesh))
+        return jit_over(step, mesh, states, rows).lower(abstract_state, abstract_batch)
 
 
 def pmap_step(
@@ -160,9 +194,12 @@ def _checked(step: Callable[..., Any], parts: int) -> StepFn:
     def checked(state: Any, batch: Batch) -> Any:
         uneven = {name: leaf.shape[0] for name, leaf in batch.items() if leaf.shape[0] % parts}
         if uneven:
+            size = next(iter(uneven.values()))
+            nearest = [n for n in (size - size % parts, size - size % parts + parts) if n]
             raise ValueError(
                 f"batch sizes {uneven} do not divide by the {parts} devices that share a batch; "
-                f"choose a batch size that is a multiple of {parts}"
+                f"choose a batch size that is a multiple of {parts}, such as "
+                f"{' or '.join(map(str, nearest))}"
             )
         return step(state, batch)
 

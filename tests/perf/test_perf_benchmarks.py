@@ -54,6 +54,26 @@ def test_script_writes_the_schema(benchmarks, tmp_path, capsys, script, case, dt
 
 
 @pytest.mark.slow
+def test_a_step_is_timed_in_all_its_ways(benchmarks, tmp_path) -> None:
+    _, record = benchmarks
+    path = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / "train_step.py"), "--smoke", "--repeats", "2"]
+    done = subprocess.run(
+        [*command, "--no-peer", "--cases", "minilm-ways-float32", "--json", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    doc = json.loads(path.read_text())
+    record.check(doc)
+    rows = {row["side"]: row for row in doc["rows"]}
+    assert [*rows] == ["fmjax", "mesh", "pmap", "accumulate-4"]
+    assert len({row["model_flops"] for row in rows.values()}) == 1
+    # In pieces less is alive at a time.
+    assert 0 < rows["accumulate-4"]["planned_bytes"] < rows["fmjax"]["planned_bytes"]
+
+
+@pytest.mark.slow
 def test_generate_writes_the_schema(benchmarks, tmp_path) -> None:
     _, record = benchmarks
     path = tmp_path / "out.json"
@@ -187,13 +207,24 @@ def test_compare_puts_devices_side_by_side(benchmarks, tmp_path, capsys) -> None
     out = capsys.readouterr().out
     for words in ("gpt2-medium", "nvidia-h200-x1", "gpt2-clm-float32", "amd-epyc-2-cores"):
         assert words in out
-    assert (tmp_path / "chart.png").stat().st_size > 0
+    from PIL import Image
+
+    with Image.open(tmp_path / "chart.png") as chart:
+        assert chart.width == 150 * (5 + 4 * 4)  # a panel each for pace, both shares and joules
     doc = json.loads((results / "accelerator-gpt2-medium-nvidia-h200-x1.json").read_text())
     for row, line in zip(doc["rows"], compare.lines(doc), strict=True):
         assert line.tokens_per_second == pytest.approx(row["tokens_per_second"])
         rate = row["model_flops"] / row["seconds"]["median"]
         assert line.utilisation == pytest.approx(rate / 989e12)
         assert line.tokens_per_joule == pytest.approx(16 * 1024 / row["joules"])
+        assert line.peak_share == row["peak_share"]
+    # As the page says it: with all files, those of another kind are left out.
+    compare.main(compare.Settings(tuple(sorted(results.glob("*.json")))))
+    everything = capsys.readouterr().out
+    assert "another kind: input-amd-epyc-2-cores.json, loss_memory-amd" in everything
+    assert "of measured peak" in everything
+    with pytest.raises(ValueError, match="none of the files has rows of models"):
+        compare.main(compare.Settings((results / "input-amd-epyc-2-cores.json",)))
     other = json.loads((results / "input-amd-epyc-2-cores.json").read_text())
     with pytest.raises(ValueError, match="rows of 'input' have no"):
         compare.lines(other)

@@ -1,5 +1,7 @@
 """Timers: order, statistics, compile times and memory."""
 
+import subprocess
+import sys
 import time
 
 import jax
@@ -7,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax.perf.timing import compile_time, peak_memory_bytes, time_alternately
+from fmjax.perf.timing import (
+    compile_time,
+    peak_memory_bytes,
+    resident_bytes,
+    time_alternately,
+)
 
 
 def test_turns_alternate_and_begin_with_warmup() -> None:
@@ -51,3 +58,13 @@ def test_peak_memory_grows_by_what_is_held() -> None:
     assert after.host >= held.nbytes
     if jax.default_backend() == "cpu":
         assert after.device is None
+
+
+@pytest.mark.slow
+def test_a_child_does_not_count_its_parents_memory() -> None:
+    if resident_bytes("VmHWM") is None:
+        pytest.skip("the system does not say")
+    held = np.ones(1 << 27)  # 1 GiB
+    code = "from fmjax.perf.timing import peak_memory_bytes; print(peak_memory_bytes().host)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < held.nbytes < peak_memory_bytes().host

@@ -182,11 +182,11 @@ def test_a_file_of_weights_alone_is_converted(tmp_path, capsys):
 def test_what_is_compiled_is_kept_in_the_cache_folder(monkeypatch, tmp_path):
     told = {}
     monkeypatch.setattr(jax.config, "update", told.__setitem__)
-    cli._keep_what_is_compiled()  # JAX_COMPILATION_CACHE_DIR is set: JAX knows already
+    cli.keep_what_is_compiled()  # JAX_COMPILATION_CACHE_DIR is set: JAX knows already
     assert told == {}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("FMJAX_HOME", str(tmp_path))
     monkeypatch.setattr("fmjax.perf.device.cpu_name", lambda: "AMD EPYC(tm) 7/9")
-    cli._keep_what_is_compiled()
+    cli.keep_what_is_compiled()
     place = tmp_path / "compiled" / "amd-epyc-tm-7-9"
     assert told["jax_compilation_cache_dir"] == str(place)
