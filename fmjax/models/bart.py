@@ -23,6 +23,7 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
+from fmjax.nn.remat import Remat
 from fmjax.nn.seq2seq import WithDecoderAlone
 from fmjax.nn.sides import (
     Shared,
@@ -237,7 +238,7 @@ class Stack(nn.Module):
     embeddings: type[nn.Module]
     final_norm: bool
     scan: bool
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(

@@ -19,6 +19,7 @@ from jax import Array
 from fmjax.models import config_alone
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Conv, enlarged, max_pool
+from fmjax.nn.remat import Remat
 from fmjax.nn.vision import check_pixels
 from fmjax.types import Output
 from fmjax.weights import CONV2D, Rule
@@ -155,7 +156,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     pixel_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 

@@ -41,6 +41,7 @@ from fmjax.nn.fusion import (
 )
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import LayerNorm
+from fmjax.nn.remat import Remat
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output
 from fmjax.weights import Rule, dense_rules, nested_rules, norm_rules
@@ -204,7 +205,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

@@ -27,6 +27,7 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.norm import BatchNorm, LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import matmul
+from fmjax.nn.remat import Remat
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.nn.vision import PatchEmbed, check_pixels, resize
 from fmjax.types import Output
@@ -232,7 +233,7 @@ class Stage(nn.Module):
     train: bool
     output_attentions: bool
     scan: bool
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, tuple[LayerOutput, ...]]:
@@ -316,13 +317,13 @@ class Model(nn.Module):
         config: the sizes.
         head: a key of `HEADS`.
         scan: weights stacked over a stage's blocks, and one compiled block a stage.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
     """
 
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

@@ -21,6 +21,7 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
+from fmjax.nn.remat import Remat
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.nn.vision import (
     Grid,
@@ -250,7 +251,7 @@ class Stage(nn.Module):
     config: Config
     stage: int
     scan: bool
-    remat: bool
+    remat: Remat
     train: bool
     output_attentions: bool
 
@@ -324,13 +325,13 @@ class Model(nn.Module):
         head: a key of `HEADS`.
         scan: weights stacked over the layers of each stage (``stages_{i}/layers/...`` [L, ...]) and
             one compiled block a stage.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
     """
 
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

@@ -20,6 +20,7 @@ from fmjax.nn.embed import Embed
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import RMSNorm
 from fmjax.nn.position import relative_position_buckets
+from fmjax.nn.remat import Remat
 from fmjax.nn.seq2seq import EncoderDecoder
 from fmjax.nn.sides import (
     Shared,
@@ -278,7 +279,7 @@ class Stack(nn.Module):
     config: Any
     decoder: bool
     scan: bool
-    remat: bool
+    remat: Remat
 
     block: ClassVar[type[nn.Module]] = Block
 

@@ -22,6 +22,7 @@ from fmjax.models.vit import IGNORED
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
+from fmjax.nn.remat import Remat
 from fmjax.nn.stack import run_stack
 from fmjax.nn.vision import PatchEmbed, VisionEncoder, grid_of, pair, resize_grid
 from fmjax.types import Output
@@ -179,7 +180,7 @@ class Decoder(nn.Module):
 
     config: Config
     scan: bool
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(

@@ -23,6 +23,7 @@ from fmjax.nn.compact import whole
 from fmjax.nn.conv import Conv, enlarged
 from fmjax.nn.embed import Embed
 from fmjax.nn.norm import BatchNorm, GroupNorm
+from fmjax.nn.remat import Remat
 from fmjax.nn.vision import check_pixels
 from fmjax.types import Output
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, norm_rules
@@ -252,7 +253,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     pixel_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 

@@ -17,6 +17,7 @@ from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.linear import Dense
 from fmjax.nn.mask import Mask, make_attention_mask
 from fmjax.nn.norm import LayerNorm
+from fmjax.nn.remat import Remat
 from fmjax.nn.stack import StackOutput, run_stack
 from fmjax.types import Output, PyTree
 
@@ -168,13 +169,13 @@ class Encoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     block: ClassVar[type[nn.Module]]
     head_module: ClassVar[type[nn.Module]]

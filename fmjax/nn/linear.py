@@ -12,6 +12,7 @@ from fmjax.nn.adapter import adapted, adapters
 from fmjax.nn.compact import Compact
 from fmjax.nn.parameter import kept, parameter
 from fmjax.nn.product import affine, matmul
+from fmjax.nn.remat import product
 
 
 class Dense(nn.Module):
@@ -34,8 +35,8 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         if adapters(self) is None and not isinstance(kernel, Compact):
-            return affine(x, kernel, bias)
-        return dense(self, x, kernel, bias).astype(x.dtype)
+            return product(affine(x, kernel, bias))
+        return product(dense(self, x, kernel, bias).astype(x.dtype))
 
 
 def dense(

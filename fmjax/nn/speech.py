@@ -19,6 +19,7 @@ from fmjax.nn.mask import make_attention_mask
 from fmjax.nn.norm import GroupNorm, LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias
+from fmjax.nn.remat import Remat
 from fmjax.nn.spans import draw_spans
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output
@@ -209,13 +210,13 @@ class SpeechEncoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     heads: ClassVar[Mapping[str, str]]
     block: ClassVar[type[nn.Module]]

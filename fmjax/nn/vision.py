@@ -17,6 +17,7 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias, matmul
+from fmjax.nn.remat import Remat
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output, PyTree
 
@@ -305,13 +306,13 @@ class VisionEncoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     block: ClassVar[type[nn.Module]]
     heads: ClassVar[Mapping[str, str]]

@@ -20,8 +20,9 @@ from fmjax.config import parse_config, read_config
 from fmjax.methods import lora
 from fmjax.methods.adapted_layers import is_adapter
 from fmjax.nn.fused_attention import attention_kernel
+from fmjax.nn.remat import Remat
 from fmjax.perf.flops import count_needed_flops
-from fmjax.perf.memory import MemoryUse, memory_use
+from fmjax.perf.memory import MemoryUse, host_bytes, memory_use
 from fmjax.perf.program import Traffic, read_program
 from fmjax.perf.targets import Target, mesh_over
 from fmjax.recipes.training import OPTIMIZERS, Optimizer
@@ -114,13 +115,13 @@ class Step(NamedTuple):
         ids = self.batch.get("input_ids")
         return self.work.batch if ids is None else ids.size
 
-    def loss(self, remat: bool) -> LossFn:
-        """The loss, with blocks recomputed in its gradient or not."""
+    def loss(self, remat: Remat) -> LossFn:
+        """The loss, of whose blocks its gradient recomputes as much as `remat` says."""
         model = self.family.Model(self.config, head=self.head, scan=self.work.scan, remat=remat)
         loss = LOSSES[self.head](model)
         return cast(loss, jnp.bfloat16) if self.work.precision == "bfloat16" else loss
 
-    def flops(self, remat: bool) -> int:
+    def flops(self, remat: Remat) -> int:
         """FLOPs of a step's gradient over all chips, counted in the program as traced."""
         # By the products themselves, whatever kernel will compute them.
         with attention_kernel("plain"):
@@ -147,6 +148,7 @@ class Compiled(NamedTuple):
         seconds: that tracing and compiling took.
         run: the program itself.
         state, batch: what it was lowered with.
+        host: bytes a chip keeps in the host's memory.
     """
 
     memory: MemoryUse
@@ -155,6 +157,7 @@ class Compiled(NamedTuple):
     run: Any
     state: TrainState
     batch: Any
+    host: int = 0
 
 
 def describe(model: str, work: Work) -> Step:
@@ -272,7 +275,7 @@ def places(step: Step, devices: list[Any], axes: Mapping[str, int]) -> Any:
 
 
 def compile_step(
-    step: Step, target: Target, devices: list[Any], axes: Mapping[str, int], remat: bool
+    step: Step, target: Target, devices: list[Any], axes: Mapping[str, int], remat: Remat
 ) -> Compiled:
     """The step compiled for a target's devices.
 
@@ -308,4 +311,5 @@ def compile_step(
         program,
         state,
         batch,
+        host_bytes(program),
     )

@@ -19,6 +19,7 @@ import fmjax.hub as hub
 from fmjax.config import write_json
 from fmjax.data import BatchStream
 from fmjax.methods.optimizers import adafactor, lamb, lion, muon
+from fmjax.nn.remat import Remat
 from fmjax.perf.device import describe_machine
 from fmjax.report import write_report
 from fmjax.train import (
@@ -92,8 +93,9 @@ class Training:
     """Of the computation; the weights stay float32."""
     scan: bool = False
     """Compile one layer and scan it."""
-    remat: bool = False
-    """Recompute layers in the backward pass, to save memory."""
+    remat: Remat = "none"
+    """What of layers the backward pass recomputes, to save memory: nothing; what lies between their
+    products; all of them; or all, with their inputs kept in the host's memory."""
     evaluations: int = 2
     """Evaluations an epoch; each may set the best checkpoint."""
     patience: int | None = None
@@ -229,7 +231,7 @@ def train(
         schedule=schedule,
         shown=averages if settings.ema is not None else lambda state: state,
         patience=settings.patience,
-        elsewhere=("mesh", "profile", *elsewhere),
+        elsewhere=("mesh", "profile", "remat", *elsewhere),
     )
 
 
