@@ -37,6 +37,7 @@ from fmjax.train import (
     make_train_step,
 )
 from fmjax.train.compile import compiler_options, jit_over
+from fmjax.train.moments import Moments
 from fmjax.train.sharding import batch_spec, placed
 from fmjax.tree import count
 from fmjax.types import LossFn, TrainState, Variables
@@ -75,6 +76,8 @@ class Work:
     """Of the low-rank updates."""
     optimizer: Optimizer = "adamw"
     """Of what trains."""
+    moments: Moments = "float32"
+    """As what the optimizer keeps its moments."""
     microbatches: int = 1
     """Pieces a batch is computed in, to save memory."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -200,7 +203,7 @@ def describe(model: str, work: Work) -> Step:
     variables = jax.eval_shape(
         partial(_prepared, work=work), hub.abstract_variables(plain), jax.random.key(0)
     )
-    tx = OPTIMIZERS[work.optimizer](1e-4, weight_decay=0.01)
+    tx = OPTIMIZERS[work.optimizer](1e-4, weight_decay=0.01, moments=work.moments)
     trains = is_param if work.method == "full" else is_adapter
     state = jax.eval_shape(
         lambda variables, rng: init_state(variables, tx, rng, trains),

@@ -41,6 +41,7 @@ from fmjax.train import (
 )
 from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.loop import Hook, Memory, evaluation, fit
+from fmjax.train.moments import Moments
 from fmjax.train.optim import ema_of, track_ema
 from fmjax.train.profiling import parse_steps, profiled
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
@@ -84,6 +85,8 @@ class Training:
     """Share of the steps that warm up."""
     optimizer: Optimizer = "adamw"
     """Muon learns from fewer tokens, at more computation a step; Adafactor and Lion keep less."""
+    moments: Moments = "float32"
+    """As what the optimizer keeps its moments; bfloat16, rounded at random, is half the memory."""
     weight_decay: float = 0.01
     """Of kernels and embeddings."""
     ema: float | None = None
@@ -191,7 +194,9 @@ def train(
     schedule = SCHEDULES[settings.schedule](
         settings.learning_rate, steps=steps, warmup=int(settings.warmup * steps)
     )
-    tx = OPTIMIZERS[settings.optimizer](schedule, weight_decay=settings.weight_decay)
+    tx = OPTIMIZERS[settings.optimizer](
+        schedule, weight_decay=settings.weight_decay, moments=settings.moments
+    )
     if through is not None:
         tx = through(tx)
     if settings.ema is not None:
