@@ -151,7 +151,7 @@ def test_losses_are_float32s(name):
     exact, low = (np.asarray(losses[moments]) for moments in ("float32", "bfloat16"))
     assert exact[-1] < 0.35 * exact[0]
     smooth = [np.convolve(series, np.ones(20) / 20, "valid") for series in (exact, low)]
-    # Measured: 0.0005 at the most, and 0.019 of Muon, whose orthogonalisation amplifies what is small.
+    # Measured: 0.0005 at the most, and 0.019 of Muon, which makes small directions large.
     np.testing.assert_allclose(smooth[1], smooth[0], rtol=0.03 if name == "muon" else 1e-3)
 
 
