@@ -35,6 +35,7 @@ from fmjax.train import (
     make_mesh,
     make_train_step,
     parse_mesh,
+    quantized_products,
     warmup_cosine,
     warmup_linear,
     warmup_stable_decay,
@@ -94,6 +95,9 @@ class Training:
     the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the weights stay float32."""
+    matmuls: Literal["float", "int8", "float8"] = "float"
+    """As what dense layers multiply, forward and backward: of the precision, or rounded to 8 bits
+    (`pip install fmjax[qwix]`)."""
     scan: bool = False
     """Compile one layer and scan it."""
     remat: Remat = "none"
@@ -201,6 +205,8 @@ def train(
         tx = through(tx)
     if settings.ema is not None:
         tx = optax.chain(tx, track_ema(settings.ema))
+    if settings.matmuls != "float":
+        loss = quantized_products(loss, settings.matmuls)
     if settings.precision == "bfloat16":
         loss = cast(loss, jnp.bfloat16)
     if differentiate is None:

@@ -7,6 +7,7 @@ from fmjax.train.loop import Event, Memory, evaluation, fit
 from fmjax.train.moments import keep_moments
 from fmjax.train.optim import adamw, bounded, decays, ema_of, track_ema
 from fmjax.train.players import Turn, init_players, take_turns
+from fmjax.train.quantized_products import quantized_products
 from fmjax.train.recording import Recorder, progress, recording
 from fmjax.train.schedules import (
     inverse_sqrt,
@@ -59,6 +60,7 @@ __all__ = [
     "parse_mesh",
     "pmap_step",
     "progress",
+    "quantized_products",
     "recording",
     "saving",
     "shardings",
