@@ -95,7 +95,7 @@ def _splashes(
     bias: Array | None,
     chosen: Kernel,
 ) -> bool:
-    from fmjax.nn.splash_attention import SHORTEST, suits
+    from fmjax.nn.splash_attention import SHORTEST, suits  # Pallas takes a second to import
 
     if chosen == "splash" and (
         key.shape[2] < SHORTEST or not query.dtype == key.dtype == value.dtype == jnp.bfloat16

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +98,7 @@ def splash_attention(
     return jnp.swapaxes(out[:, :, :length], 1, 2)
 
 
-def _over_devices(attend, padded: bool):
+def _over_devices(attend: Callable[..., Array], padded: bool) -> Callable[..., Array]:
     """Each device by itself: the compiler does not divide a kernel's work."""
     rows = divided_over(BATCH)
     heads = P(rows, divided_over((TENSOR,)))
@@ -138,12 +140,12 @@ def _of_device(
         ),
         interpret=interpret,
     )  # fmt: skip
-    if keep is None:
-        return jax.vmap(lambda q, k, v: kernel(q, k, v))(query, key, value)
     ones = jnp.ones(length, jnp.int32)
-    return jax.vmap(lambda q, k, v, keep: kernel(q, k, v, splash.SegmentIds(ones, keep)))(
-        query, key, value, keep
-    )
+
+    def of_example(query: Array, key: Array, value: Array, keep: Array | None) -> Any:
+        return kernel(query, key, value, None if keep is None else splash.SegmentIds(ones, keep))
+
+    return jax.vmap(of_example)(query, key, value, keep)
 
 
 def _block(size: int) -> int:

@@ -263,9 +263,8 @@ def _splash_products(eqn: core.JaxprEqn) -> int | None:
 def _splash_flops(eqn: core.JaxprEqn, products: int) -> int:
     """As of a kernel that skips no block, at the lengths that its operands are padded to."""
     # Before queries [..., H, T, K], keys and values [..., G, S, K] come the numbers of blocks.
-    query, key, *_ = (
-        variable.aval.shape for variable in eqn.invars if variable.aval.dtype.kind != "i"
-    )
+    avals: list[Any] = [variable.aval for variable in eqn.invars]
+    query, key, *_ = (aval.shape for aval in avals if aval.dtype.kind != "i")
     return products * 2 * math.prod(query) * key[-2]
 
 

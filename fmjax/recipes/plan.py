@@ -92,7 +92,8 @@ def plan(settings: Settings) -> dict[str, Any]:
     step = describe(settings.model, settings)
     devices = target.devices()
     found, undivided = candidates(step, target, devices, axes, settings.remat)
-    flops = {remat: step.flops(remat) for remat in {"none", *(one.remat for one in found)}}
+    policies: set[Remat] = {"none", *(one.remat for one in found)}
+    flops: dict[Remat, int] = {remat: step.flops(remat) for remat in policies}
     plans, best = _search(step, target, devices, found, settings, flops)
     rest = [one for one in found if all(one is not done for done, _, _ in plans)]
     rows = [row for _, row, _ in plans]

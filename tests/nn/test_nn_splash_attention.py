@@ -197,7 +197,7 @@ def test_its_products_are_counted():
 @pytest.mark.parametrize("axes", [{"fsdp": 4}, {"data": 2, "tensor": 2}])
 def test_a_train_step_for_a_tpu(axes, tmp_path):
     """Compiled with the kernel, forward, recomputed and backward; without the scores in memory."""
-    config = gpt2.Config(vocab_size=64, n_embd=128, n_layer=2, n_head=4, n_positions=512)
+    config = gpt2.Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=512)
     extra = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     write_json(tmp_path / "config.json", config_to_json(config, extra))
     target = parse_target("v5e:2x2")
