@@ -21,9 +21,8 @@ from fmjax.config import config_to_json, default_labels, parse_config, read_conf
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import families, family_for, family_of
 from fmjax.nn.compact import Compact
-from fmjax.nn.remat import Remat
 from fmjax.tree import flatten, layer_paths, stacked_place, unflatten, unstack_layers
-from fmjax.types import PyTree, Variables
+from fmjax.types import PyTree, Remat, Variables
 from fmjax.weights import (
     Rule,
     Sliceable,
@@ -84,7 +83,7 @@ def create(
         num_labels: how many labels, or their names.
         dtype: of the floating-point weights; None is float32.
         scan: layers stacked and scanned: compiles in time independent of depth.
-        remat: what of blocks the backward pass recomputes, see `fmjax.nn.remat.Remat`: less memory,
+        remat: what of blocks the backward pass recomputes, see `fmjax.types.Remat`: less memory,
             more compute.
 
     Returns:
@@ -173,7 +172,7 @@ def load(
             of their path inside the collection: ``("head/",)``. Nothing else is ever initialised.
         dtype: floating-point weights are cast to it; None keeps the file's.
         scan: layers stacked and scanned.
-        remat: what of blocks the backward pass recomputes, see `fmjax.nn.remat.Remat`.
+        remat: what of blocks the backward pass recomputes, see `fmjax.types.Remat`.
         shardings: where each leaf goes: a tree like the variables, a function from their abstract
             tree to such a tree (``partial(fmjax.train.layout, mesh=mesh)``), or None for the
             default device. Of files that layouts let be sliced, each process then reads no more

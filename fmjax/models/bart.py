@@ -23,7 +23,6 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.remat import Remat
 from fmjax.nn.seq2seq import WithDecoderAlone
 from fmjax.nn.sides import (
     Shared,
@@ -35,7 +34,7 @@ from fmjax.nn.sides import (
     stack_output,
 )
 from fmjax.nn.stack import LayerOutput, run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 from fmjax.weights import TRANSPOSE, Rule, dense_rules, norm_rules
 
 EPSILON = 1e-5  # of every layer norm; no config.json names it

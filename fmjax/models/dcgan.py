@@ -19,9 +19,8 @@ from fmjax.models import config_alone
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Around, Conv, ConvTranspose
 from fmjax.nn.norm import BatchNorm, GroupNorm
-from fmjax.nn.remat import Remat
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, conv_transpose_rules, norm_rules
 
 NORMS = ("batch_norm", "layer_norm", "none")

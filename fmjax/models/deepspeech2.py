@@ -23,9 +23,9 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.recurrent import GRU, LSTM, Cell, Recurrence, State
-from fmjax.nn.remat import Remat, recomputed
+from fmjax.nn.remat import recomputed
 from fmjax.nn.speech import until
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import (
     CONV2D,
     TRANSPOSE,
@@ -236,7 +236,7 @@ class Model(nn.Module):
         config: the family's.
         head: "model" or "ctc".
         scan: has no effect: the layers differ in shape.
-        remat: what is recomputed of the recurrent layers, as `fmjax.nn.remat.Remat` says.
+        remat: what is recomputed of the recurrent layers, as `fmjax.types.Remat` says.
     """
 
     config: Config

@@ -18,7 +18,8 @@ from fmjax.nn.conv import Conv, ConvNorm, average_pool, max_pool
 from fmjax.nn.convnet import ConvNet
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.norm import BatchNorm
-from fmjax.nn.remat import Remat, recomputed
+from fmjax.nn.remat import recomputed
+from fmjax.types import Remat
 from fmjax.weights import (
     Rule,
     also_named,

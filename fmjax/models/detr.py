@@ -29,10 +29,9 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import FrozenBatchNorm, LayerNorm, layer_norm
 from fmjax.nn.parameter import parameter
-from fmjax.nn.remat import Remat
 from fmjax.nn.stack import LayerOutput, StackOutput, run_stack
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 from fmjax.weights import (
     CONV2D,
     Rule,
@@ -304,7 +303,7 @@ class Model(nn.Module):
         config: the sizes.
         head: a key of `HEADS`.
         scan: blocks' weights stacked over layers and one compiled block for each of the two stacks.
-        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
         moving: whether the backbone's batch normalisation uses the batch's own statistics in
             training and moves the running ones, which needs ``mutable=["batch_stats"]``.
     """

@@ -19,9 +19,8 @@ from jax import Array
 from fmjax.models import config_alone
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Conv, enlarged, max_pool
-from fmjax.nn.remat import Remat
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import CONV2D, Rule
 
 EPSILON = 0.1

@@ -41,9 +41,8 @@ from fmjax.nn.fusion import (
 )
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.remat import Remat
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, dense_rules, nested_rules, norm_rules
 
 FUSIONS = ("late", "cross_attention", "co_attention")

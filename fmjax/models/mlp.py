@@ -16,8 +16,7 @@ from fmjax.models import config_alone
 from fmjax.nn.activation import activation
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.linear import Dense
-from fmjax.nn.remat import Remat
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, dense_rules
 
 

@@ -27,10 +27,9 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.norm import BatchNorm, LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import matmul
-from fmjax.nn.remat import Remat
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.nn.vision import PatchEmbed, check_pixels, resize
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, dense_rules, norm_rules
 
 EPSILON = 1e-5  # PyTorch's default of a LayerNorm: the config's layer_norm_eps is not read there
@@ -317,7 +316,7 @@ class Model(nn.Module):
         config: the sizes.
         head: a key of `HEADS`.
         scan: weights stacked over a stage's blocks, and one compiled block a stage.
-        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Config

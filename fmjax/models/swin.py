@@ -21,7 +21,6 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
-from fmjax.nn.remat import Remat
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.nn.vision import (
     Grid,
@@ -36,7 +35,7 @@ from fmjax.nn.vision import (
     resize_grid,
     unpatchify,
 )
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, conv_rules, dense_rules, norm_rules, renamed
 
 __all__ = ["inputs"]
@@ -325,7 +324,7 @@ class Model(nn.Module):
         head: a key of `HEADS`.
         scan: weights stacked over the layers of each stage (``stages_{i}/layers/...`` [L, ...]) and
             one compiled block a stage.
-        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Config

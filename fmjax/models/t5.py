@@ -20,7 +20,6 @@ from fmjax.nn.embed import Embed
 from fmjax.nn.mlp import Mlp
 from fmjax.nn.norm import RMSNorm
 from fmjax.nn.position import relative_position_buckets
-from fmjax.nn.remat import Remat
 from fmjax.nn.seq2seq import EncoderDecoder
 from fmjax.nn.sides import (
     Shared,
@@ -32,7 +31,7 @@ from fmjax.nn.sides import (
     stack_output,
 )
 from fmjax.nn.stack import LayerOutput, run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 from fmjax.weights import TRANSPOSE, Rule
 
 

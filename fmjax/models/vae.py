@@ -20,9 +20,8 @@ from fmjax.nn.activation import activation
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Conv, ConvTranspose
 from fmjax.nn.linear import Dense
-from fmjax.nn.remat import Remat
 from fmjax.nn.vision import check_pixels, pair
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, conv_rules, conv_transpose_rules, dense_rules
 
 LIKELIHOODS = ("bernoulli", "gaussian")

@@ -22,9 +22,8 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.mask import make_attention_mask
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
-from fmjax.nn.remat import Remat
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, dense_rules, nested_rules, norm_rules
 
 POOLINGS = ("mean", "max", "transformer")

@@ -22,10 +22,9 @@ from fmjax.models.vit import IGNORED
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
-from fmjax.nn.remat import Remat
 from fmjax.nn.stack import run_stack
 from fmjax.nn.vision import PatchEmbed, VisionEncoder, grid_of, pair, resize_grid
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, dense_rules, norm_rules
 
 __all__ = ["IGNORED"]

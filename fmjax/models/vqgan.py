@@ -23,9 +23,8 @@ from fmjax.nn.compact import whole
 from fmjax.nn.conv import Conv, enlarged
 from fmjax.nn.embed import Embed
 from fmjax.nn.norm import BatchNorm, GroupNorm
-from fmjax.nn.remat import Remat
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, norm_rules
 
 INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's own

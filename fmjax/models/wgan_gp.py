@@ -20,9 +20,8 @@ from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Conv, average, average_pool, enlarged
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import BatchNorm, GroupNorm
-from fmjax.nn.remat import Remat
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, dense_rules, norm_rules
 
 NORMS = ("none", "layer_norm")

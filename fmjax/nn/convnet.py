@@ -14,9 +14,9 @@ from fmjax.nn.checks import check_head
 from fmjax.nn.conv import average
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
-from fmjax.nn.remat import Remat, recomputed
+from fmjax.nn.remat import recomputed
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 
 
 def stage_problems(config: Any) -> list[str]:
@@ -49,7 +49,7 @@ class ConvNet(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: has no effect: blocks differ in shape.
-        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any

@@ -18,10 +18,9 @@ from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
 from fmjax.nn.mask import Mask, make_attention_mask
-from fmjax.nn.remat import Remat
 from fmjax.nn.sides import empty_seq2seq_cache
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 
 
 class Inputs(NamedTuple):
@@ -139,7 +138,7 @@ class Decoder(nn.Module):
         head: "model", "causal_lm", "sequence_classification", "token_classification" or
             "question_answering".
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any

@@ -12,8 +12,7 @@ from jax import Array
 
 from fmjax.nn.checks import check_head
 from fmjax.nn.norm import unit_length
-from fmjax.nn.remat import Remat
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 
 
 class DualEncoder(nn.Module):
@@ -27,7 +26,7 @@ class DualEncoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: the encoders' weights stacked over layers and one compiled block each.
-        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any

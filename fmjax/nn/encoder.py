@@ -17,9 +17,8 @@ from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.linear import Dense
 from fmjax.nn.mask import Mask, make_attention_mask
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.remat import Remat
 from fmjax.nn.stack import StackOutput, run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 
 
 class Inputs(NamedTuple):
@@ -169,7 +168,7 @@ class Encoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any

@@ -66,7 +66,7 @@ def fused(
     """
     chosen = _CHOSEN.get()
     if chosen is None:
-        chosen = _OF_BACKENDS.get(jax.default_backend(), "plain")
+        chosen = _of_device()
     if chosen == "plain":
         return None
     batch, length, _, size = query.shape
@@ -84,7 +84,17 @@ def fused(
     return "cudnn" if size % 8 == 0 and size <= _widest_head() else None
 
 
-_OF_BACKENDS: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}
+def _of_device() -> Kernel:
+    """The kernel of the device at hand.
+
+    XLA does not divide the TPU's over devices by itself: of several, the program has to be traced
+    under ``jax.set_mesh``, as `fmjax.train.jit_step` does, or inside ``jax.shard_map`` or a pmap.
+    """
+    backend = jax.default_backend()
+    if backend == "gpu":
+        return "cudnn"
+    alone = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+    return "splash" if backend == "tpu" and alone else "plain"
 
 
 def _splashes(

@@ -6,25 +6,15 @@ Chen et al. 2016, "Training deep nets with sublinear memory cost", arXiv:1604.06
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from fmjax.types import PyTree
+from fmjax.types import PyTree, Remat
 
-Remat = Literal["none", "dots", "block", "offload"]
-"""From the least work to the least memory.
-
-- "none" keeps all that the gradient reads;
-- "dots" the products of dense layers and convolutions: what lies between them is computed again,
-  and attention's scores, which grow with the square of the length;
-- "block" each block's input alone: the whole block is computed again;
-- "offload" as "block", and keeps the inputs in the host's memory, from where the gradient fetches
-  them. On a CPU, whose memory is the host's, that is "block".
-"""
 _PRODUCT, _BLOCK_INPUT = "product", "block_input"
 
 

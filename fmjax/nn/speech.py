@@ -19,10 +19,9 @@ from fmjax.nn.mask import make_attention_mask
 from fmjax.nn.norm import GroupNorm, LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias
-from fmjax.nn.remat import Remat
 from fmjax.nn.spans import draw_spans
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 
 EPSILON = 1e-5  # of the norms for which there is no key
 TORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # of a PyTorch Linear
@@ -210,7 +209,7 @@ class SpeechEncoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any

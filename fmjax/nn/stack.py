@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.placement import constrain_examples, on_a_mesh
-from fmjax.nn.remat import Remat, recomputed
-from fmjax.types import PyTree
+from fmjax.nn.remat import recomputed
+from fmjax.types import PyTree, Remat
 
 
 class LayerOutput(NamedTuple):

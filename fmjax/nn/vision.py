@@ -17,9 +17,8 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias, matmul
-from fmjax.nn.remat import Remat
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 
 
 def pair(size: int | tuple[int, ...]) -> tuple[int, int]:
@@ -306,7 +305,7 @@ class VisionEncoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: what the backward pass recomputes, as `fmjax.nn.remat.Remat` says.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any

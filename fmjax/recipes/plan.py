@@ -18,7 +18,6 @@ import jax
 import tyro
 
 from fmjax.config import write_json
-from fmjax.nn.remat import Remat
 from fmjax.perf.roofline import roofline
 from fmjax.perf.targets import Target, parse_target
 from fmjax.recipes.plan_output import draw, mesh_name
@@ -27,6 +26,7 @@ from fmjax.recipes.planned_step import Compiled, Step, Work, compile_step, descr
 from fmjax.recipes.planned_step_run import measure
 from fmjax.recipes.training import plain_settings
 from fmjax.train.sharding import parse_axes
+from fmjax.types import Remat
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 
-from fmjax.nn.remat import Remat
 from fmjax.perf.memory import bytes_per_chip, state_bytes
 from fmjax.perf.targets import Target
 from fmjax.recipes.planned_step import Step, places
+from fmjax.types import Remat
 
 POLICIES: tuple[Remat, ...] = get_args(Remat)
 """From the least work to the least memory."""

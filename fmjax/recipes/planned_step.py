@@ -20,7 +20,6 @@ from fmjax.config import parse_config, read_config
 from fmjax.methods import lora
 from fmjax.methods.adapted_layers import is_adapter
 from fmjax.nn.fused_attention import attention_kernel
-from fmjax.nn.remat import Remat
 from fmjax.perf.flops import count_needed_flops
 from fmjax.perf.memory import MemoryUse, host_bytes, memory_use
 from fmjax.perf.program import Traffic, read_program
@@ -40,7 +39,7 @@ from fmjax.train.compile import compiler_options, jit_over
 from fmjax.train.moments import Moments
 from fmjax.train.sharding import batch_spec, placed
 from fmjax.tree import count
-from fmjax.types import LossFn, TrainState, Variables
+from fmjax.types import LossFn, Remat, TrainState, Variables
 
 LOSSES: dict[str, Callable[..., LossFn]] = {
     "causal_lm": causal_lm.loss,

@@ -19,7 +19,6 @@ import fmjax.hub as hub
 from fmjax.config import write_json
 from fmjax.data import BatchStream
 from fmjax.methods.optimizers import adafactor, lamb, lion, muon
-from fmjax.nn.remat import Remat
 from fmjax.perf.device import describe_machine
 from fmjax.report import write_report
 from fmjax.train import (
@@ -49,7 +48,7 @@ from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.sharding import placed
 from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
-from fmjax.types import GradFn, LossFn, StepFn, TrainState, Variables
+from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables
 
 Optimizer = Literal["adamw", "muon", "lamb", "adafactor", "lion"]
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "lamb": lamb, "adafactor": adafactor, "lion": lion}

@@ -118,6 +118,17 @@ def test_it_is_chosen_where_the_operands_suit_it():
     assert fused_by("splash", *operands(jnp.bfloat16, 264, SHORTEST, SHORTEST)) is None
 
 
+def test_of_several_tpus_it_needs_a_mesh(monkeypatch):
+    low = operands(jnp.bfloat16, length=SHORTEST, keys=SHORTEST)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert jax.device_count() == 4
+    assert fused(*low) is None
+    with jax.set_mesh(make_mesh(data=2)):
+        assert fused(*low) == "splash"
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert fused(*low) == "splash"
+
+
 MESHES = [{"data": 2, "tensor": 2}, {"tensor": 2}, {"fsdp": 2}]
 
 
