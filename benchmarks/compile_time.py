@@ -117,7 +117,7 @@ def compiled_row(case: Case, scan: bool, settings: Settings) -> Row:
         batch=case.batch_size, length=case.length, head=case.head, precision="float32", scan=scan
     )
     step = describe(case.model, work)
-    train_step = make_train_step(gradient(step.loss(remat=False)), step.tx)
+    train_step = make_train_step(gradient(step.loss(remat="none")), step.tx)
     found = []
     for _ in range(settings.repeats):
         jax.clear_caches()

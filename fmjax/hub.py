@@ -22,7 +22,7 @@ from fmjax.generation_config import GenerationConfig
 from fmjax.models import families, family_for, family_of
 from fmjax.nn.compact import Compact
 from fmjax.tree import flatten, layer_paths, stacked_place, unflatten, unstack_layers
-from fmjax.types import PyTree, Variables
+from fmjax.types import PyTree, Remat, Variables
 from fmjax.weights import (
     Rule,
     Sliceable,
@@ -71,7 +71,7 @@ def create(
     num_labels: int | Sequence[str] | None = None,
     dtype: Any = None,
     scan: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[Any, Variables]:
     """A model with random weights.
 
@@ -83,7 +83,8 @@ def create(
         num_labels: how many labels, or their names.
         dtype: of the floating-point weights; None is float32.
         scan: layers stacked and scanned: compiles in time independent of depth.
-        remat: blocks recomputed in the backward pass: less memory, more compute.
+        remat: what of blocks the backward pass recomputes, see `fmjax.types.Remat`: less memory,
+            more compute.
 
     Returns:
         (model, variables): ``model.apply(variables, input_ids=...)``.
@@ -154,7 +155,7 @@ def load(
     new: Sequence[str] = (),
     dtype: Any = None,
     scan: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
     shardings: PyTree | Callable[[Variables], PyTree] = None,
     rng: Array | None = None,
 ) -> tuple[Any, Variables]:
@@ -171,7 +172,7 @@ def load(
             of their path inside the collection: ``("head/",)``. Nothing else is ever initialised.
         dtype: floating-point weights are cast to it; None keeps the file's.
         scan: layers stacked and scanned.
-        remat: blocks recomputed in the backward pass.
+        remat: what of blocks the backward pass recomputes, see `fmjax.types.Remat`.
         shardings: where each leaf goes: a tree like the variables, a function from their abstract
             tree to such a tree (``partial(fmjax.train.layout, mesh=mesh)``), or None for the
             default device. Of files that layouts let be sliced, each process then reads no more
@@ -210,7 +211,7 @@ def load_weights(
     new: Sequence[str] = (),
     dtype: Any = None,
     scan: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
     shardings: PyTree | Callable[[Variables], PyTree] = None,
     rng: Array | None = None,
 ) -> tuple[Any, Variables]:
@@ -246,7 +247,7 @@ def _read(
     new: Sequence[str],
     dtype: Any,
     scan: bool,
-    remat: bool,
+    remat: Remat,
     shardings: PyTree | Callable[[Variables], PyTree],
     rng: Array | None,
 ) -> tuple[Any, Variables]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,16 @@ Variables = dict[str, Any]
 """Flax collections as nested dicts: ``{"params": ..., "batch_stats": ..., ...}``."""
 Batch = Mapping[str, Array | np.ndarray]
 """Named arrays; every leaf has leading axis B."""
+Remat = Literal["none", "dots", "block", "offload"]
+"""From the least work to the least memory.
+
+- "none" keeps all that the gradient reads;
+- "dots" the products of dense layers and convolutions: what lies between them is computed again,
+  and attention's scores, which grow with the square of the length;
+- "block" each block's input alone: the whole block is computed again;
+- "offload" as "block", and keeps the inputs in the host's memory, from where the gradient fetches
+  them. On a CPU, whose memory is the host's, that is "block".
+"""
 
 
 class Mean(NamedTuple):

@@ -14,6 +14,7 @@ import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
+from fmjax.train.moments import Moments, keep_moments
 from fmjax.train.optim import decays, mask_of
 from fmjax.tree import is_stacked, map_with_path, merge, split
 from fmjax.types import PyTree
@@ -59,6 +60,7 @@ def lamb(
     weight_decay: float = 0.01,
     max_grad_norm: float = 1.0,
     decay: Predicate = decays,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2), for batches of thousands.
 
@@ -68,6 +70,7 @@ def lamb(
         learning_rate: a number or an Optax schedule of the step.
         max_grad_norm: global norm the gradient is clipped to.
         decay: says by leaf path which weights decay.
+        moments: as what they are kept, see `fmjax.train.moments.keep_moments`.
     """
     scaled = optax.chain(
         optax.scale_by_adam(b1, b2, eps),
@@ -76,7 +79,7 @@ def lamb(
     )
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        layer_by_layer(scaled),
+        keep_moments(layer_by_layer(scaled), moments),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -91,6 +94,7 @@ def adafactor(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     decay: Predicate = decays,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5): squares of gradients
     kept as a row and a column a matrix, which spares the optimizer's memory.
@@ -104,6 +108,8 @@ def adafactor(
         min_dim_size_to_factor: smaller matrices keep all their squares.
         max_grad_norm: global norm the gradient is clipped to.
         decay: says by leaf path which weights decay, by ``learning_rate * weight_decay``.
+        moments: as what factors, and squares of what has none, are kept, see
+            `fmjax.train.moments.keep_moments`.
     """
     parts = [
         optax.scale_by_factored_rms(
@@ -115,7 +121,7 @@ def adafactor(
         parts.append(optax.scale_by_param_block_rms())
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        layer_by_layer(optax.chain(*parts)),
+        keep_moments(layer_by_layer(optax.chain(*parts)), moments),
         optax.add_decayed_weights(weight_decay, mask_of(decay)),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -129,6 +135,7 @@ def lion(
     weight_decay: float = 0.1,
     max_grad_norm: float = 1.0,
     decay: Predicate = decays,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """Lion (Chen et al. 2023, arXiv:2302.06675, algorithm 2): the sign of a momentum.
 
@@ -139,11 +146,10 @@ def lion(
         learning_rate: a number or an Optax schedule of the step.
         max_grad_norm: global norm the gradient is clipped to.
         decay: says by leaf path which weights decay.
+        moments: as what they are kept, see `fmjax.train.moments.keep_moments`.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask_of(decay)),
-    )
+    tx = optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask_of(decay))
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), keep_moments(tx, moments))
 
 
 def hidden_matrix(path: str) -> bool:
@@ -159,6 +165,7 @@ def muon(
     weight_decay: float = 0.1,
     max_grad_norm: float = 1.0,
     matrix: Predicate = hidden_matrix,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the matrices of blocks, and `adamw` for all else.
 
@@ -172,7 +179,7 @@ def muon(
         max_grad_norm: global norm the gradient is clipped to.
         matrix: says by leaf path what Muon updates; of a leaf with more than two axes each matrix
             of the last two, as of scanned layers, by itself.
-
+        moments: as what they are kept, see `fmjax.train.moments.keep_moments`.
     """
 
     def labels(params: PyTree) -> PyTree:
@@ -191,5 +198,5 @@ def muon(
     )
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.partition({"muon": matrices, "adamw": rest}, labels),
+        keep_moments(optax.partition({"muon": matrices, "adamw": rest}, labels), moments),
     )

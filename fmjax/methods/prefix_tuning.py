@@ -254,7 +254,8 @@ def _unread(model: Any, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """The leaves that no operation of the model takes."""
     # As a loop: a scan takes its layers' leaves whether they are read or not.
     names = {field.name for field in dataclasses.fields(model)}
-    loop = model.clone(**{name: False for name in ("scan", "remat") if name in names})
+    plain = {"scan": False, "remat": "none"}
+    loop = model.clone(**{name: value for name, value in plain.items() if name in names})
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     if "scan" in names and model.scan:
         leaves = flatten(unstack_layers(unflatten(leaves)))

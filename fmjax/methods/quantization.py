@@ -9,9 +9,8 @@ What is quantised does not train. For QLoRA add adapters with `fmjax.methods.lor
 `is_float` tells what else can. `fmjax.save` takes plain arrays alone
 (`fmjax.nn.compact.whole_arrays`); `fmjax.methods.compressed_files` writes the integers.
 
-Activations stay in floating point. For products of int8, the package qwix wraps models of this
-library as they are: ``qwix.quantize_model(model, qwix.QtProvider([...]))`` returns a model for any
-task's loss.
+Activations stay in floating point. For products of int8 or float8 in training see
+`fmjax.train.quantized_products`.
 """
 
 from __future__ import annotations

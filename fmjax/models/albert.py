@@ -17,6 +17,7 @@ from fmjax.models import bert
 from fmjax.models.bert import IGNORED, inputs
 from fmjax.nn.encoder import Inputs, TextEmbeddings
 from fmjax.nn.norm import LayerNorm
+from fmjax.nn.remat import block_input, policy, recomputed
 from fmjax.nn.stack import LayerOutput, StackOutput
 from fmjax.types import Output, PyTree
 from fmjax.weights import Rule, dense_rules, norm_rules, vocabulary_rules
@@ -179,7 +180,7 @@ class Model(bert.Model):
     ) -> tuple[Array, tuple[LayerOutput, ...]]:
         """One block after the other; a set of weights is a module that is called several times."""
         order = self.config.order
-        block = nn.remat(self.block) if self.remat else self.block
+        block = recomputed(self.block, self.remat)
         sets = [block(**fields, name=f"layers_{k}") for k in range(max(order) + 1)]
         layers = []
         for index, k in enumerate(order):
@@ -215,11 +216,12 @@ class Model(bert.Model):
             index, k = at
             weights = jax.tree.map(lambda leaf: leaf[k], stack)
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, index)}
-            result: Any = block.apply(weights, hidden, None, index, shared, rngs=rngs)
+            start = block_input(hidden)
+            result: Any = block.apply(weights, start, None, index, shared, rngs=rngs)
             return result
 
-        if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False)
+        if self.remat != "none":  # with the choice of weights, of which no copies are kept
+            step = jax.checkpoint(step, prevent_cse=False, policy=policy(self.remat))
         indices = jnp.arange(len(order))
         hidden, outputs = jax.lax.scan(step, hidden, (indices, jnp.array(order)))
         layers = tuple(

@@ -34,7 +34,7 @@ from fmjax.nn.sides import (
     stack_output,
 )
 from fmjax.nn.stack import LayerOutput, run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 from fmjax.weights import TRANSPOSE, Rule, dense_rules, norm_rules
 
 EPSILON = 1e-5  # of every layer norm; no config.json names it
@@ -237,7 +237,7 @@ class Stack(nn.Module):
     embeddings: type[nn.Module]
     final_norm: bool
     scan: bool
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(

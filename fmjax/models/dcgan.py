@@ -20,7 +20,7 @@ from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Around, Conv, ConvTranspose
 from fmjax.nn.norm import BatchNorm, GroupNorm
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, conv_transpose_rules, norm_rules
 
 NORMS = ("batch_norm", "layer_norm", "none")
@@ -94,7 +94,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

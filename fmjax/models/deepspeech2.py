@@ -23,8 +23,9 @@ from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.recurrent import GRU, LSTM, Cell, Recurrence, State
+from fmjax.nn.remat import recomputed
 from fmjax.nn.speech import until
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import (
     CONV2D,
     TRANSPOSE,
@@ -235,13 +236,13 @@ class Model(nn.Module):
         config: the family's.
         head: "model" or "ctc".
         scan: has no effect: the layers differ in shape.
-        remat: recurrent layers are recomputed in the backward pass.
+        remat: what is recomputed of the recurrent layers, as `fmjax.types.Remat` says.
     """
 
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     def frames(self, lengths: Any) -> Any:
         """How many frames of logits so many frames of input have; see `output_lengths`."""
@@ -298,7 +299,7 @@ class Model(nn.Module):
         keep = until(lengths, frames)
         x = jnp.swapaxes(x, 2, 3).reshape(batch, frames, -1)  # [B, T', C * M'], PyTorch's order
         states = [x]
-        layer = nn.remat(RecurrentLayer) if self.remat else RecurrentLayer
+        layer = recomputed(RecurrentLayer, self.remat)
         for number in range(config.num_hidden_layers):
             x = Dropout(config.hidden_dropout)(x, train)
             x = layer(config, train, name=f"recurrent_{number}")(x, keep)

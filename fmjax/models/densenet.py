@@ -18,6 +18,8 @@ from fmjax.nn.conv import Conv, ConvNorm, average_pool, max_pool
 from fmjax.nn.convnet import ConvNet
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.norm import BatchNorm
+from fmjax.nn.remat import recomputed
+from fmjax.types import Remat
 from fmjax.weights import (
     Rule,
     also_named,
@@ -95,11 +97,11 @@ class DenseBlock(nn.Module):
     config: Config
     depth: int
     train: bool
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        layer = nn.remat(Layer) if self.remat else Layer
+        layer = recomputed(Layer, self.remat)
         for number in range(self.depth):
             x = layer(self.config, self.train, name=f"blocks_{number}")(x)
         return x

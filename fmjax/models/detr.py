@@ -31,7 +31,7 @@ from fmjax.nn.norm import FrozenBatchNorm, LayerNorm, layer_norm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.stack import LayerOutput, StackOutput, run_stack
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 from fmjax.weights import (
     CONV2D,
     Rule,
@@ -247,7 +247,7 @@ class Side(nn.Module):
     config: Config
     decoder: bool
     scan: bool
-    remat: bool
+    remat: Remat
     train: bool
     output_hidden_states: bool
     output_attentions: bool
@@ -303,7 +303,7 @@ class Model(nn.Module):
         config: the sizes.
         head: a key of `HEADS`.
         scan: blocks' weights stacked over layers and one compiled block for each of the two stacks.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
         moving: whether the backbone's batch normalisation uses the batch's own statistics in
             training and moves the running ones, which needs ``mutable=["batch_stats"]``.
     """
@@ -311,7 +311,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
     moving: bool = False
 
     @nn.compact

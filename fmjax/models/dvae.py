@@ -20,7 +20,7 @@ from fmjax.models import config_alone
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Conv, enlarged, max_pool
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import CONV2D, Rule
 
 EPSILON = 0.1
@@ -155,7 +155,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     pixel_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 

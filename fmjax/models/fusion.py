@@ -42,7 +42,7 @@ from fmjax.nn.fusion import (
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, dense_rules, nested_rules, norm_rules
 
 FUSIONS = ("late", "cross_attention", "co_attention")
@@ -204,7 +204,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

@@ -16,7 +16,7 @@ from fmjax.models import config_alone
 from fmjax.nn.activation import activation
 from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.linear import Dense
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, dense_rules
 
 
@@ -67,7 +67,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool = False) -> Output:

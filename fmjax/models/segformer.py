@@ -29,7 +29,7 @@ from fmjax.nn.parameter import parameter
 from fmjax.nn.product import matmul
 from fmjax.nn.stack import LayerOutput, run_stack
 from fmjax.nn.vision import PatchEmbed, check_pixels, resize
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, dense_rules, norm_rules
 
 EPSILON = 1e-5  # PyTorch's default of a LayerNorm: the config's layer_norm_eps is not read there
@@ -232,7 +232,7 @@ class Stage(nn.Module):
     train: bool
     output_attentions: bool
     scan: bool
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, tuple[LayerOutput, ...]]:
@@ -316,13 +316,13 @@ class Model(nn.Module):
         config: the sizes.
         head: a key of `HEADS`.
         scan: weights stacked over a stage's blocks, and one compiled block a stage.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

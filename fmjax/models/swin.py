@@ -35,7 +35,7 @@ from fmjax.nn.vision import (
     resize_grid,
     unpatchify,
 )
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, conv_rules, dense_rules, norm_rules, renamed
 
 __all__ = ["inputs"]
@@ -250,7 +250,7 @@ class Stage(nn.Module):
     config: Config
     stage: int
     scan: bool
-    remat: bool
+    remat: Remat
     train: bool
     output_attentions: bool
 
@@ -324,13 +324,13 @@ class Model(nn.Module):
         head: a key of `HEADS`.
         scan: weights stacked over the layers of each stage (``stages_{i}/layers/...`` [L, ...]) and
             one compiled block a stage.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

@@ -31,7 +31,7 @@ from fmjax.nn.sides import (
     stack_output,
 )
 from fmjax.nn.stack import LayerOutput, run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 from fmjax.weights import TRANSPOSE, Rule
 
 
@@ -278,7 +278,7 @@ class Stack(nn.Module):
     config: Any
     decoder: bool
     scan: bool
-    remat: bool
+    remat: Remat
 
     block: ClassVar[type[nn.Module]] = Block
 

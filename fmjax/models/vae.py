@@ -21,7 +21,7 @@ from fmjax.nn.checks import check_head, refuse
 from fmjax.nn.conv import Conv, ConvTranspose
 from fmjax.nn.linear import Dense
 from fmjax.nn.vision import check_pixels, pair
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, conv_rules, conv_transpose_rules, dense_rules
 
 LIKELIHOODS = ("bernoulli", "gaussian")
@@ -150,7 +150,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         self.encoder = Encoder(self.config)

@@ -23,7 +23,7 @@ from fmjax.nn.mask import make_attention_mask
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, dense_rules, nested_rules, norm_rules
 
 POOLINGS = ("mean", "max", "transformer")
@@ -118,7 +118,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

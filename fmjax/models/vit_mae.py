@@ -24,7 +24,7 @@ from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.stack import run_stack
 from fmjax.nn.vision import PatchEmbed, VisionEncoder, grid_of, pair, resize_grid
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, dense_rules, norm_rules
 
 __all__ = ["IGNORED"]
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
 
     config: Config
     scan: bool
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(

@@ -24,7 +24,7 @@ from fmjax.nn.conv import Conv, enlarged
 from fmjax.nn.embed import Embed
 from fmjax.nn.norm import BatchNorm, GroupNorm
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, norm_rules
 
 INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's own
@@ -252,7 +252,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     pixel_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 

@@ -21,7 +21,7 @@ from fmjax.nn.conv import Conv, average, average_pool, enlarged
 from fmjax.nn.linear import Dense
 from fmjax.nn.norm import BatchNorm, GroupNorm
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 from fmjax.weights import Rule, batch_norm_rules, conv_rules, dense_rules, norm_rules
 
 NORMS = ("none", "layer_norm")
@@ -138,7 +138,7 @@ class Model(nn.Module):
     config: Config
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(

@@ -113,7 +113,7 @@ def attend(
 ) -> tuple[Array, Array | None]:
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
-    On a GPU a fused kernel computes it where one can; see `fmjax.nn.fused_attention`.
+    On a GPU or TPU a fused kernel computes it where one can; see `fmjax.nn.fused_attention`.
 
     Args:
         query: [B, T, H, K].
@@ -134,7 +134,7 @@ def attend(
     """
     dropped_rate = dropout_rate if rng is not None else 0.0
     plain = prefix is not None or softcap is not None or with_probabilities or dropped_rate > 0.0
-    if not plain and (kernel := fused(query, key, value)) is not None:
+    if not plain and (kernel := fused(query, key, value, mask, bias)) is not None:
         out = fused_attention(query, key, value, mask=mask, bias=bias, scale=scale, kernel=kernel)
         return out, None
     mask = keep_of(mask)

@@ -16,6 +16,7 @@ from fmjax.nn.activation import activation
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias, affine, gram, matmul
+from fmjax.nn.remat import product
 from fmjax.nn.vision import pair, shuffle_pixels
 
 # Features of an image up to which the places of a window are put side by side: a product for each
@@ -89,7 +90,7 @@ class Conv(nn.Module):
                 y.astype(jnp.float32),
                 parameter(self, "bias", nn.initializers.zeros, (self.features,)),
             )
-        return y.astype(x.dtype)
+        return product(y.astype(x.dtype))
 
 
 class ConvTranspose(nn.Module):
@@ -136,7 +137,7 @@ class ConvTranspose(nn.Module):
                 y.astype(jnp.float32),
                 parameter(self, "bias", nn.initializers.zeros, (self.features,)),
             )
-        return y.astype(x.dtype)
+        return product(y.astype(x.dtype))
 
     def windows(self, x: Array, kernel: Array) -> Array:
         """The sum of all windows, nothing left out: [B, X, Y, I] -> [B, X', Y', O]."""

@@ -14,8 +14,9 @@ from fmjax.nn.checks import check_head
 from fmjax.nn.conv import average
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.linear import Dense
+from fmjax.nn.remat import recomputed
 from fmjax.nn.vision import check_pixels
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 
 
 def stage_problems(config: Any) -> list[str]:
@@ -48,13 +49,13 @@ class ConvNet(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: has no effect: blocks differ in shape.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     heads: ClassVar[Mapping[str, str]]
 
@@ -75,7 +76,7 @@ class ConvNet(nn.Module):
 
     def recomputed(self, block: type[nn.Module]) -> Any:
         """The module, or the one that `remat` asks for instead."""
-        return nn.remat(block) if self.remat else block
+        return recomputed(block, self.remat)
 
     def features(self, pixel_values: Array, train: bool) -> tuple[Array, Sequence[Array]]:
         """The last feature map [B, X, Y, C], and the hidden states."""

@@ -20,7 +20,7 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.mask import Mask, make_attention_mask
 from fmjax.nn.sides import empty_seq2seq_cache
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 
 
 class Inputs(NamedTuple):
@@ -138,13 +138,13 @@ class Decoder(nn.Module):
         head: "model", "causal_lm", "sequence_classification", "token_classification" or
             "question_answering".
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     block: ClassVar[type[nn.Module]]
 

@@ -12,7 +12,7 @@ from jax import Array
 
 from fmjax.nn.checks import check_head
 from fmjax.nn.norm import unit_length
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 
 
 class DualEncoder(nn.Module):
@@ -26,13 +26,13 @@ class DualEncoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: the encoders' weights stacked over layers and one compiled block each.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     heads: ClassVar[Mapping[str, str]]
 

@@ -18,7 +18,7 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.mask import Mask, make_attention_mask
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import StackOutput, run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 
 
 class Inputs(NamedTuple):
@@ -168,13 +168,13 @@ class Encoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     block: ClassVar[type[nn.Module]]
     head_module: ClassVar[type[nn.Module]]

@@ -1,16 +1,18 @@
 """Attention by a platform's fused kernel, which never holds the scores of all pairs in memory.
 
 On an NVIDIA GPU that is cuDNN's (`jax.nn.dot_product_attention`), for operands in bfloat16 or
-float16: the algorithm of Dao 2023, arXiv:2307.08691. It has first derivatives alone, by
-`jax.grad` and `jax.vjp`; take gradients of gradients, and `jax.jvp`, with the plain one.
+float16, on a TPU the one of `fmjax.nn.splash_attention`, for bfloat16: the algorithm of Dao 2023,
+arXiv:2307.08691. They have first derivatives alone, by `jax.grad` and `jax.vjp`; take gradients of
+gradients, and `jax.jvp`, with the plain one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ from jax import Array
 
 from fmjax.nn.mask import Mask, keep_of
 
-Kernel = Literal["plain", "xla", "cudnn"]
+Fused = Literal["xla", "cudnn", "splash", "interpreted"]
+Kernel = Literal["plain"] | Fused
 _CHOSEN: ContextVar[Kernel | None] = ContextVar("attention_kernel", default=None)
 
 
@@ -31,13 +34,16 @@ def attention_kernel(kernel: Kernel | None) -> Iterator[None]:
     Args:
         kernel: "plain" for products and a softmax; "cudnn", where the operands suit it; "xla" for
             JAX's own composition in place of cuDNN's, on any device and in any dtype (it checks
-            that the two are called alike); None to choose by device, which is the default.
+            that the two are called alike); "splash" for the kernel on TPUs, where the operands suit
+            it, and "interpreted" for the same computed step by step, slowly, on any device and in
+            any dtype; None to choose by device, which is the default.
 
     Raises:
         ValueError: another kernel.
     """
-    if kernel not in (None, "plain", "xla", "cudnn"):
-        raise ValueError(f"kernel={kernel!r}; choose 'plain', 'xla', 'cudnn' or None")
+    known = ("plain", *get_args(Fused))
+    if kernel is not None and kernel not in known:
+        raise ValueError(f"kernel={kernel!r}; choose {', '.join(map(repr, known))} or None")
     token = _CHOSEN.set(kernel)
     try:
         yield
@@ -45,26 +51,67 @@ def attention_kernel(kernel: Kernel | None) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
-def fused(query: Array, key: Array, value: Array) -> Literal["xla", "cudnn"] | None:
+def fused(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Mask | Array | None = None,
+    bias: Array | None = None,
+) -> Fused | None:
     """The fused kernel for these operands of `fmjax.nn.attention.attend`; None for the plain way.
 
     cuDNN takes heads of up to 128 features (256 since Hopper) that are a multiple of 8, keys and
-    values alike. One query, as in decoding, reads each key once whatever the kernel.
+    values alike. One query, as in decoding, reads each key once whatever the kernel. What splash
+    takes says `fmjax.nn.splash_attention.suits`.
     """
     chosen = _CHOSEN.get()
-    if chosen == "plain" or (chosen is None and jax.default_backend() != "gpu"):
+    if chosen is None:
+        chosen = _of_device()
+    if chosen == "plain":
         return None
     batch, length, _, size = query.shape
     if length == 1 or batch == 0 or key.shape != value.shape:
         return None
     if chosen == "xla":
         return "xla"
+    if chosen in ("splash", "interpreted"):
+        return chosen if _splashes(query, key, value, mask, bias, chosen) else None
     if (
         query.dtype not in (jnp.bfloat16, jnp.float16)
         or not query.dtype == key.dtype == value.dtype
     ):
         return None
     return "cudnn" if size % 8 == 0 and size <= _widest_head() else None
+
+
+def _of_device() -> Kernel:
+    """The kernel of the device at hand.
+
+    XLA does not divide the TPU's over devices by itself: of several, the program has to be traced
+    under ``jax.set_mesh``, as `fmjax.train.jit_step` does, or inside ``jax.shard_map`` or a pmap.
+    """
+    backend = jax.default_backend()
+    if backend == "gpu":
+        return "cudnn"
+    alone = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+    return "splash" if backend == "tpu" and alone else "plain"
+
+
+def _splashes(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Mask | Array | None,
+    bias: Array | None,
+    chosen: Kernel,
+) -> bool:
+    from fmjax.nn.splash_attention import SHORTEST, suits  # Pallas takes a second to import
+
+    if chosen == "splash" and (
+        key.shape[2] < SHORTEST or not query.dtype == key.dtype == value.dtype == jnp.bfloat16
+    ):
+        return False
+    return suits(query, key, mask, bias)
 
 
 def _widest_head() -> int:
@@ -80,7 +127,7 @@ def fused_attention(
     mask: Mask | Array | None,
     bias: Array | None,
     scale: float | Array | None,
-    kernel: Literal["xla", "cudnn"],
+    kernel: Fused,
 ) -> Array:
     """What `fmjax.nn.attention.attend` computes of the same arguments, [B, T, H, K].
 
@@ -95,6 +142,13 @@ def fused_attention(
     """
     if scale is not None and not isinstance(scale, int | float):
         query, scale = (query * scale).astype(query.dtype), 1.0
+    if kernel in ("splash", "interpreted"):
+        from fmjax.nn.splash_attention import splash_attention
+
+        scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+        return splash_attention(
+            query, key, value, mask=mask, scale=scale, interpret=kernel == "interpreted"
+        )
     batch, length, keys = query.shape[0], query.shape[1], key.shape[2]
     causal, window = False, None
     if isinstance(mask, Mask) and mask.causal:

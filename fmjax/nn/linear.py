@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,6 +14,26 @@ from fmjax.nn.adapter import adapted, adapters
 from fmjax.nn.compact import Compact
 from fmjax.nn.parameter import kept, parameter
 from fmjax.nn.product import affine, matmul
+from fmjax.nn.remat import product
+
+Product = Callable[[Array, Array], Array]
+"""``x @ kernel`` in x's dtype: [..., I], [I, O] -> [..., O]. It is called in the layer's module."""
+_PRODUCT: ContextVar[Product | None] = ContextVar("dense_product", default=None)
+_HEAD = "head"
+
+
+@contextlib.contextmanager
+def dense_product(product: Product) -> Iterator[None]:
+    """Chooses how dense layers multiply in what is traced in the ``with`` block.
+
+    Heads multiply as ever, which all that is predicted passes, and so do adapted layers and
+    compact kernels.
+    """
+    token = _PRODUCT.set(product)
+    try:
+        yield
+    finally:
+        _PRODUCT.reset(token)
 
 
 class Dense(nn.Module):
@@ -34,8 +56,12 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         if adapters(self) is None and not isinstance(kernel, Compact):
-            return affine(x, kernel, bias)
-        return dense(self, x, kernel, bias).astype(x.dtype)
+            chosen = _PRODUCT.get()
+            if chosen is None or _HEAD in self.path:
+                return product(affine(x, kernel, bias))
+            y = chosen(x, kernel.astype(x.dtype))
+            return product(y if bias is None else y + bias.astype(x.dtype))
+        return product(dense(self, x, kernel, bias).astype(x.dtype))
 
 
 def dense(

@@ -17,7 +17,7 @@ from fmjax.nn.embed import Embed
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
 from fmjax.nn.sides import Flags, Tokens, cross_mask, empty_seq2seq_cache, tokens
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 
 
 class SentenceHead(nn.Module):
@@ -53,13 +53,13 @@ class EncoderDecoder(nn.Module):
         head: "model", "seq2seq_lm", "sequence_classification", "question_answering", or of the
             encoder alone "encoder" and "token_classification".
         scan: weights stacked over layers and one compiled block for each of the two stacks.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     @property
     def max_positions(self) -> int | None:

@@ -21,7 +21,7 @@ from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias
 from fmjax.nn.spans import draw_spans
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output
+from fmjax.types import Output, Remat
 
 EPSILON = 1e-5  # of the norms for which there is no key
 TORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # of a PyTorch Linear
@@ -209,13 +209,13 @@ class SpeechEncoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     heads: ClassVar[Mapping[str, str]]
     block: ClassVar[type[nn.Module]]

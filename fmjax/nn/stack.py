@@ -10,7 +10,8 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.placement import constrain_examples, on_a_mesh
-from fmjax.types import PyTree
+from fmjax.nn.remat import recomputed
+from fmjax.types import PyTree, Remat
 
 
 class LayerOutput(NamedTuple):
@@ -48,7 +49,7 @@ def run_stack(
     num_layers: int,
     cache: dict[str, PyTree] | None = None,
     scan: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> StackOutput:
     """Runs `num_layers` blocks named ``layers_{i}`` (or, scanned, ``layers``) in a compact method.
 
@@ -62,11 +63,9 @@ def run_stack(
         num_layers: L.
         cache: by layer name, as the parameters are; None for none.
         scan: one compiled block over weights stacked along a leading axis L.
-        remat: whether blocks are recomputed in the backward pass instead of kept.
+        remat: what the backward pass recomputes of each block.
     """
-    if remat:
-        # Inside a scan the loop itself keeps XLA from merging the recomputation away.
-        block = nn.remat(block, prevent_cse=not scan)
+    block = recomputed(block, remat, scanned=scan)
     hidden = jax.tree.map(constrain_examples, hidden)
     if scan:
         scanned = nn.scan(

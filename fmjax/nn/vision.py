@@ -18,7 +18,7 @@ from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias, matmul
 from fmjax.nn.stack import run_stack
-from fmjax.types import Output, PyTree
+from fmjax.types import Output, PyTree, Remat
 
 
 def pair(size: int | tuple[int, ...]) -> tuple[int, int]:
@@ -305,13 +305,13 @@ class VisionEncoder(nn.Module):
         config: the family's.
         head: a key of the family's ``HEADS``.
         scan: weights stacked over layers (``layers/...`` [L, ...]) and one compiled block.
-        remat: blocks are recomputed in the backward pass.
+        remat: what the backward pass recomputes, as `fmjax.types.Remat` says.
     """
 
     config: Any
     head: str = "model"
     scan: bool = False
-    remat: bool = False
+    remat: Remat = "none"
 
     block: ClassVar[type[nn.Module]]
     heads: ClassVar[Mapping[str, str]]

@@ -2,8 +2,9 @@
 
 Counted on the program as traced, before any compiler sees it, so the number belongs to the
 mathematics and not to a backend. What is counted: `dot_general`, `ragged_dot_general`,
-`conv_general_dilated` and cuDNN's fused attention. What is not: element-wise work, reductions,
-gathers, sorts, linear-algebra routines (Cholesky, SVD, FFT). One multiply-add is two FLOPs.
+`conv_general_dilated` and fused attention, cuDNN's and the TPU's. What is not: element-wise work,
+reductions, gathers, sorts, linear-algebra routines (Cholesky, SVD, FFT). One multiply-add is two
+FLOPs.
 
 The model FLOPs of a train step are the count of `value_and_grad` of the plain loss. Give the loss
 without rematerialisation: a rematerialised gradient holds its recomputation in its jaxpr, which
@@ -131,6 +132,8 @@ def _walk(jaxpr: core.Jaxpr) -> _Tally:
             tally.flops[name] += _conv_flops(eqn)
         elif name.startswith("dot_product_attention_") and name.endswith("_wrapper"):
             tally.flops["dot_product_attention"] += _fused_attention_flops(eqn)
+        elif name == "pallas_call" and (products := _splash_products(eqn)) is not None:
+            tally.flops["splash_attention"] += _splash_flops(eqn, products)
         elif name in _OPAQUE:
             tally.opaque[name] += 1
         elif name == "cond":
@@ -243,6 +246,26 @@ def _fused_attention_flops(eqn: core.JaxprEqn) -> int:
     key_length = key[2] if eqn.params["layout"] else key[1]
     products = 4 if "_bwd_" in eqn.primitive.name else 2
     return products * 2 * math.prod(query) * key_length
+
+
+# By parts of the kernels' names: what of `_fused_attention_flops`' two and four products is theirs.
+_SPLASH = {"_fwd_": 2, "_dq_": 1, "_dkv_": 3}
+
+
+def _splash_products(eqn: core.JaxprEqn) -> int | None:
+    """How many of attention's products a Pallas kernel computes; None of another kernel."""
+    name = str(eqn.params["name"])
+    if not name.startswith("splash_"):
+        return None
+    return next((count for part, count in _SPLASH.items() if part in f"{name}_"), None)
+
+
+def _splash_flops(eqn: core.JaxprEqn, products: int) -> int:
+    """As of a kernel that skips no block, at the lengths that its operands are padded to."""
+    # Before queries [..., H, T, K], keys and values [..., G, S, K] come the numbers of blocks.
+    avals: list[Any] = [variable.aval for variable in eqn.invars]
+    query, key, *_ = (aval.shape for aval in avals if aval.dtype.kind != "i")
+    return products * 2 * math.prod(query) * key[-2]
 
 
 def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:

@@ -77,3 +77,13 @@ def memory_use(compiled: Any, state: TrainState) -> MemoryUse:
     activations = found.temp_size_in_bytes - gradients
     other = total - parameters - optimizer - gradients - activations
     return MemoryUse(parameters, optimizer, gradients, activations, other)
+
+
+def host_bytes(compiled: Any) -> int:
+    """What a step keeps of a chip's temporaries in the host's memory, as `offload` does.
+
+    Args:
+        compiled: as `memory_use` takes it.
+    """
+    found = compiled.memory_analysis()
+    return 0 if found is None else found.host_temp_size_in_bytes

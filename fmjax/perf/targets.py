@@ -171,10 +171,13 @@ class Target:
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
         """What is traced and compiled in the ``with`` block is as on the hardware itself."""
-        if self.backend != "cuda":
-            yield
-            return
-        with _answered(BOARDS[self.model].capability), attention_kernel("cudnn"):
+        if self.backend == "cuda":
+            with _answered(BOARDS[self.model].capability), attention_kernel("cudnn"):
+                yield
+        elif self.backend == "tpu":
+            with attention_kernel("splash"):
+                yield
+        else:
             yield
 
 

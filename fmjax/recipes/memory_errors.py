@@ -18,8 +18,9 @@ import jax
 
 from fmjax.perf.memory import MemoryUse, bytes_per_chip, memory_use, state_bytes
 from fmjax.train.compile import lower_step
+from fmjax.train.moments import Moments
 from fmjax.tree import flatten, is_stacked
-from fmjax.types import StepFn, TrainState
+from fmjax.types import Remat, StepFn, TrainState
 
 WAYS = 3
 """How many ways to fit an error names."""
@@ -39,10 +40,11 @@ class Setup:
     Args:
         batch_size: B, over all devices.
         microbatches: pieces it is computed in.
-        remat: whether blocks are recomputed in the backward pass.
+        remat: what is recomputed in the backward pass.
         scan: whether layers are scanned.
         precision: of the computation.
         optimizer: its name in the recipes.
+        moments: its moments' dtype.
         fsdp: parts the state is divided into; 1 is whole on each device.
         rows: parts that a batch's rows are divided into.
         devices: how many there are.
@@ -50,10 +52,11 @@ class Setup:
 
     batch_size: int
     microbatches: int
-    remat: bool
+    remat: Remat
     scan: bool
     precision: Literal["float32", "bfloat16"]
     optimizer: str
+    moments: Moments
     fsdp: int
     rows: int
     devices: int
@@ -113,15 +116,23 @@ def ways(setup: Setup, layers: int, boundaries: int) -> list[Way]:
                 ),
             )
         )
-    if not setup.remat and layers > 1:
+    if setup.remat == "none" and layers > 1:
         found.append(
             Way(
                 # A loop of layers is no loop to XLA, which on CPUs keeps all of them alive.
-                "remat=True" if setup.scan else "remat=True, scan=True",
+                "remat=block" if setup.scan else "remat=block, scan=True",
                 "layers are computed twice, about a third more work",
                 lambda use: use._replace(
                     activations=min(use.activations, use.activations // layers + boundaries)
                 ),
+            )
+        )
+    if setup.moments == "float32" and setup.optimizer != "adafactor":
+        found.append(
+            Way(
+                "moments=bfloat16",
+                "moments rounded at random to 8 bits",
+                lambda use: use._replace(optimizer=use.optimizer // 2),
             )
         )
     if setup.optimizer in ("adamw", "lamb"):

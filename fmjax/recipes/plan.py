@@ -21,11 +21,12 @@ from fmjax.config import write_json
 from fmjax.perf.roofline import roofline
 from fmjax.perf.targets import Target, parse_target
 from fmjax.recipes.plan_output import draw, mesh_name
-from fmjax.recipes.plan_search import Candidate, Remat, candidates, rows_over
+from fmjax.recipes.plan_search import POLICIES, Candidate, candidates, rows_over
 from fmjax.recipes.planned_step import Compiled, Step, Work, compile_step, describe
 from fmjax.recipes.planned_step_run import measure
 from fmjax.recipes.training import plain_settings
 from fmjax.train.sharding import parse_axes
+from fmjax.types import Remat
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Settings(Work):
     mesh: str | None = None
     """Chips by axis, as data=4,fsdp=2,tensor=2; by default the best is searched."""
     remat: Remat | None = None
-    """Whether blocks are recomputed in the backward pass; by default as the best is."""
+    """What of blocks the backward pass recomputes; by default as the best is."""
     memory: float | None = None
     """Bytes of a chip, instead of the published ones."""
     price: float | None = None
@@ -81,6 +82,8 @@ def plan(settings: Settings) -> dict[str, Any]:
         problems.append(f"compiles={settings.compiles} must be at least 1")
     if settings.measure and target.backend != "cpu":
         problems.append(f"measure is for the target cpu: {target.name} is not here to run on")
+    if settings.remat == "offload" and target.backend == "cpu":
+        problems.append("remat='offload' has no use on a CPU, whose memory is the host's: 'block'")
     if settings.chart is not None and settings.chart.suffix not in (".png", ".svg", ".pdf"):
         problems.append(f"chart={settings.chart} must end with .png, .svg or .pdf")
     if problems:
@@ -89,7 +92,8 @@ def plan(settings: Settings) -> dict[str, Any]:
     step = describe(settings.model, settings)
     devices = target.devices()
     found, undivided = candidates(step, target, devices, axes, settings.remat)
-    flops = {remat: step.flops(remat) for remat in {False, *(one.remat for one in found)}}
+    policies: set[Remat] = {"none", *(one.remat for one in found)}
+    flops: dict[Remat, int] = {remat: step.flops(remat) for remat in policies}
     plans, best = _search(step, target, devices, found, settings, flops)
     rest = [one for one in found if all(one is not done for done, _, _ in plans)]
     rows = [row for _, row, _ in plans]
@@ -104,7 +108,7 @@ def plan(settings: Settings) -> dict[str, Any]:
             "jax": jax.__version__,
         },
         "settings": plain_settings(settings) | {"head": step.head},
-        "counted": step.sizes() | {"model_flops": flops[False], "tokens": step.tokens},
+        "counted": step.sizes() | {"model_flops": flops["none"], "tokens": step.tokens},
         "plans": rows + [_row(one, "refused", why) for one, why in undivided],
         "best": best,
     }
@@ -139,13 +143,14 @@ def _search(
     devices: list[Any],
     found: list[Candidate],
     settings: Settings,
-    flops: dict[bool, int],
+    flops: dict[Remat, int],
 ) -> tuple[list[tuple[Candidate, dict[str, Any], Compiled | None]], int | None]:
     """What was tried, and the place of the best in it.
 
     A candidate whose state alone is larger than a chip is never compiled; nor is one that would not
-    fit with the activations of another that recomputes as much and did not fit. What a compiler
-    refuses, which it does soon, is not counted as compiled.
+    fit with the activations of another that recomputes as much or more and did not fit, nor one
+    that recomputes more than what fits on the same mesh. What a compiler refuses, which it does
+    soon, is not counted as compiled.
     """
     done: list[tuple[Candidate, dict[str, Any], Compiled | None]] = []
     too_large: list[tuple[Candidate, float]] = []  # and their activations
@@ -158,8 +163,16 @@ def _search(
             continue
         if compiles == settings.compiles or one.mesh in undivided:
             continue
+        if any(one.mesh == other.mesh and row["status"] == "fits" for other, row, _ in done):
+            # What is computed again takes time, and what was written once is written twice.
+            done.append((one, _row(one, "not compiled", "less recomputed fits as well"), None))
+            continue
         expected = one.least + max(
-            (_at_least(one, other, size) for other, size in too_large if other.remat == one.remat),
+            (
+                _at_least(one, other, size)
+                for other, size in too_large
+                if POLICIES.index(other.remat) >= POLICIES.index(one.remat)
+            ),
             default=0.0,
         )
         if expected > target.memory:
@@ -167,7 +180,7 @@ def _search(
             done.append((one, _row(one, "not compiled", why), None))
             continue
         name = mesh_name(one.mesh)
-        logger.info("compiling %s, remat %s", name, "block" if one.remat else "none")
+        logger.info("compiling %s, remat %s", name, one.remat)
         try:
             compiled = compile_step(step, target, devices, one.mesh, one.remat)
         except ValueError as error:
@@ -224,7 +237,7 @@ def _refused_activations(text: str, one: Candidate, target: Target) -> float:
 def _row(one: Candidate, status: str, reason: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "mesh": one.mesh,
-        "remat": "block" if one.remat else "none",
+        "remat": one.remat,
         "status": status,
         "reason": reason,
     }
@@ -239,7 +252,7 @@ def _compiled_row(
     step: Step,
     target: Target,
     settings: Settings,
-    flops: dict[bool, int],
+    flops: dict[Remat, int],
 ) -> dict[str, Any]:
     memory, traffic = compiled.memory, compiled.traffic
     fits = memory.total <= target.memory
@@ -249,6 +262,7 @@ def _compiled_row(
     row["compiled"] = {
         "compile_seconds": compiled.seconds,
         "peak_bytes": memory.total,
+        "host_bytes": compiled.host,
         "bytes": memory._asdict(),
         "moved_bytes": traffic.moved,
         "sent_bytes": traffic.sent,
@@ -259,7 +273,7 @@ def _compiled_row(
         bound = roofline(
             target.peak,
             chips=target.chips,
-            model_flops=flops[False],
+            model_flops=flops["none"],
             executed_flops=flops[one.remat],
             moved=traffic.moved,
             sent=traffic.sent,

@@ -102,6 +102,8 @@ def _details(row: Mapping[str, Any], doc: Mapping[str, Any]) -> Any:
     for name, title in CLASSES.items():
         table.add_row(title, f"{compiled['bytes'][name] / 1e9:.3f} GB", "compiled")
     table.add_row("together", f"{compiled['peak_bytes'] / 1e9:.3f} GB", "compiled", style="bold")
+    if compiled["host_bytes"]:
+        table.add_row("in the host's memory", f"{compiled['host_bytes'] / 1e9:.3f} GB", "compiled")
     table.add_row("read and written", f"{compiled['moved_bytes'] / 1e9:.2f} GB", "compiled")
     for one in compiled["collectives"]:
         table.add_row(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 
 from fmjax.perf.memory import bytes_per_chip, state_bytes
 from fmjax.perf.targets import Target
 from fmjax.recipes.planned_step import Step, places
+from fmjax.types import Remat
 
-Remat = Literal["none", "block"]
+POLICIES: tuple[Remat, ...] = get_args(Remat)
+"""From the least work to the least memory."""
 
 
 class Candidate(NamedTuple):
@@ -20,7 +22,7 @@ class Candidate(NamedTuple):
 
     Args:
         mesh: chips by axis.
-        remat: whether blocks are recomputed.
+        remat: what of blocks is recomputed.
         least: bytes on a chip that it needs at the least: its state and gradients.
         gradients: bytes of those.
         talk: bytes a chip sends for parameters, gradients and activations, roughly; orders what is
@@ -28,7 +30,7 @@ class Candidate(NamedTuple):
     """
 
     mesh: dict[str, int]
-    remat: bool
+    remat: Remat
     least: int
     gradients: int
     talk: float
@@ -67,13 +69,14 @@ def candidates(
         target: for what.
         devices: the target's.
         axes: the mesh that was asked for; None tries all.
-        remat: as asked for; None tries both.
+        remat: as asked for; None tries all that there are on the target.
 
     Raises:
         ValueError: the mesh that was asked for does not divide the model, or none does.
     """
     found, refused = [], []
-    chosen = (False, True) if remat is None else (remat == "block",)
+    there = POLICIES if target.backend != "cpu" else POLICIES[: POLICIES.index("offload")]
+    chosen = there if remat is None else (remat,)
     for mesh in [axes] if axes is not None else meshes(target.chips):
         rows = rows_over(mesh) * step.work.microbatches
         if step.work.batch % rows:
@@ -97,7 +100,11 @@ def candidates(
             f"no mesh of {target.chips} chips divides batch={step.work.batch} and the model: "
             f"{refused[0][1]}"
         )
-    found.sort(key=lambda one: (one.least > target.memory, one.talk, one.least, one.remat))
+    found.sort(
+        key=lambda one: (
+            one.least > target.memory, one.talk, one.least, POLICIES.index(one.remat),
+        )
+    )  # fmt: skip
     return found, refused
 
 

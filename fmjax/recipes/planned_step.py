@@ -21,7 +21,7 @@ from fmjax.methods import lora
 from fmjax.methods.adapted_layers import is_adapter
 from fmjax.nn.fused_attention import attention_kernel
 from fmjax.perf.flops import count_needed_flops
-from fmjax.perf.memory import MemoryUse, memory_use
+from fmjax.perf.memory import MemoryUse, host_bytes, memory_use
 from fmjax.perf.program import Traffic, read_program
 from fmjax.perf.targets import Target, mesh_over
 from fmjax.recipes.training import OPTIMIZERS, Optimizer
@@ -36,9 +36,10 @@ from fmjax.train import (
     make_train_step,
 )
 from fmjax.train.compile import compiler_options, jit_over
+from fmjax.train.moments import Moments
 from fmjax.train.sharding import batch_spec, placed
 from fmjax.tree import count
-from fmjax.types import LossFn, TrainState, Variables
+from fmjax.types import LossFn, Remat, TrainState, Variables
 
 LOSSES: dict[str, Callable[..., LossFn]] = {
     "causal_lm": causal_lm.loss,
@@ -74,6 +75,8 @@ class Work:
     """Of the low-rank updates."""
     optimizer: Optimizer = "adamw"
     """Of what trains."""
+    moments: Moments = "float32"
+    """As what the optimizer keeps its moments."""
     microbatches: int = 1
     """Pieces a batch is computed in, to save memory."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -114,13 +117,13 @@ class Step(NamedTuple):
         ids = self.batch.get("input_ids")
         return self.work.batch if ids is None else ids.size
 
-    def loss(self, remat: bool) -> LossFn:
-        """The loss, with blocks recomputed in its gradient or not."""
+    def loss(self, remat: Remat) -> LossFn:
+        """The loss, of whose blocks its gradient recomputes as much as `remat` says."""
         model = self.family.Model(self.config, head=self.head, scan=self.work.scan, remat=remat)
         loss = LOSSES[self.head](model)
         return cast(loss, jnp.bfloat16) if self.work.precision == "bfloat16" else loss
 
-    def flops(self, remat: bool) -> int:
+    def flops(self, remat: Remat) -> int:
         """FLOPs of a step's gradient over all chips, counted in the program as traced."""
         # By the products themselves, whatever kernel will compute them.
         with attention_kernel("plain"):
@@ -147,6 +150,7 @@ class Compiled(NamedTuple):
         seconds: that tracing and compiling took.
         run: the program itself.
         state, batch: what it was lowered with.
+        host: bytes a chip keeps in the host's memory.
     """
 
     memory: MemoryUse
@@ -155,6 +159,7 @@ class Compiled(NamedTuple):
     run: Any
     state: TrainState
     batch: Any
+    host: int = 0
 
 
 def describe(model: str, work: Work) -> Step:
@@ -197,7 +202,7 @@ def describe(model: str, work: Work) -> Step:
     variables = jax.eval_shape(
         partial(_prepared, work=work), hub.abstract_variables(plain), jax.random.key(0)
     )
-    tx = OPTIMIZERS[work.optimizer](1e-4, weight_decay=0.01)
+    tx = OPTIMIZERS[work.optimizer](1e-4, weight_decay=0.01, moments=work.moments)
     trains = is_param if work.method == "full" else is_adapter
     state = jax.eval_shape(
         lambda variables, rng: init_state(variables, tx, rng, trains),
@@ -272,7 +277,7 @@ def places(step: Step, devices: list[Any], axes: Mapping[str, int]) -> Any:
 
 
 def compile_step(
-    step: Step, target: Target, devices: list[Any], axes: Mapping[str, int], remat: bool
+    step: Step, target: Target, devices: list[Any], axes: Mapping[str, int], remat: Remat
 ) -> Compiled:
     """The step compiled for a target's devices.
 
@@ -308,4 +313,5 @@ def compile_step(
         program,
         state,
         batch,
+        host_bytes(program),
     )

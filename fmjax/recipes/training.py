@@ -35,19 +35,21 @@ from fmjax.train import (
     make_mesh,
     make_train_step,
     parse_mesh,
+    quantized_products,
     warmup_cosine,
     warmup_linear,
     warmup_stable_decay,
 )
 from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.loop import Hook, Memory, evaluation, fit
+from fmjax.train.moments import Moments
 from fmjax.train.optim import ema_of, track_ema
 from fmjax.train.profiling import parse_steps, profiled
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.sharding import placed
 from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
-from fmjax.types import GradFn, LossFn, StepFn, TrainState, Variables
+from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables
 
 Optimizer = Literal["adamw", "muon", "lamb", "adafactor", "lion"]
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "lamb": lamb, "adafactor": adafactor, "lion": lion}
@@ -84,6 +86,8 @@ class Training:
     """Share of the steps that warm up."""
     optimizer: Optimizer = "adamw"
     """Muon learns from fewer tokens, at more computation a step; Adafactor and Lion keep less."""
+    moments: Moments = "float32"
+    """As what the optimizer keeps its moments; bfloat16, rounded at random, is half the memory."""
     weight_decay: float = 0.01
     """Of kernels and embeddings."""
     ema: float | None = None
@@ -91,10 +95,14 @@ class Training:
     the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the weights stay float32."""
+    matmuls: Literal["float", "int8", "float8"] = "float"
+    """As what dense layers multiply, forward and backward: of the precision, or rounded to 8 bits
+    (`pip install fmjax[qwix]`)."""
     scan: bool = False
     """Compile one layer and scan it."""
-    remat: bool = False
-    """Recompute layers in the backward pass, to save memory."""
+    remat: Remat = "none"
+    """What of layers the backward pass recomputes, to save memory: nothing; what lies between their
+    products; all of them; or all, with their inputs kept in the host's memory."""
     evaluations: int = 2
     """Evaluations an epoch; each may set the best checkpoint."""
     patience: int | None = None
@@ -191,11 +199,15 @@ def train(
     schedule = SCHEDULES[settings.schedule](
         settings.learning_rate, steps=steps, warmup=int(settings.warmup * steps)
     )
-    tx = OPTIMIZERS[settings.optimizer](schedule, weight_decay=settings.weight_decay)
+    tx = OPTIMIZERS[settings.optimizer](
+        schedule, weight_decay=settings.weight_decay, moments=settings.moments
+    )
     if through is not None:
         tx = through(tx)
     if settings.ema is not None:
         tx = optax.chain(tx, track_ema(settings.ema))
+    if settings.matmuls != "float":
+        loss = quantized_products(loss, settings.matmuls)
     if settings.precision == "bfloat16":
         loss = cast(loss, jnp.bfloat16)
     if differentiate is None:
@@ -223,6 +235,7 @@ def train(
         settings.scan,
         settings.precision,
         settings.optimizer,
+        settings.moments,
         fsdp=1 if mesh is None else mesh.shape.get("fsdp", 1),
         rows=1 if mesh is None else mesh.devices.size // mesh.shape.get("tensor", 1),
         devices=jax.device_count(),
@@ -244,7 +257,7 @@ def train(
             schedule=schedule,
             shown=averages if settings.ema is not None else lambda state: state,
             patience=settings.patience,
-            elsewhere=("mesh", "profile", *elsewhere),
+            elsewhere=("mesh", "profile", "remat", *elsewhere),
         )
 
 

@@ -4,8 +4,10 @@ from fmjax.train.checkpoint import Checkpoints, saving
 from fmjax.train.compile import jit_init, jit_step, pmap_step
 from fmjax.train.distributed import start
 from fmjax.train.loop import Event, Memory, evaluation, fit
+from fmjax.train.moments import keep_moments
 from fmjax.train.optim import adamw, bounded, decays, ema_of, track_ema
 from fmjax.train.players import Turn, init_players, take_turns
+from fmjax.train.quantized_products import quantized_products
 from fmjax.train.recording import Recorder, progress, recording
 from fmjax.train.schedules import (
     inverse_sqrt,
@@ -50,6 +52,7 @@ __all__ = [
     "is_param",
     "jit_init",
     "jit_step",
+    "keep_moments",
     "layout",
     "make_eval_step",
     "make_mesh",
@@ -57,6 +60,7 @@ __all__ = [
     "parse_mesh",
     "pmap_step",
     "progress",
+    "quantized_products",
     "recording",
     "saving",
     "shardings",

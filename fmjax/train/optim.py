@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmjax.train.moments import Moments, keep_moments
 from fmjax.tree import flatten, map_with_path, unflatten
 from fmjax.types import PyTree, Variables
 
@@ -154,6 +155,7 @@ def adamw(
     weight_decay: float = 0.01,
     max_grad_norm: float = 1.0,
     decay: Callable[[str], bool] = decays,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """AdamW with gradient clipping and decay on matrices only: the fine-tuning default.
 
@@ -161,10 +163,9 @@ def adamw(
         learning_rate: a number or an Optax schedule of the step.
         max_grad_norm: global norm the gradient is clipped to.
         decay: says by leaf path which weights decay.
+        moments: as what both moments are kept, see `fmjax.train.moments.keep_moments`.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(
-            learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask_of(decay)
-        ),
+    tx = optax.adamw(
+        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask_of(decay)
     )
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), keep_moments(tx, moments))

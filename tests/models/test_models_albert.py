@@ -43,7 +43,7 @@ def test_order_of_shared_weights():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "block", "dots", "offload"])
 def test_scanned_with_dropout(remat):
     """Every block drops by its own bits, and a scan returns each block's states."""
     config = dataclasses.replace(GROUPS, hidden_dropout_prob=0.5)

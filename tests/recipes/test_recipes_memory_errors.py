@@ -19,7 +19,7 @@ from fmjax.tasks import masked_lm
 from fmjax.train import accumulate, adamw, cast, gradient, init_state, make_train_step
 from fmjax.train.compile import lower_step
 
-SETUP = Setup(32, 1, False, False, "float32", "adamw", fsdp=1, rows=1, devices=1)
+SETUP = Setup(32, 1, "none", False, "float32", "adamw", "float32", fsdp=1, rows=1, devices=1)
 
 
 def model_of(length=64, **options):
@@ -54,7 +54,7 @@ def test_what_is_reckoned_is_near_what_the_compiler_says():
     for setting, options in {
         "precision=bfloat16": {"precision": "bfloat16"},
         "microbatches=2": {"microbatches": 2},
-        "remat=True, scan=True": {"remat": True, "scan": True},
+        "remat=block, scan=True": {"remat": "block", "scan": True},
         "batch_size=16": {"batch_size": 16},
     }.items():
         assert found[setting] == pytest.approx(use_of(**options).total, rel=0.1), setting
@@ -67,14 +67,14 @@ def test_the_cheapest_that_fit_come_first():
     assert [(way.setting, need) for way, need, _ in chosen] == [
         ("precision=bfloat16", 115),
         ("microbatches=2", 100),
-        ("remat=True, scan=True", 53),
+        ("remat=block, scan=True", 53),
     ]
     assert all(fits for *_, fits in chosen)
     settings = [way.setting for way, _, _ in cheapest(found, use, 90)]
-    assert settings == ["microbatches=4", "remat=True, scan=True", "batch_size=16"]
+    assert settings == ["microbatches=4", "remat=block, scan=True", "batch_size=16"]
     # On eight devices the state can be divided; one that recomputes already is not told to.
     # Nor can pieces have fewer rows than there are devices.
-    several = Setup(64, 4, True, True, "bfloat16", "lion", fsdp=1, rows=8, devices=8)
+    several = Setup(64, 4, "block", True, "bfloat16", "lion", "bfloat16", fsdp=1, rows=8, devices=8)
     settings = [way.setting for way in ways(several, 12, 5)]
     lora = "low-rank adapters (fmjax.methods.lora)"
     assert settings == ["microbatches=8", "mesh=fsdp=8", "batch_size=32", lora]
@@ -123,7 +123,7 @@ def test_a_step_without_room_says_what_fills_it(tmp_path):
     needed = float(re.search(r"it needs ([\d.]+) GB", text)[1])
     assert needed > 2**39 / 1e9
     for words in (
-        "remat=True, scan=True",
+        "remat=block, scan=True",
         "microbatches=2",
         "all of them: about",
         "still too much",
@@ -150,7 +150,7 @@ def test_a_compiler_that_refuses_is_believed(monkeypatch):
         memory_errors.explained(watched, None, state, SETUP, None, None),
     ):
         watched(state, batch)
-    for way in ("precision=bfloat16: about 15.4", "microbatches=2: about 11.0", "remat=True"):
+    for way in ("precision=bfloat16: about 15.4", "microbatches=2: about 11.0", "remat=block"):
         assert way in str(caught.value)
     assert "not enough" not in str(caught.value)
     # Other errors, and those before the first step, are not its.

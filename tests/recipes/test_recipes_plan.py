@@ -53,7 +53,7 @@ def test_flops_and_sizes_are_the_models():
     variables = hub.abstract_variables(model)
     batch = {"input_ids": jax.numpy.zeros((8, 16), "int32"), "weight": jax.numpy.ones(8)}
     args = (variables, {}, batch, jax.random.key(0))
-    assert step.flops(False) == count_flops(gradient(causal_lm.loss(model)), *args).total
+    assert step.flops("none") == count_flops(gradient(causal_lm.loss(model)), *args).total
     assert step.sizes()["trained"] == sum(x.size for x in jax.tree.leaves(variables["params"]))
     assert step.tokens == 128
 
@@ -66,7 +66,7 @@ def test_what_trains_is_the_methods():
     width, layers = gpt2.VARIANTS["base"].n_embd, gpt2.VARIANTS["base"].n_layer
     assert low.sizes()["trained"] == layers * 2 * (width * 2 + 2 * width)
     # Of three products a kernel, that of its own gradient is not needed.
-    assert low.flops(False) / full.flops(False) == pytest.approx(2 / 3, rel=0.01)
+    assert low.flops("none") / full.flops("none") == pytest.approx(2 / 3, rel=0.01)
 
 
 @pytest.mark.slow
@@ -74,14 +74,14 @@ def test_weights_in_half_precision():
     half = describe("gpt2/tiny", Work(batch=8, length=16, method="dora", weights="bfloat16"))
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(half.state.non_trainable["params"])}
     assert dtypes == {"bfloat16"}
-    assert half.flops(False) > 0
+    assert half.flops("none") > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "t5", "resnet", "bart", "roberta"])
 def test_families(family):
     step = describe(f"{family}/tiny", Work(batch=4, length=8))
-    assert step.flops(False) > 0
+    assert step.flops("none") > 0
     assert step.state.trainable
 
 
@@ -126,7 +126,9 @@ BERT = Settings(model="bert/tiny", target="cpu:4", batch=8, length=16)
 
 def test_search_takes_what_fits(monkeypatch):
     asked = []
-    monkeypatch.setattr(recipe, "compile_step", stand_in({False: 10**9, True: 10**6}, asked))
+    monkeypatch.setattr(
+        recipe, "compile_step", stand_in({"none": 10**9, "dots": 10**9, "block": 10**6}, asked)
+    )
     doc = plan(dataclasses.replace(BERT, memory=40e6, compiles=3))
     best = doc["plans"][doc["best"]]
     assert (best["status"], best["remat"]) == ("fits", "block")
@@ -136,9 +138,39 @@ def test_search_takes_what_fits(monkeypatch):
     assert {row["status"] for row in replicated} == {"too large"}  # by the state's size alone
     assert all(mesh["data"] < 4 for mesh, _ in asked)
     # What keeps all activations was tried once: they are as many however chips are laid.
-    assert [remat for _, remat in asked].count(False) == 1
-    assert len(asked) == 3
-    assert len(doc["plans"]) == 2 * len(list(meshes(4)))
+    assert [remat for _, remat in asked] == ["none", "dots", "block"]
+    assert len(doc["plans"]) == 3 * len(list(meshes(4)))
+
+
+def test_search_recomputes_no_more_than_it_must(monkeypatch):
+    """On an accelerator: what recomputes more is not compiled where less fits; the host's memory is
+    the last resort."""
+    asked = []
+    monkeypatch.setattr(Target, "devices", lambda self: jax.devices("cpu")[: self.chips])
+    sizes = {"none": 10**9, "dots": 10**6, "block": 10**6, "offload": 10**6}
+    monkeypatch.setattr(recipe, "compile_step", stand_in(sizes, asked))
+    one_mesh = dataclasses.replace(BERT, target="v5e:2x2", mesh="fsdp=4")
+    doc = plan(dataclasses.replace(one_mesh, memory=40e6))
+    assert [remat for _, remat in asked] == ["none", "dots"]
+    assert doc["plans"][doc["best"]]["remat"] == "dots"
+    rest = [row for row in doc["plans"] if row["remat"] in ("block", "offload")]
+    assert [row["reason"] for row in rest] == ["less recomputed fits as well"] * 2
+    asked.clear()
+    sizes |= {"dots": 10**9, "block": 10**9}
+    doc = plan(dataclasses.replace(one_mesh, memory=40e6, compiles=4))
+    assert [remat for _, remat in asked] == ["none", "dots", "block", "offload"]
+    assert doc["plans"][doc["best"]]["remat"] == "offload"
+
+
+@pytest.mark.slow
+def test_policies_in_compiled_programs():
+    peaks = {}
+    for remat in ("none", "dots", "block"):
+        settings = Settings(model="gpt2/tiny", target="cpu", batch=64, length=32, remat=remat)
+        (row,) = plan(settings)["plans"]
+        assert (row["remat"], row["status"]) == (remat, "fits")
+        peaks[remat] = row["compiled"]["peak_bytes"]
+    assert peaks["block"] < peaks["dots"] < peaks["none"]
 
 
 def test_search_that_finds_nothing(monkeypatch, capsys):
@@ -159,7 +191,7 @@ def test_search_that_finds_nothing(monkeypatch, capsys):
 
 def test_bounds_where_figures_are_published(monkeypatch):
     """Of an accelerator, whose devices are not needed where nothing is compiled."""
-    monkeypatch.setattr(recipe, "compile_step", stand_in({False: 10**6, True: 10**6}, []))
+    monkeypatch.setattr(recipe, "compile_step", stand_in({"none": 10**6}, []))
     monkeypatch.setattr(Target, "devices", lambda self: jax.devices("cpu")[: self.chips])
     doc = plan(dataclasses.replace(BERT, target="v5e:2x2", price=2.0, compiles=1, remat="none"))
     bound = doc["plans"][doc["best"]]["bound"]
@@ -173,7 +205,7 @@ def test_bounds_where_figures_are_published(monkeypatch):
 @pytest.mark.slow
 def test_recomputing_costs():
     step = describe("gpt2/tiny", Work(batch=8, length=16))
-    assert step.flops(True) > step.flops(False)
+    assert step.flops("block") > step.flops("dots") > step.flops("none")
 
 
 @pytest.mark.slow
@@ -202,6 +234,7 @@ def test_search_with_the_compiler():
         ({"price": -1.0, "compiles": 0}, "price=-1.0 must not be negative; compiles=0"),
         ({"chart": "a.gif"}, "must end with .png, .svg or .pdf"),
         ({"target": "h100", "measure": True}, "h100 is not here to run on"),
+        ({"remat": "offload"}, "a CPU, whose memory is the host's: 'block'"),
     ],
 )
 def test_bad_input(changes, said):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 import fmjax
+import fmjax.recipes.training as recipe
 from fmjax.data.batches import batches
 from fmjax.data.images import ImageExamples
 from fmjax.models import cnn
 from fmjax.recipes.training import Training, train
 from fmjax.tasks import sequence_classification as task
+from fmjax.train import adamw
 from fmjax.tree import flatten
 
 
@@ -22,7 +24,7 @@ def run(tmp_path):
     images = rng.integers(0, 256, (12, 4, 4, 1), dtype=np.uint8)
     examples = ImageExamples(images, (np.arange(12) % 3).astype(np.int32), ("a", "b", "c"))
 
-    def run(ema, mesh=None):
+    def run(ema, mesh=None, **settings):
         config = cnn.Config(
             image_size=4, hidden_sizes=(2,), depths=(1,), pooled_size=2, dense_sizes=(),
             id2label=("a", "b", "c"),
@@ -38,7 +40,7 @@ def run(tmp_path):
 
         settings = Training(
             output=tmp_path / str(ema), epochs=1, batch_size=4, learning_rate=0.1, warmup=0.0,
-            evaluations=3, ema=ema, mesh=mesh,
+            evaluations=3, ema=ema, mesh=mesh, **settings,
         )  # fmt: skip
         state = train(
             settings,
@@ -88,3 +90,20 @@ def test_a_run_goes_on_on_another_mesh(run, tmp_path):
         np.testing.assert_array_equal(same[name], value)
     with pytest.raises(ValueError, match="'model' is no axis"):
         run(None, "model=2")
+
+
+def test_precisions_reach_the_step(run, monkeypatch):
+    asked = []
+
+    def products(loss, dtype):
+        asked.append(dtype)
+        return loss
+
+    def optimizer(*args, moments, **kwargs):
+        asked.append(moments)
+        return adamw(*args, moments=moments, **kwargs)
+
+    monkeypatch.setattr(recipe, "quantized_products", products)
+    monkeypatch.setitem(recipe.OPTIMIZERS, "adamw", optimizer)
+    run(None, moments="bfloat16", matmuls="int8")
+    assert asked == ["bfloat16", "int8"]
