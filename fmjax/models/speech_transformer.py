@@ -256,7 +256,10 @@ class Model(transformer.Model):
         hidden = encoded.last_hidden_state
         assert hidden is not None  # every encoder has one
         logits = {field: self.ctc_head(hidden).astype(jnp.float32)}
-        return dataclasses.replace(encoded, last_hidden_state=None, logit_lengths=lengths, **logits)
+        mask = None if attention_mask is None else until(lengths, hidden.shape[1])
+        return dataclasses.replace(
+            encoded, last_hidden_state=None, state_mask=mask, logit_lengths=lengths, **logits
+        )
 
     def head_output(
         self,
