@@ -35,8 +35,10 @@ from fmjax.data.audio_sets import AudioExamples, read_audio_manifest
 from fmjax.data.batches import batches, shared_buckets
 from fmjax.data.characters import Characters, characters_of
 from fmjax.data.columns import Columns
-from fmjax.data.spectral import Frames, log_mel, mel_filters, normalise
+from fmjax.data.mel_frames import MelFrames
+from fmjax.data.waveform import WaveformProcessor
 from fmjax.models import deepspeech2, wav2vec2
+from fmjax.recipes.ctc_transcription import Symbols
 from fmjax.recipes.texts import evaluation_batches
 from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
 from fmjax.report import save_samples
@@ -45,8 +47,9 @@ from fmjax.types import Aux, Batch, LossFn, TrainState, Variables
 
 RATE = 8_000  # of the recordings; what is synthesised is brought to it
 MELS = 40
-FRAMES = Frames(length=200, hop=80, fft=256)  # 25 ms every 10 ms
-FILTERS = mel_filters(FRAMES, MELS, RATE, low=60.0)
+# 25 ms every 10 ms.
+FRAMES = MelFrames(RATE, MELS, 200, 80, 256, low_frequency=60.0, dither=1e-3)
+SAMPLES = WaveformProcessor(RATE, return_attention_mask=True)
 # About a tenth of the bins and of the time: sounds are of one to three seconds.
 MASKS = SpecAugment(0, 6, 2, 12, 0.1, 2)
 
@@ -111,26 +114,10 @@ def load(settings: Settings) -> dict[str, AudioExamples]:
     return sounds
 
 
-def features(samples: np.ndarray) -> np.ndarray:
-    """Normalised log-mel frames: [T] -> [N, M]."""
-    # Whole tenths of a second, so that few lengths are compiled.
-    size = -(-max(len(samples), FRAMES.length) // 800) * 800
-    padded = np.zeros(size, np.float32)
-    padded[: len(samples)] = samples
-    return np.asarray(_features(padded))[: max(1, int(FRAMES.count(len(samples))))]
-
-
-@jax.jit
-def _features(samples: Array) -> Array:
-    # A little noise in place of digital silence, whose logarithm says nothing of any sound.
-    quiet = 1e-3 * jax.random.normal(jax.random.key(0), samples.shape)
-    return normalise(log_mel(samples + quiet, FRAMES, FILTERS))
-
-
 def prepared(settings: Settings, sounds: AudioExamples, characters: Characters) -> Columns:
     """The sounds as the model reads them, with their characters."""
     if settings.model == "deepspeech2":
-        return sounds.columns(features, encode=characters.encode)
+        return sounds.columns(FRAMES.of, encode=characters.encode)
     even = [(one - one.mean()) / np.sqrt(one.var() + 1e-7) for one in sounds.samples]
     return dataclasses.replace(sounds, samples=even).columns(encode=characters.encode)
 
@@ -227,7 +214,8 @@ def run(settings: Settings) -> dict[str, Any]:
         pairs = zip(found.references[:10], found.predictions[:10], strict=True)
         rows += [(split, *pair) for pair in pairs]
     save_samples(settings.output, ("sounds", "said", "heard"), rows)
-    finish(settings.output, results, model, weights_of(state), characters)
+    symbols = Symbols(characters, FRAMES if settings.model == "deepspeech2" else SAMPLES)
+    finish(settings.output, results, model, weights_of(state), symbols)
     return results
 
 

