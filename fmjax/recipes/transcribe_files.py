@@ -33,8 +33,14 @@ class Settings:
     timestamps: bool = False
     """Give times of pieces (of CTC, of words); of a Whisper recordings longer than a window have
     them always."""
+    words: bool = False
+    """Give times of each word."""
     condition: bool = False
     """Tell each window of a long recording the text before it."""
+    prompt: str | None = None
+    """Tell a Whisper something beforehand, such as names and how they are written."""
+    prompt_each: bool = False
+    """With --condition, tell it before the text of each window, and not of the first alone."""
     batch_size: int = 8
     """Recordings, or windows of them, at a time."""
     seed: int = 0
@@ -67,11 +73,14 @@ def heard(settings: Settings) -> list[Transcript]:
         language=settings.language,
         task=settings.task,
         condition=settings.condition,
+        prompt=settings.prompt,
+        prompt_each=settings.prompt_each,
     )
     return transcribe(
         transcriber,
         settings.files,
         timestamps=settings.timestamps,
+        words=settings.words,
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
@@ -79,7 +88,7 @@ def heard(settings: Settings) -> list[Transcript]:
 
 def spelled(settings: Settings) -> list[Transcript]:
     """What a model of CTC hears."""
-    _refuse(settings, "a model of CTC", "task", "condition", "seed")
+    _refuse(settings, "a model of CTC", "task", "condition", "prompt", "prompt_each", "seed")
     speller = load_speller(
         settings.model,
         language=settings.language,
@@ -89,7 +98,10 @@ def spelled(settings: Settings) -> list[Transcript]:
         bonus=settings.word_bonus,
     )
     return spell(
-        speller, settings.files, timestamps=settings.timestamps, batch_size=settings.batch_size
+        speller,
+        settings.files,
+        timestamps=settings.timestamps or settings.words,
+        batch_size=settings.batch_size,
     )
 
 

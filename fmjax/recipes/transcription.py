@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fmjax.data.audio import Source, open_audio
 from fmjax.data.audio_features import LogMel, log_energies, scaled
 from fmjax.generate.speech import Listener, Segment, hear, hear_recordings
 from fmjax.generate.speech_config import SpeechConfig
+from fmjax.generate.word_times import WITHOUT_SPACES, words_of
 from fmjax.recipes.ctranslate2 import TINY, is_ctranslate2, tiny_english
 from fmjax.recipes.transcripts import Piece, Transcript
 
@@ -40,6 +42,27 @@ class Transcriber:
         end = min(self.listener.config.eos)
         return self.tokenizer.decode([token for token in tokens if token < end]).strip()
 
+    def words(self, segment: Segment) -> list[Piece]:
+        """A segment's words with their times and the spaces before them: each from where the token
+        before its first one ends to where its last one does."""
+        end, tokens = min(self.listener.config.eos), segment.tokens
+        places = [place for place, token in enumerate(tokens) if token < end]
+        language = (self.listener.speech.language or "").strip("<|>")
+        found = words_of(
+            [tokens[place] for place in places],
+            partial(self.tokenizer.decode, clean_up_tokenization_spaces=False),
+            spaces=language not in WITHOUT_SPACES,
+        )
+        begins = (segment.start, *segment.times)
+        return [
+            Piece(
+                round(begins[places[word.first]], 2),
+                round(segment.times[places[word.last]], 2),
+                word.text,
+            )
+            for word in found
+        ]
+
 
 def load_transcriber(
     model: str | Path = TINY,
@@ -47,6 +70,8 @@ def load_transcriber(
     language: str | None = None,
     task: str | None = None,
     condition: bool = False,
+    prompt: str | None = None,
+    prompt_each: bool = False,
 ) -> Transcriber:
     """Loads a Whisper.
 
@@ -55,6 +80,9 @@ def load_transcriber(
         language: what is spoken, such as "en"; None is heard, by multilingual models.
         task: "transcribe" or, of multilingual models, "translate" into English.
         condition: whether a window of a long recording is told the text of the one before.
+        prompt: what is told beforehand, such as names and how they are written: before each window,
+            or, with `condition`, before the first alone.
+        prompt_each: whether, with `condition`, the prompt stays before the text of each window.
 
     Raises:
         OSError: no such folder, or it cannot be fetched.
@@ -87,9 +115,32 @@ def load_transcriber(
     changes: dict[str, Any] = {} if language is None else {"language": language}
     changes |= {} if task is None else {"task": task}
     changes |= {"condition_on_prev_tokens": True} if condition else {}
+    tokenizer, config = hub.load_tokenizer(folder), hub.load_generation_config(folder)
+    if prompt is not None:
+        changes["prompt_ids"] = prompt_tokens(tokenizer, prompt, min(config.eos))
+    if prompt_each:
+        if prompt is None:
+            raise ValueError("prompt_each is for a prompt; give one")
+        changes["prompt_condition_type"] = "all-segments"
     speech = dataclasses.replace(speech, **BELIEVED, **changes)
-    listener = Listener(loaded, variables, hub.load_generation_config(folder), speech)
-    return Transcriber(listener, hub.load_tokenizer(folder), features)
+    return Transcriber(Listener(loaded, variables, config, speech), tokenizer, features)
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, end: int) -> tuple[int, ...]:
+    """The tokens of what is told beforehand.
+
+    Args:
+        tokenizer: the model's.
+        prompt: a text.
+        end: the first of the tokens that are no text.
+
+    Raises:
+        ValueError: it is empty, or has tokens that are no text.
+    """
+    ids = tokenizer(" " + prompt.strip(), add_special_tokens=False)["input_ids"]
+    if not prompt.strip() or max(ids) >= end:
+        raise ValueError(f"prompt={prompt!r} must be a text, without tokens such as <|...|>")
+    return tuple(ids)
 
 
 def transcribe(
@@ -97,6 +148,7 @@ def transcribe(
     sources: Sequence[Source],
     *,
     timestamps: bool = False,
+    words: bool = False,
     batch_size: int = 8,
     temperatures: Sequence[float] = TEMPERATURES,
     seed: int = 0,
@@ -110,6 +162,7 @@ def transcribe(
         transcriber: from `load_transcriber`.
         sources: N files, or samples with their rate: see `fmjax.data.audio.Source`.
         timestamps: whether short recordings get times too.
+        words: whether each word has its times, by the model's ``alignment_heads``.
         batch_size: recordings at a time.
         temperatures: see `fmjax.generate.speech.hear`.
         seed: of the draws at temperatures above 0.
@@ -127,7 +180,11 @@ def transcribe(
     result: list[Transcript | None] = [None] * len(sources)
     rng = jax.random.key(seed)
     limit = transcriber.features.samples
-    short = [] if timestamps else [i for i, sound in enumerate(opened) if sound.samples <= limit]
+    short = (
+        []
+        if timestamps or words
+        else [i for i, sound in enumerate(opened) if sound.samples <= limit]
+    )
     # Of similar length: a batch takes as many steps as its longest text.
     short.sort(key=lambda i: opened[i].samples)
     for start in range(0, len(short), batch_size):
@@ -149,13 +206,17 @@ def transcribe(
             transcriber.listener,
             [opened[i] for i in long],
             batch_size=batch_size,
+            words=words,
             temperatures=temperatures,
             rng=rng,
         ):
-            pieces[long[place]].append(_piece(transcriber, segment))
+            said = transcriber.words(segment) if words else [_piece(transcriber, segment)]
+            pieces[long[place]] += said
     for i in long:
-        said = [piece for piece in pieces[i] if piece.text]
-        result[i] = opened[i].transcript(" ".join(piece.text for piece in said), tuple(said))
+        said = [piece for piece in pieces[i] if piece.text.strip()]
+        text = "".join(p.text for p in said) if words else " ".join(p.text for p in said)
+        shown = tuple(dataclasses.replace(piece, text=piece.text.strip()) for piece in said)
+        result[i] = opened[i].transcript(text.strip(), shown)
     return [transcript for transcript in result if transcript is not None]
 
 

@@ -129,7 +129,8 @@ def test_bad_settings_are_named(hears):
 def test_a_plain_search_does_not_hear_padding(hears):
     model, variables, inputs = hears
     model = model.clone(head="seq2seq_lm")
-    both = fmjax.generate(model, variables, **inputs, max_new_tokens=4, eos_token_id=None)
+    options = {"max_new_tokens": 4, "eos_token_id": None, "decoder_start_token_id": START}
+    both = fmjax.generate(model, variables, **inputs, **options)
     alone = {name: x[1:, :12] for name, x in inputs.items()}
-    one = fmjax.generate(model, variables, **alone, max_new_tokens=4, eos_token_id=None)
+    one = fmjax.generate(model, variables, **alone, **options)
     np.testing.assert_array_equal(both.tokens[1], one.tokens[0])
