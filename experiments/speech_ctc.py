@@ -31,12 +31,13 @@ from jax import Array
 
 import fmjax
 from fmjax.data.audio_augment import SpecAugment, spec_augment
+from fmjax.data.audio_rooms import Rooms, drawn, surround, through, with_noise, without_silence
 from fmjax.data.audio_sets import AudioExamples, read_audio_manifest
 from fmjax.data.batches import batches, shared_buckets
 from fmjax.data.characters import Characters, characters_of
 from fmjax.data.columns import Columns
-from fmjax.data.mel_frames import MelFrames
-from fmjax.data.waveform import WaveformProcessor
+from fmjax.data.mel_frames import MelFrames, mel_frames
+from fmjax.data.waveform import EPSILON, WaveformProcessor
 from fmjax.models import deepspeech2, wav2vec2
 from fmjax.recipes.ctc_transcription import Symbols
 from fmjax.recipes.texts import evaluation_batches
@@ -48,10 +49,11 @@ from fmjax.types import Aux, Batch, LossFn, TrainState, Variables
 RATE = 8_000  # of the recordings; what is synthesised is brought to it
 MELS = 40
 # 25 ms every 10 ms.
-FRAMES = MelFrames(RATE, MELS, 200, 80, 256, low_frequency=60.0, dither=1e-3)
+FRAMES = MelFrames(RATE, MELS, 200, 80, 256, low_frequency=60.0, dither=1e-3, peak=0.7)
 SAMPLES = WaveformProcessor(RATE, return_attention_mask=True)
 # About a tenth of the bins and of the time: sounds are of one to three seconds.
 MASKS = SpecAugment(0, 6, 2, 12, 0.1, 2)
+ROOMS = Rooms()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,12 +75,10 @@ class Settings(Training):
     """Of recurrent layers, in each direction, or of the transformer."""
     layers: int = 2
     """Recurrent, or of the transformer."""
-    noise: float = 0.01
-    """Deviation of the noise that is added to samples, as a share of full scale, and to normalised
-    frames ten times as much."""
     augment: bool = True
-    """Mask spans of frames and of bins (SpecAugment) while training Deep Speech 2."""
-    epochs: float = 20.0
+    """Put each training sound into another room, at another distance, behind another silence and
+    over another line each time; of Deep Speech 2, mask spans of frames and of bins, too."""
+    epochs: float = 14.0
     """Passes over the training sounds."""
     batch_size: int = 32
     """Sounds a step."""
@@ -114,12 +114,25 @@ def load(settings: Settings) -> dict[str, AudioExamples]:
     return sounds
 
 
-def prepared(settings: Settings, sounds: AudioExamples, characters: Characters) -> Columns:
-    """The sounds as the model reads them, with their characters."""
+def prepared(
+    settings: Settings, split: str, sounds: AudioExamples, characters: Characters
+) -> Columns:
+    """The sounds as the model reads them, with their characters; of training, their samples."""
+    if split == "train":
+        cut = [without_silence(one, RATE) for one in sounds.samples]
+        return dataclasses.replace(sounds, samples=cut).columns(encode=characters.encode)
     if settings.model == "deepspeech2":
         return sounds.columns(FRAMES.of, encode=characters.encode)
-    even = [(one - one.mean()) / np.sqrt(one.var() + 1e-7) for one in sounds.samples]
-    return dataclasses.replace(sounds, samples=even).columns(encode=characters.encode)
+    values = [SAMPLES([one], RATE)["input_values"][0] for one in sounds.samples]
+    return dataclasses.replace(sounds, samples=values).columns(encode=characters.encode)
+
+
+def even(samples: Array, keep: Array) -> Array:
+    """Samples [B, T] of mean 0 and variance 1 where they are kept, as `SAMPLES` makes them."""
+    count = jnp.maximum(keep.sum(axis=1, keepdims=True), 1)
+    centred = jnp.where(keep, samples - samples.sum(axis=1, keepdims=True) / count, 0)
+    variance = jnp.square(centred).sum(axis=1, keepdims=True) / count
+    return centred / jnp.sqrt(variance + EPSILON)
 
 
 def config_of(settings: Settings, characters: Characters) -> Any:
@@ -143,20 +156,31 @@ def config_of(settings: Settings, characters: Characters) -> Any:
     )  # fmt: skip
 
 
-def noisy(loss: LossFn, settings: Settings) -> LossFn:
-    """The loss of sounds with noise and, of frames, masked spans: drawn anew at each step."""
+def heard(loss: LossFn, settings: Settings) -> LossFn:
+    """The loss of samples, as the model reads them: in rooms that are drawn anew at each step."""
 
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         assert rng is not None  # the step has one always
-        noise_key, mask_key, key = jax.random.split(rng, 3)
-        name = "input_features" if settings.model == "deepspeech2" else "input_values"
-        scale = settings.noise * (10.0 if settings.model == "deepspeech2" else 1.0)
-        x = jnp.asarray(batch[name])
-        x = x + scale * jax.random.normal(noise_key, x.shape)
-        if settings.augment and settings.model == "deepspeech2":
-            lengths = jnp.asarray(batch["attention_mask"]).sum(axis=1)
-            x = spec_augment(mask_key, x, lengths, MASKS)
-        return loss(variables, {**batch, name: x}, key)
+        *keys, mask_key, key = jax.random.split(rng, 6)
+        x = jnp.asarray(batch["input_values"])
+        lengths = jnp.asarray(batch["attention_mask"]).sum(axis=1)
+        speakers = None
+        if settings.augment:
+            x, lengths = surround(keys[0], x, lengths, RATE, ROOMS.silence)
+            x = with_noise(keys[2], through(keys[1], x, RATE, ROOMS), lengths, ROOMS.noise)
+            speakers = drawn(keys[3], len(x), ROOMS.speakers)
+        keep = jnp.arange(x.shape[1]) < lengths[:, None]
+        inputs = {name: batch[name] for name in ("labels", "weight", "index") if name in batch}
+        if settings.model == "wav2vec2":
+            inputs |= {"input_values": even(x, keep), "attention_mask": keep}
+            return loss(variables, inputs, key)
+        x = x * (FRAMES.peak or 1.0) / jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-9)
+        counts = jnp.maximum(FRAMES.cut.count(jnp.asarray(lengths)), 1)
+        frames = mel_frames(FRAMES, x, counts, speakers)
+        if settings.augment:
+            frames = spec_augment(mask_key, frames, counts, MASKS)
+        there = (jnp.arange(frames.shape[1]) < counts[:, None]).astype(jnp.int32)
+        return loss(variables, inputs | {"input_features": frames, "attention_mask": there}, key)
 
     return loss_fn
 
@@ -165,7 +189,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Trains (or goes on), evaluates, and returns what results.json holds."""
     sounds = load(settings)
     characters = characters_of(text for text in sounds["train"].texts or ())
-    columns = {split: prepared(settings, part, characters) for split, part in sounds.items()}
+    columns = {split: prepared(settings, split, part, characters) for split, part in sounds.items()}
     for split, part in sounds.items():
         print(f"{split}: {len(part):,} sounds, {part.seconds / 60:.1f} minutes")
     model, variables = fmjax.create(
@@ -173,13 +197,14 @@ def run(settings: Settings) -> dict[str, Any]:
         rng=jax.random.key(settings.seed), scan=settings.scan, remat=settings.remat,
     )  # fmt: skip
     blank = characters.numbers[characters.blank]
-    for part in columns.values():
+    for split, part in columns.items():
         inputs, labels = part.ragged
-        task.check_labels(model.frames(inputs.lengths), labels.rows("labels"), blank=blank)
-    shapes = shared_buckets(*columns.values())
-    stream = batches(
-        columns["train"], batch_size=settings.batch_size, seed=settings.seed, buckets=shapes
-    )
+        lengths = inputs.lengths
+        if split == "train" and settings.model == "deepspeech2":  # of samples
+            lengths = np.maximum(FRAMES.cut.count(lengths), 1)
+        task.check_labels(model.frames(lengths), labels.rows("labels"), blank=blank)
+    shapes = shared_buckets(*(part for split, part in columns.items() if split != "train"))
+    stream = batches(columns["train"], batch_size=settings.batch_size, seed=settings.seed)
 
     def evaluation(state: TrainState, split: str) -> task.Evaluation:
         once = evaluation_batches(columns[split], buckets=shapes, batch_size=32)
@@ -191,7 +216,7 @@ def run(settings: Settings) -> dict[str, Any]:
         settings,
         model,
         variables,
-        noisy(task.loss(model), settings),
+        heard(task.loss(model), settings),
         stream,
         evaluate=lambda state: evaluation(state, "val").metrics,
         metric="wer",

@@ -16,8 +16,9 @@ import numpy as np
 from jax import Array
 
 from fmjax.config import write_json
+from fmjax.data.audio_rooms import warp_frequencies
 from fmjax.data.files import raise_problems
-from fmjax.data.spectral import Frames, log_mel, mel_filters, normalise
+from fmjax.data.spectral import FLOOR, Frames, mel_filters, normalise, power
 from fmjax.data.waveform import FILE, WaveformProcessor, load_waveform_processor
 from fmjax.weights.strict_json import parse_object
 
@@ -106,7 +107,7 @@ class MelFrames:
         padded = np.zeros(size, np.float32)
         padded[: len(samples)] = samples
         count = self.count(len(samples))
-        return np.asarray(_frames(self, padded, count))[:count]
+        return np.asarray(_frames(self, padded, np.int32(count)))[:count]
 
     def __call__(
         self, sounds: Sequence[np.ndarray], sampling_rate: int, *, length: int | None = None
@@ -159,9 +160,27 @@ def _filters(settings: MelFrames) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="settings")
 def _frames(settings: MelFrames, samples: Array, count: Array) -> Array:
+    return mel_frames(settings, samples[None], count[None])[0]
+
+
+def mel_frames(
+    settings: MelFrames, samples: Array, counts: Array, speakers: Array | None = None
+) -> Array:
+    """Normalised frames of sounds at their own level, on any device: float32 [B, N, M].
+
+    Args:
+        settings: how.
+        samples: [B, T]; padding is 0.
+        counts: int [B], frames that are of each sound; the others become 0.
+        speakers: [B], factors of the frequencies; see `fmjax.data.audio_rooms.warp_frequencies`.
+    """
     noise = settings.dither * jax.random.normal(jax.random.key(0), samples.shape)
-    found = log_mel(samples + noise, settings.cut, _filters(settings))
-    return normalise(found, jnp.arange(found.shape[0]) < count)
+    powers = power(samples + noise, settings.cut)
+    if speakers is not None:
+        powers = warp_frequencies(powers, speakers)
+    energies = jnp.matmul(powers, _filters(settings), precision="highest")
+    found = jnp.log(jnp.maximum(energies, FLOOR))
+    return normalise(found, jnp.arange(found.shape[1]) < counts[:, None])
 
 
 Processor = WaveformProcessor | MelFrames
