@@ -207,7 +207,7 @@ def run(settings: Settings) -> dict[str, Any]:
         inputs, labels = part.ragged
         lengths = inputs.lengths
         if split == "train" and settings.model == "deepspeech2":  # of samples
-            lengths = np.maximum(FRAMES.cut.count(lengths), 1)
+            lengths = np.maximum(FRAMES.cut.count(jnp.asarray(lengths)), 1)
         task.check_labels(model.frames(lengths), labels.rows("labels"), blank=blank)
     shapes = shared_buckets(*(part for split, part in columns.items() if split != "train"))
     stream = batches(columns["train"], batch_size=settings.batch_size, seed=settings.seed)
