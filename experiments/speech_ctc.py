@@ -8,8 +8,8 @@ The sounds are sequences of one to five digits or commands: espeak-ng says two t
 training in 50 voices, flite the rest in four that are made of people's recordings; the 300 of test
 are in 5 voices of espeak-ng that were not trained on. Beside them the model hears ten recordings of
 a digit each, of a person it never heard, which differ from what is synthesised by what was measured
-of both: they begin after 0.07 to 0.31 s of silence (0.03 s on average), their words are about half
-as long again, and above 1 kHz they have 6 to 9 dB less. So training sounds are slower, more of them
+of both: they begin after 0.07 to 0.31 s of silence (0.03 s on average), their words take a third
+more time, and above 1.2 kHz they have 4 to 11 dB less. So training sounds are slower, more of them
 are single words, and at each step each is put behind another silence, into another room, over
 another line and into another throat, with noise (`--no-augment` leaves that out). Word error rates
 of this are not measured yet; without all that, on 20 voices of espeak-ng alone, the test sounds had
