@@ -120,6 +120,8 @@ class Output:
         logits: float32; [B, C] per example, [B, T, C] per token, [B, X, Y, C] per pixel,
             [B, T, V] over the vocabulary.
         last_hidden_state: [B, T, D].
+        state_mask: bool [B, T], which of them are no padding (of encoder-decoders: which of the
+            encoder's), where states are not one for each place of the inputs' mask.
         pooler_output: [B, D].
         prediction_logits: [B, T, V], pretraining head.
         seq_relationship_logits: [B, 2], pretraining head.
@@ -170,6 +172,7 @@ class Output:
 
     logits: Array | None = None
     last_hidden_state: Array | None = None
+    state_mask: Array | None = None
     pooler_output: Array | None = None
     prediction_logits: Array | None = None
     seq_relationship_logits: Array | None = None

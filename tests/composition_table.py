@@ -12,7 +12,7 @@ class Composition:
       methods: names of files in methods/.
       on: family and task.
       devices: how the step runs.
-      slow: whether its methods are all in other rows, too, and it is for `make test-all`.
+      slow: whether its methods are each in two other rows, too, and it is for `make test-all`.
       make: gives the arguments of `check_trains`.
     """
 

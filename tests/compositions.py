@@ -21,7 +21,6 @@ from made_up import (
     agents,
     completions,
     made,
-    named_pictures,
     pairs,
     pictures,
     responses,
@@ -58,7 +57,6 @@ from fmjax.methods.sharpness_aware import sharpness_aware
 from fmjax.methods.spikes import skip_spikes
 from fmjax.tasks import (
     causal_lm,
-    image_text,
     seq2seq,
     sequence_classification,
     token_classification,
@@ -499,37 +497,6 @@ def _():
         "loss": ppo.loss(policy),
         "tx": optax.chain(lamb(3e-2), track_swa(start=2, period=2)),
         "batch": steps_of_agents(),
-        "mesh": make_mesh(data=2),
-        "falls_to": None,
-    }
-
-
-@composition(
-    "lora", "sharpness_aware", on="clip, pictures and texts", devices="accumulated", slow=True
-)
-def _():
-    model, variables = made("clip", "model")
-    targets = ("*/attn/*", "*/mlp/*")
-    return {
-        "variables": lora.add(variables, jax.random.key(1), rank=2, alpha=8.0, targets=targets),
-        "loss": image_text.loss(model),
-        "tx": optax.adam(3e-2),
-        "batch": named_pictures(),
-        "is_trainable": is_adapter,
-        "differentiate": lambda loss: sharpness_aware(accumulate(gradient(loss), 2)),
-        "falls_to": None,
-    }
-
-
-@composition("selection", "averaging", on="siglip, pictures and texts", devices="data=2", slow=True)
-def _():
-    model, variables = made("siglip", "model")
-    return {
-        "variables": variables,
-        "loss": image_text.loss(model),
-        "tx": optax.chain(optax.adam(1e-2), track_swa(start=2, period=2)),
-        "batch": named_pictures(),
-        "is_trainable": matching(["params/text/*", "params/logit_*"], variables),
         "mesh": make_mesh(data=2),
         "falls_to": None,
     }

@@ -27,6 +27,7 @@ GENERATION = {
     "decoder_start_token_id": START, "eos_token_id": END, "pad_token_id": END, "bos_token_id": END,
     "is_multilingual": False, "max_initial_timestamp_index": 25, "max_length": 24,
     "no_timestamps_token_id": NO_TIMES, "prev_sot_token_id": BEFORE, "return_timestamps": False,
+    "alignment_heads": [[0, 1]],
 }  # fmt: skip
 
 

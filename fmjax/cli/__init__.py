@@ -27,7 +27,7 @@ from fmjax.cli.texts import (
     tag,
 )
 from fmjax.cli.writing import Chat, Generate, Translate, chat, generate, translate
-from fmjax.recipes import transcription
+from fmjax.recipes import transcribe_files
 from fmjax.recipes.drawing import Settings as Draw
 from fmjax.recipes.drawing import save_drawings
 from fmjax.recipes.matching import Match, print_matches
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         | Annotated[Translate, sub("translate")]
         | Annotated[Classify, sub("classify")]
         | Annotated[Detect, sub("detect")]
-        | Annotated[transcription.Settings, sub("transcribe")]
+        | Annotated[transcribe_files.Settings, sub("transcribe")]
         | Annotated[Caption, sub("caption")]
         | Annotated[Draw, sub("draw")]
         | Annotated[Match, sub("match")]
@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> int:
                 classify(args)
             case Detect():
                 detect(args)
-            case transcription.Settings():
-                transcription.print_transcripts(args)
+            case transcribe_files.Settings():
+                transcribe_files.print_transcripts(args)
             case Caption():
                 caption(args)
             case Draw():

@@ -1,7 +1,9 @@
-"""Spoken digits and commands, synthesised by espeak-ng in many voices, as a TFDS builder.
+"""Spoken digits and commands, synthesised in many voices, as a TFDS builder.
 
-Held-out voices make the splits: no voice of the validation or test sounds is among the training
-ones. espeak-ng (GPL-3) is a program that the machine must have; what it says is ours.
+espeak-ng's voices are computed from formants; flite's are made of what four people have recorded,
+and say a third of the training sounds. Held-out voices make the splits: no voice of the validation
+or test sounds is among the training ones. espeak-ng (GPL-3) and flite (as free as BSD's) are
+programs that the machine must have; what they say is ours.
 
 Importing this file imports tensorflow_datasets (about a second), never TensorFlow.
 """
@@ -27,20 +29,27 @@ from fmjax.data.prompts import NUMBERS
 from fmjax.data.resampling import resample
 from fmjax.data.splits import SPLITS
 
-PROGRAM = "espeak-ng"
+PROGRAM, HUMAN = "espeak-ng", "flite"
+PEOPLE = ("flite/slt", "flite/rms", "flite/awb", "flite/kal16")
 # Accents and, behind "+", timbres, all of espeak-ng's own.
 VOICES = {
     "train": (
+        *PEOPLE,
         "en-us+m1", "en-us+m2", "en-us+f1", "en-us+f2", "en-us+m7", "en-us+f4", "en-gb+m1",
         "en-gb+m3", "en-gb+f2", "en-gb+f5", "en-gb-x-rp+m4", "en-gb-x-rp+f1", "en-gb-scotland+m2",
         "en-gb-scotland+f4", "en-029+m3", "en-029+f5", "en-gb-x-gbclan+m7", "en-gb-x-gbclan+f2",
-        "en-us+m3", "en-us+f5",
+        "en-us+m3", "en-us+f5", "en-us+adam", "en-us+Alicia", "en-us+Andrea", "en-us+Andy",
+        "en-us-nyc+Annie", "en-us+belinda", "en-gb+benjamin", "en-us+boris", "en-gb+caleb",
+        "en-us+david", "en-us+ed", "en-gb-x-rp+edward", "en-us+Gene", "en-us-nyc+john",
+        "en-us+Lee", "en-gb+linda", "en-us+max", "en-us-nyc+Michael", "en-us+Mike", "en-us+paul",
+        "en-gb-scotland+quincy", "en-us+rob", "en-us-nyc+robert", "en-us+steph", "en-us+zac",
+        "en-us+anika", "en-us+klatt2", "en-gb+klatt4", "en-us+shelby", "en-us+victor",
     ),
     "val": ("en-us+m6", "en-gb-x-gbcwmd+m5", "en-us+croak"),
     "test": ("en-us+m5", "en-gb+m6", "en-us+f3", "en-gb-x-rp+f3", "en-us+m8"),
 }  # fmt: skip
-SIZES = {"train": 2_000, "val": 150, "test": 300}
-SPEEDS = (130, 200)  # words a minute
+SIZES = {"train": 2_400, "val": 150, "test": 300}
+SPEEDS = (80, 200)  # words a minute: people say single words half as fast as they talk
 PITCHES = (30, 70)  # espeak-ng's, of 0 to 99
 WORDS = {
     "digits": NUMBERS[:10],
@@ -48,6 +57,7 @@ WORDS = {
     "commands": ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"),
 }
 MOST_WORDS = 5  # of an utterance
+SINGLE = 0.3  # of utterances, beside those that are drawn with one word
 
 
 class Utterance(NamedTuple):
@@ -55,9 +65,9 @@ class Utterance(NamedTuple):
 
     Attributes:
       text: in small letters.
-      voice: espeak-ng's name.
+      voice: espeak-ng's name, or flite's behind "flite/".
       speed: words a minute.
-      pitch: 0 to 99.
+      pitch: 0 to 99, of espeak-ng's voices.
     """
 
     text: str
@@ -71,12 +81,12 @@ def load_spoken(words: str, split: str, *, rate: int = RATE) -> AudioExamples:
 
     Args:
       words: "digits" or "commands".
-      split: "train" (2,000 in 20 voices), "val" (150 in 3 others) or "test" (300 in 5 others).
+      split: "train" (2,400 in 54 voices), "val" (150 in 3 others) or "test" (300 in 5 others).
       rate: samples a second of the result.
 
     Raises:
       ValueError: there are no such words, or no such split.
-      OSError: the sounds are not made yet, and espeak-ng is not installed or fails.
+      OSError: the sounds are not made yet, and espeak-ng or flite is not installed or fails.
     """
     problems = []
     if words not in WORDS:
@@ -98,19 +108,19 @@ def load_spoken(words: str, split: str, *, rate: int = RATE) -> AudioExamples:
     )
 
 
-def _espeak(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:
-    program = shutil.which(PROGRAM)
+def _run(name: str, arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:
+    program = shutil.which(name)
     if program is None:
         raise OSError(
-            f"synthesising speech needs {PROGRAM}, which is not installed here: apt-get install "
-            f"{PROGRAM} (on Debian)"
+            f"synthesising speech needs {name}, which is not installed here: apt-get install "
+            f"{name} (on Debian)"
         )
     run = subprocess.run(
         [program, *arguments], input=text, capture_output=True, text=True, errors="replace",
         check=False,
     )  # fmt: skip
     if run.returncode:
-        raise OSError(f"{PROGRAM} {arguments} failed ({run.returncode}): {run.stderr[-300:]}")
+        raise OSError(f"{name} {arguments} failed ({run.returncode}): {run.stderr[-300:]}")
     return run
 
 
@@ -118,18 +128,26 @@ def _espeak(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]
 def _known() -> tuple[frozenset[str], frozenset[str]]:
     """The languages and timbres there are; espeak-ng takes another in silence for a name it has
     not."""
-    languages = re.findall(r"^ *\d+ +(\S+)", _espeak(["--voices"], "").stdout, re.MULTILINE)
-    timbres = re.findall(r"!v/(\S+)", _espeak(["--voices=variant"], "").stdout)
+    languages = re.findall(r"^ *\d+ +(\S+)", _run(PROGRAM, ["--voices"], "").stdout, re.MULTILINE)
+    timbres = re.findall(r"!v/(\S+)", _run(PROGRAM, ["--voices=variant"], "").stdout)
     return frozenset(languages), frozenset(timbres)
 
 
+@functools.cache
+def _known_people() -> frozenset[str]:
+    """flite's voices; it takes another in silence, too."""
+    return frozenset(_run(HUMAN, ["-lv"], "").stdout.partition(":")[2].split())
+
+
 def speak(utterance: Utterance, rate: int = RATE) -> np.ndarray:
-    """What espeak-ng says: float32 [T].
+    """What espeak-ng or flite says: float32 [T].
 
     Raises:
       OSError: it is not installed, or fails.
       ValueError: it says nothing, or has no such voice.
     """
+    if utterance.voice.startswith(f"{HUMAN}/"):
+        return _by_person(utterance, rate)
     language, plus, timbre = utterance.voice.partition("+")
     languages, timbres = _known()
     if language not in languages or (plus and timbre not in timbres):
@@ -141,21 +159,41 @@ def speak(utterance: Utterance, rate: int = RATE) -> np.ndarray:
         file = Path(folder) / "said.wav"
         arguments = ["-v", utterance.voice, "-s", str(utterance.speed), "-p", str(utterance.pitch)]
         # The text comes through a pipe, so that none is taken for an option.
-        run = _espeak([*arguments, "-w", str(file), "--stdin"], utterance.text)
+        run = _run(PROGRAM, [*arguments, "-w", str(file), "--stdin"], utterance.text)
         if not file.exists():
             raise ValueError(f"{PROGRAM} said nothing of {utterance}: {run.stderr[-300:]!r}")
         return read_audio(file, rate).samples
+
+
+def _by_person(utterance: Utterance, rate: int) -> np.ndarray:
+    """What flite says."""
+    voice = utterance.voice.removeprefix(f"{HUMAN}/")
+    if voice not in _known_people():
+        raise ValueError(f"{HUMAN} has no voice {voice!r}; it has {sorted(_known_people())}")
+    with tempfile.TemporaryDirectory() as folder:
+        said, text = Path(folder) / "said.wav", Path(folder) / "text"
+        # In a file, so that none is taken for an option.
+        text.write_text(utterance.text, "utf-8")
+        stretch = f"duration_stretch={160 / utterance.speed:.3f}"  # it says about 160 as it is
+        arguments = ["-voice", voice, "--setf", stretch, "-f", str(text), "-o", str(said)]
+        run = _run(HUMAN, arguments, "")
+        if not said.exists():
+            raise ValueError(f"{HUMAN} said nothing of {utterance}: {run.stderr[-300:]!r}")
+        return read_audio(said, rate).samples
 
 
 def utterances(words: str, split: str) -> list[Utterance]:
     """What is to be said in a split, the same on every machine."""
     rng = np.random.default_rng([list(WORDS).index(words), SPLITS.index(split)])
     chosen = []
+    computed = [voice for voice in VOICES[split] if voice not in PEOPLE]
     for number in range(SIZES[split]):
-        length = int(rng.integers(1, MOST_WORDS + 1))
+        length = 1 if rng.random() < SINGLE else int(rng.integers(1, MOST_WORDS + 1))
         text = " ".join(rng.choice(WORDS[words], length))
         speed, pitch = int(rng.integers(*SPEEDS)), int(rng.integers(*PITCHES))
-        voice = VOICES[split][number % len(VOICES[split])]
+        voice = computed[number % len(computed)]
+        if split == "train" and number % 3 == 0:
+            voice = PEOPLE[number // 3 % len(PEOPLE)]
         chosen.append(Utterance(text, voice, speed, pitch))
     return chosen
 
@@ -163,7 +201,7 @@ def utterances(words: str, split: str) -> list[Utterance]:
 class SpokenWords(tfds.core.GeneratorBasedBuilder):
     """Sequences of words in many voices."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
 
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=words) for words in WORDS]  # noqa: RUF012
 
@@ -179,7 +217,7 @@ class SpokenWords(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             homepage="https://github.com/espeak-ng/espeak-ng",
-            license="the sounds are free; espeak-ng is GPL-3",
+            license="the sounds are free; espeak-ng is GPL-3, flite free software like BSD's",
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:

@@ -153,3 +153,76 @@ def prefix_beam(
 
 def _nothing(text: str, piece: str) -> float:
     return 0.0
+
+
+class Span(NamedTuple):
+    """Where a symbol is.
+
+    Args:
+        symbol: its number.
+        start, end: its first frame, and the one behind its last.
+    """
+
+    symbol: int
+    start: int
+    end: int
+
+
+def greedy_spans(log_probabilities: np.ndarray, *, blank: int) -> list[Span]:
+    """As `greedy`, with the frames of each symbol.
+
+    Args:
+        log_probabilities: [T, V].
+        blank: the number of the blank.
+    """
+    best = np.argmax(log_probabilities, axis=-1)
+    if not len(best):
+        return []
+    starts = np.flatnonzero(np.concatenate([[True], best[1:] != best[:-1]]))
+    ends = np.append(starts[1:], len(best))
+    spans = [Span(int(best[a]), int(a), int(b)) for a, b in zip(starts, ends, strict=True)]
+    return [span for span in spans if span.symbol != blank]
+
+
+def align(log_probabilities: np.ndarray, symbols: Sequence[int], *, blank: int) -> list[Span]:
+    """The likeliest alignment of symbols with frames: Viterbi over the states of Graves et al.
+    2006, section 4.1.
+
+    Args:
+        log_probabilities: [T, V], nats.
+        symbols: N of them, none the blank.
+        blank: the number of the blank.
+
+    Raises:
+        ValueError: more symbols, with the blanks between equal ones, than frames.
+    """
+    scores = np.asarray(log_probabilities, np.float64)
+    ids = np.asarray(symbols, int)
+    needed = len(ids) + int((ids[1:] == ids[:-1]).sum())
+    if needed > len(scores):
+        raise ValueError(f"{len(ids)} symbols need {needed} frames; there are {len(scores)}")
+    if not len(ids):
+        return []
+    states = np.full(2 * len(ids) + 1, blank)  # blank, symbol, blank, ..., blank
+    states[1::2] = ids
+    skips = np.zeros(len(states), bool)  # from the symbol before, over the blank between
+    skips[3::2] = ids[1:] != ids[:-1]
+    best = np.full(len(states), -np.inf)
+    best[:2] = scores[0, states[:2]]
+    back = np.zeros((len(scores), len(states)), np.int8)
+    for time in range(1, len(scores)):
+        ways = np.full((3, len(states)), -np.inf)
+        ways[0], ways[1, 1:] = best, best[:-1]
+        ways[2, 2:] = np.where(skips[2:], best[:-2], -np.inf)
+        back[time] = ways.argmax(axis=0)
+        best = ways.max(axis=0) + scores[time, states]
+    state = len(states) - 1 - int(best[-2] >= best[-1])
+    path = np.zeros(len(scores), int)
+    for time in range(len(scores) - 1, -1, -1):
+        path[time] = state
+        state -= back[time, state]
+    places = [np.flatnonzero(path == 2 * number + 1) for number in range(len(ids))]
+    return [
+        Span(int(symbol), int(at[0]), int(at[-1]) + 1)
+        for symbol, at in zip(ids, places, strict=True)
+    ]

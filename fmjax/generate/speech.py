@@ -21,7 +21,8 @@ from jax import Array
 from fmjax.generate.api import Generated, generate
 from fmjax.generate.forward import unembed
 from fmjax.generate.processors import TimestampRules
-from fmjax.generate.speech_config import SECONDS, SpeechConfig
+from fmjax.generate.speech_config import PROMPTED, SECONDS, SpeechConfig
+from fmjax.generate.word_times import attention_to_sound, token_times
 from fmjax.generation_config import GenerationConfig
 from fmjax.types import Variables
 
@@ -55,6 +56,8 @@ class Heard(NamedTuple):
         compression: bytes of the tokens over what zlib makes of them.
         no_speech: the probability that nobody speaks; nan where no threshold asks for it.
         silent: whether the thresholds say that nobody speaks.
+        ended: whether it came to its end, and not to the most tokens there may be.
+        times: seconds from the window's start at which each token ends, where they are asked for.
     """
 
     tokens: tuple[int, ...]
@@ -63,6 +66,8 @@ class Heard(NamedTuple):
     compression: float
     no_speech: float
     silent: bool
+    ended: bool = True
+    times: tuple[float, ...] = ()
 
 
 class Segment(NamedTuple):
@@ -71,11 +76,14 @@ class Segment(NamedTuple):
     Args:
         start, end: in seconds from the recording's start.
         tokens: its time tokens included.
+        times: seconds from the recording's start at which each token ends, where they are asked
+            for.
     """
 
     start: float
     end: float
     tokens: tuple[int, ...]
+    times: tuple[float, ...] = ()
 
 
 class Recording(Protocol):
@@ -123,6 +131,7 @@ def hear(
     features: Array | np.ndarray,
     *,
     timestamps: bool = False,
+    words: bool = False,
     temperatures: Sequence[float] = (0.0,),
     rng: Array | None = None,
 ) -> list[Heard]:
@@ -132,23 +141,59 @@ def hear(
         listener: who hears.
         features: [B, T, M], windows of the model's length.
         timestamps: whether texts have times.
+        words: whether each token has a time, by the model's ``alignment_heads``.
         temperatures: in their order; 0 is the likeliest token each time.
         rng: a typed key, for temperatures above 0.
 
     Raises:
         ValueError: options that do not go together, or frames that are no windows.
     """
-    check(listener, timestamps, temperatures, rng)
-    states = encode(listener.model, listener.variables, features)
-    heard = _languages(listener, states)
-    prompts = [listener.speech.start(timestamps=timestamps, heard=token) for token in heard]
-    return hear_states(
+    check(listener, timestamps, temperatures, rng, words=words)
+    states, speech = encode(listener.model, listener.variables, features), listener.speech
+    prompts = [
+        (*speech.prompt, *speech.start(timestamps=timestamps, heard=token))
+        for token in _languages(listener, states)
+    ]
+    heard = hear_states(
         listener, states, prompts, timestamps=timestamps, temperatures=temperatures, rng=rng
     )
+    if not words:
+        return heard
+    frames = [features.shape[1]] * len(heard)
+    return _with_times(listener, states, prompts, heard, frames)
+
+
+def _with_times(
+    listener: Listener,
+    states: Array,
+    prompts: Sequence[tuple[int, ...]],
+    heard: Sequence[Heard],
+    frames: Sequence[int],
+) -> list[Heard]:
+    """The same with ``times``; `frames` of each window are the recording's."""
+    speech = listener.speech
+    assert speech.alignment_heads is not None  # `check` has seen to that
+    result = []
+    for row, (prompt, text, count) in enumerate(zip(prompts, heard, frames, strict=True)):
+        # While the last token was chosen, the one before it was looked for last.
+        seen = text.tokens if text.ended else text.tokens[:-1]
+        weights = attention_to_sound(
+            listener.model, listener.variables, states[row : row + 1], prompt, seen,
+            speech.alignment_heads,
+        )[..., : count // FRAMES_A_STEP]  # fmt: skip
+        times = token_times(weights, speech.median_filter_width).tolist()
+        times += (times[-1:] or [0.0]) * (len(text.tokens) - len(seen))
+        result.append(text._replace(times=tuple(times)))
+    return result
 
 
 def check(
-    listener: Listener, timestamps: bool, temperatures: Sequence[float], rng: Array | None
+    listener: Listener,
+    timestamps: bool,
+    temperatures: Sequence[float],
+    rng: Array | None,
+    *,
+    words: bool = False,
 ) -> None:
     """Refuses options that do not go together.
 
@@ -167,8 +212,21 @@ def check(
         )
     if speech.no_timestamps_token_id is None and speech.no_speech_threshold is not None:
         problems.append("no_speech_threshold needs no_timestamps_token_id")
+    problems += _head_problems(listener) if words else []
     if problems:
         raise ValueError("hearing:\n  " + "\n  ".join(problems))
+
+
+def _head_problems(listener: Listener) -> list[str]:
+    heads, config = listener.speech.alignment_heads, listener.model.config
+    if not heads:
+        return [
+            "times of words need alignment_heads in generation_config.json: the (layer, head) of "
+            "the decoder's attention that follow the sound"
+        ]
+    sizes = config.decoder_layers, config.decoder_attention_heads
+    wrong = [head for head in heads if head[0] >= sizes[0] or head[1] >= sizes[1]]
+    return [f"alignment_heads {wrong} are not of {sizes} layers and heads"] if wrong else []
 
 
 def _languages(listener: Listener, states: Array) -> list[int | None]:
@@ -301,8 +359,9 @@ def _judge(
         and log_prob < speech.logprob_threshold
     )
     compression = compression_ratio(tokens, listener.model.config.vocab_size)
-    ended = tokens[:-1] if tokens[-1] in config.eos else tokens
-    return Heard(ended, temperature, log_prob, compression, no_speech, silent)
+    ended = tokens[-1] in config.eos
+    said = tokens[:-1] if ended else tokens
+    return Heard(said, temperature, log_prob, compression, no_speech, silent, ended)
 
 
 def _believed(speech: SpeechConfig, heard: Heard) -> bool:
@@ -325,6 +384,7 @@ def hear_recordings(
     recordings: Sequence[Recording],
     *,
     batch_size: int = 8,
+    words: bool = False,
     temperatures: Sequence[float] = (0.0,),
     rng: Array | None = None,
 ) -> Iterator[tuple[int, Segment]]:
@@ -336,7 +396,7 @@ def hear_recordings(
         listener: who hears; its model must know times.
         recordings: N of them.
         batch_size: recordings at a time.
-        temperatures, rng: see `hear`.
+        words, temperatures, rng: see `hear`.
 
     Yields:
         (the recording's number, a segment): a recording's in their order.
@@ -344,10 +404,10 @@ def hear_recordings(
     Raises:
         ValueError: at the call: options that do not go together.
     """
-    check(listener, True, temperatures, rng)
+    check(listener, True, temperatures, rng, words=words)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    return _hear_recordings(listener, recordings, batch_size, temperatures, rng)
+    return _hear_recordings(listener, recordings, batch_size, words, temperatures, rng)
 
 
 @dataclasses.dataclass
@@ -379,10 +439,15 @@ def _hear_recordings(
     listener: Listener,
     recordings: Sequence[Recording],
     batch_size: int,
+    words: bool,
     temperatures: Sequence[float],
     rng: Array | None,
 ) -> Iterator[tuple[int, Segment]]:
     waiting = [_Place(number, item) for number, item in enumerate(recordings) if item.frames]
+    if listener.speech.prompt_condition_type == PROMPTED[0]:
+        for place in waiting:
+            mark = listener.speech.prev_sot_token_id
+            place.said = [token for token in listener.speech.prompt if token != mark]
     batch_size = min(batch_size, len(waiting))
     active, step = [], 0
     whole = listener.model.config.frames
@@ -399,10 +464,14 @@ def _hear_recordings(
             languages = _languages(listener, states)
             for row in new:
                 active[row].language = languages[row]
+        prompts = [_prompt(listener, place) for place in active]
         heard = hear_states(
-            listener, states, [_prompt(listener, place) for place in active], timestamps=True,
-            temperatures=temperatures, rng=None if rng is None else jax.random.fold_in(rng, step),
+            listener, states, prompts, timestamps=True, temperatures=temperatures,
+            rng=None if rng is None else jax.random.fold_in(rng, step),
         )  # fmt: skip
+        if words:
+            counts = [min(place.left, whole) for place in active]
+            heard = _with_times(listener, states, prompts, heard, counts)
         step += 1
         for place, text in zip(active, heard, strict=True):
             frames = min(place.left, whole)
@@ -413,7 +482,11 @@ def _hear_recordings(
             offset = place.seek * SECONDS / FRAMES_A_STEP
             segments, done = segments_of(text.tokens, listener.speech.time_0, offset, frames)
             place.seek += done or frames
+            first = 0
             for segment in segments:
+                own = text.times[first : first + len(segment.tokens)]
+                segment = segment._replace(times=tuple(offset + time for time in own))
+                first += len(segment.tokens)
                 if listener.speech.condition_on_prev_tokens:
                     place.said.extend(segment.tokens)
                 yield place.number, segment
@@ -424,11 +497,13 @@ def _prompt(listener: Listener, place: _Place) -> tuple[int, ...]:
     speech = listener.speech
     start = speech.start(timestamps=True, heard=place.language)
     if not (speech.condition_on_prev_tokens and place.said and place.cold):
-        return start
+        return (*speech.prompt, *start)
     room = listener.model.side_positions[1] // 2 - 1
     place.said = place.said[-room:]
-    mark = speech.prev_sot_token_id
-    return (*(() if mark is None else (mark,)), *place.said, *start)
+    before = speech.prompt if speech.prompt_condition_type == PROMPTED[1] else ()
+    if not before and speech.prev_sot_token_id is not None:
+        before = (speech.prev_sot_token_id,)
+    return (*before, *place.said, *start)
 
 
 def segments_of(

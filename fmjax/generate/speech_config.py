@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fmjax.config import read_config
 from fmjax.generation_config import FILE
 
 TASKS = ("transcribe", "translate")
+PROMPTED = ("first-segment", "all-segments")
 SECONDS = 0.02  # from one time token to the next: two frames of 10 ms
 
 
@@ -36,6 +38,12 @@ class SpeechConfig:
         logprob_threshold: nats a token; a text below is heard anew.
         no_speech_threshold: the probability that nobody speaks; above, a text below
             `logprob_threshold` is dropped.
+        prompt_ids: what is said beforehand, such as names; `prev_sot_token_id` may come first.
+        prompt_condition_type: "first-segment": before the first window, as if it had been said, or,
+            without `condition_on_prev_tokens`, before each; "all-segments": always first.
+        alignment_heads: (layer, head) of the decoder's attention that follows the sound in time, by
+            which words have times; None for none.
+        median_filter_width: by which their weights are smoothed; of config.json.
 
     Raises:
         ValueError: values that do not fit; all are listed.
@@ -55,6 +63,10 @@ class SpeechConfig:
     compression_ratio_threshold: float | None = None
     logprob_threshold: float | None = None
     no_speech_threshold: float | None = None
+    prompt_ids: tuple[int, ...] = ()
+    prompt_condition_type: str = "first-segment"
+    alignment_heads: tuple[tuple[int, int], ...] | None = None
+    median_filter_width: int = 7
 
     def __post_init__(self) -> None:
         problems = []
@@ -77,6 +89,14 @@ class SpeechConfig:
                 problems.append(f"{name}={value!r} must be a number")
         if self.task is not None and self.task not in TASKS:
             problems.append(f"task={self.task!r} must be one of {TASKS}")
+        if not all(map(_is_token, self.prompt_ids)):
+            problems.append(f"prompt_ids={self.prompt_ids!r} must be token ids")
+        if self.prompt_condition_type not in PROMPTED:
+            problems.append(
+                f"prompt_condition_type={self.prompt_condition_type!r} must be one of {PROMPTED}"
+            )
+        if not (type(self.median_filter_width) is int and self.median_filter_width % 2 == 1):
+            problems.append(f"median_filter_width={self.median_filter_width!r} must be odd")
         if not problems:
             problems += self._contradictions()
         if problems:
@@ -96,7 +116,19 @@ class SpeechConfig:
             problems.append(f"task={self.task!r} is none of task_to_id={dict(self.task_to_id)}")
         if self.no_speech_threshold is not None and self.logprob_threshold is None:
             problems.append("no_speech_threshold needs logprob_threshold beside it")
+        if self.prompt_condition_type == PROMPTED[1] and not self.condition_on_prev_tokens:
+            problems.append(
+                f"prompt_condition_type={PROMPTED[1]!r} needs condition_on_prev_tokens=True"
+            )
         return problems
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """`prompt_ids` behind the token that comes before what was said; () for none."""
+        mark = self.prev_sot_token_id
+        if not self.prompt_ids or mark is None or self.prompt_ids[0] == mark:
+            return self.prompt_ids
+        return (mark, *self.prompt_ids)
 
     def _language_token(self) -> int | None:
         return self.lang_to_id.get(f"<|{(self.language or '').lower().strip('<|>')}|>")
@@ -117,6 +149,13 @@ class SpeechConfig:
                     f"forced_decoder_ids={pairs!r} must be pairs of a place and a token"
                 )
             values["forced_decoder_ids"] = tuple((place, token) for place, token in pairs)
+        if "alignment_heads" in values:
+            heads = values["alignment_heads"]
+            if not isinstance(heads, Sequence) or not all(map(_is_head, heads)):
+                raise ValueError(f"alignment_heads={heads!r} must be pairs of a layer and a head")
+            values["alignment_heads"] = tuple((layer, head) for layer, head in heads)
+        if "prompt_ids" in values:
+            values["prompt_ids"] = tuple(values["prompt_ids"])
         return cls(**values)
 
     @classmethod
@@ -139,7 +178,8 @@ class SpeechConfig:
             raise ValueError(f"{file} is not UTF-8 JSON: {error}") from error
         if not isinstance(data, dict):
             raise ValueError(f"{file} holds a {type(data).__name__}; it must be an object")
-        return cls.from_dict(data)
+        width = read_config(Path(folder)).get("median_filter_width")
+        return cls.from_dict(data | ({} if width is None else {"median_filter_width": width}))
 
     @property
     def time_0(self) -> int:
@@ -195,6 +235,10 @@ class SpeechConfig:
 
 def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_head(pair: Any) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_token, pair))
 
 
 def _is_forced(pair: Any) -> bool:

@@ -22,6 +22,7 @@ from jax import Array
 import fmjax.hub as hub
 from fmjax.tasks.apply import row_weights
 from fmjax.tasks.causal_lm import next_tokens
+from fmjax.tasks.feature_extraction import states_mask
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.sequence_classification import SINGLE, problem_type_of
 from fmjax.tasks.vocabulary_loss import Unembed, over_vocabulary
@@ -233,7 +234,7 @@ def last_relations(*, weights: Weights | None = None) -> Term:
     def loss(both: Both) -> Mean:
         student, teacher = _attention(both, -1, -1)
         heads = student.shape[1]
-        mask = both.batch.get("attention_mask")
+        mask = states_mask(both.student, both.batch)
         keep = None
         if mask is not None and mask.ndim == 2:
             keep = jnp.asarray(mask)[:, None, None, :] != 0
@@ -404,10 +405,12 @@ def _default_weights(both: Both, shape: tuple[int, ...], predicted: bool) -> Arr
     counts = row_weights(batch, shape[0])
     if predicted and both.head == "causal_lm":
         return weigh(batch, next_tokens(batch))
-    labels = batch.get("labels")
+    labels, kept = batch.get("labels"), both.student.state_mask
     decoded = both.student.encoder_last_hidden_state is not None
     if (predicted or decoded) and labels is not None and labels.shape == shape:
         return weigh(batch, jnp.asarray(labels))
+    if not decoded and kept is not None and kept.shape == shape:
+        return kept * counts[:, None]
     for name in ("attention_mask", "segment_ids"):
         if not decoded and name in batch and batch[name].shape == shape:
             return (jnp.asarray(batch[name]) != 0) * counts[:, None]

@@ -105,7 +105,7 @@ def grpo_loss(
     A batch is one of `fmjax.methods.policy_gradient` with ``advantages`` [R].
 
     Args:
-        model: a decoder with the head ``causal_lm``.
+        model: as `response_scores` takes it.
         clip: how far a token's probability may fall, and rise, in one turn of the loop.
         clip_high: how far it may rise, if otherwise.
         kl_weight: beta; 0 needs no reference.

@@ -8,7 +8,8 @@ to others.
 A batch of B responses has, for ``completion_`` and ``mismatched_`` each
 (`fmjax.data.encode_completions`): ``input_ids``, ``attention_mask`` and ``labels`` [B, T], -100
 outside the response (not shifted); ``desirable`` [B], 1 or 0; and perhaps ``weight`` [B], 0 for
-padding rows.
+padding rows. Of encoder-decoders it has the labels of both alone, beside the source, as in
+`fmjax.methods.preference`.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def kto_loss(
     `fmjax.methods.preference.reference_of` finds.
 
     Args:
-        model: with the head ``causal_lm``.
+        model: with the head ``causal_lm`` or ``seq2seq_lm``.
         beta: how fast the value of a nat falls, away from z; the larger, the nearer to the
             reference.
         desirable_weight, undesirable_weight: lambda_D and lambda_U there; chosen so that each times

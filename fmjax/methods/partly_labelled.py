@@ -23,7 +23,7 @@ from jax import Array
 
 from fmjax.data.mixture import part
 from fmjax.tasks.apply import TARGETS, row_weights
-from fmjax.tasks.feature_extraction import pool
+from fmjax.tasks.feature_extraction import pool, states_mask
 from fmjax.tasks.watched import Watched
 from fmjax.tree import merge
 from fmjax.types import Aux, Batch, GradFn, LossFn, Output, Variables
@@ -52,7 +52,8 @@ class Features(NamedTuple):
 
 
 def pooled(pooling: str = "mean", layer: int = -1) -> Features:
-    """A layer's hidden states as one vector a row, of any family that has them.
+    """A layer's hidden states as one vector a row, of any family that has them; of
+    encoder-decoders, the encoder's.
 
     Args:
         pooling: "mean" over what is no padding, "cls" (the first token, which is what classifiers
@@ -66,10 +67,10 @@ def pooled(pooling: str = "mean", layer: int = -1) -> Features:
         raise ValueError(f"pooling is {pooling!r}; it must be 'mean', 'cls' or 'max'")
 
     def read(output: Output, inputs: Batch) -> Array:
-        states = output.hidden_states
+        states = output.encoder_hidden_states or output.hidden_states
         if not states:
             raise ValueError("the model gives no hidden states; use features=LOGITS")
-        return pool(states[layer], inputs.get("attention_mask"), pooling)
+        return pool(states[layer], states_mask(output, inputs), pooling)
 
     return Features(read, ("output_hidden_states",))
 

@@ -5,6 +5,10 @@ A batch has R rows of a prompt of P columns (padded on the left) and a response 
 the end included; ``log_probs`` [R, N], of the policy that drew it; perhaps
 ``reference_log_probs`` [R, N]; and perhaps ``weight`` [R]. They are made by
 `fmjax.methods.sampled_responses`.
+
+Of encoder-decoders the source is the prompt: ``pixel_values``, ``input_values``,
+``input_features`` or ``input_ids`` and perhaps their ``attention_mask``, as the model takes them,
+and ``decoder_input_ids`` int [R, P + N], the tokens that the decoder starts with and the response.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from fmjax.generate.inputs import SOURCES, is_encoder_decoder
 from fmjax.methods.advantages import generalised_advantages
 from fmjax.methods.policies import entropy, log_probability
 from fmjax.methods.preference import policy_of
@@ -45,25 +50,27 @@ def response_scores(
     """``(variables, batch) -> Scores``, without dropout: the policy that drew had none either.
 
     Args:
-        model: a decoder with the head ``causal_lm``.
+        model: a decoder with the head ``causal_lm``, or an encoder-decoder with ``seq2seq_lm``.
         temperature: divides the logits, as when the responses were drawn.
         chunk_size: see `fmjax.tasks.vocabulary_loss`; only what predicts responses gets logits.
     """
-    apply = apply_fn(model, output_logits=False)
+    apply, both = apply_fn(model, output_logits=False), is_encoder_decoder(model)
 
     def of_tokens(logits: Array, tokens: Array) -> tuple[Array, Array]:
         scaled = logits / temperature
         return log_probability(scaled, tokens), entropy(scaled)
 
     def score(variables: Variables, batch: Batch) -> Scores:
-        ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
+        ids = jnp.asarray(batch["decoder_input_ids" if both else "input_ids"])
         count = batch["response_mask"].shape[1]
         first = ids.shape[1] - count  # P
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0),
-        }
+        if both:
+            inputs = {name: batch[name] for name in (*SOURCES, "attention_mask") if name in batch}
+            inputs["decoder_input_ids"] = ids
+        else:
+            mask = jnp.asarray(batch["attention_mask"])
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         policy = policy_of(variables)
         hidden = apply(policy, inputs, None, train=False)[0].last_hidden_state
         assert hidden is not None

@@ -50,7 +50,7 @@ def with_critic(model: Any, variables: Variables, *, kl_coefficient: float = 0.2
     Train them by ``init_state(..., is_trainable=is_trained)``.
 
     Args:
-        model: with the head ``causal_lm``.
+        model: as `response_scores` takes it.
         variables: its own; with adapters and no reference, the model without them is the reference.
         kl_coefficient: what a nat away from the reference costs at the beginning.
 
@@ -60,7 +60,7 @@ def with_critic(model: Any, variables: Variables, *, kl_coefficient: float = 0.2
     if not kl_coefficient >= 0:
         raise ValueError(f"kl_coefficient={kl_coefficient} must not be negative")
     apply = apply_fn(model, output_logits=False)
-    one = {"input_ids": jnp.zeros((1, 1), jnp.int32)}
+    one = hub.family_for(model).inputs(model.config, model.head)
     hidden = jax.eval_shape(lambda v: apply(v, one, None, train=False)[0], policy_of(variables))
     width = hidden.last_hidden_state.shape[-1]
     compared = variables if "adapters" in variables else with_reference(variables)
@@ -202,7 +202,7 @@ def ppo_loss(
     `fmjax.methods.policy_gradient` with ``advantages``, ``returns`` and ``values`` [R, N].
 
     Args:
-        model: a decoder with the head ``causal_lm``; the variables are `with_critic`'s.
+        model: as `response_scores` takes it; the variables are `with_critic`'s.
         clip: how far a token's probability may fall and rise in one turn of the loop.
         value_clip: how far a value may move in it.
         value_weight, entropy_weight: of these parts.

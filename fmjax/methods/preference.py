@@ -7,7 +7,10 @@ et al. 2024, arXiv:2403.07691) and SimPO (Meng et al. 2024, arXiv:2405.14734).
 
 A batch of B pairs has, for ``chosen_`` and ``rejected_`` each (`fmjax.data.encode_preferences`):
 ``input_ids`` and ``attention_mask`` [B, T], and for language models ``labels`` [B, T], -100 outside
-the response (not shifted); and perhaps ``weight`` [B], 0 for padding rows.
+the response (not shifted); and perhaps ``weight`` [B], 0 for padding rows. Of encoder-decoders,
+that describe pictures or write down sounds, both responses are to one source: it has
+``chosen_labels`` and ``rejected_labels`` alone, beside ``pixel_values``, ``input_values``,
+``input_features`` or ``input_ids``, and perhaps their ``attention_mask``.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fmjax.generate.inputs import SOURCES
 from fmjax.methods.adapted_layers import without_adapters
+from fmjax.tasks import causal_lm, seq2seq
 from fmjax.tasks.apply import apply_fn, row_weights
-from fmjax.tasks.causal_lm import token_log_probs
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE, IGNORED
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
@@ -80,18 +84,22 @@ def sequence_log_probs(
     """``(variables, batch, rng) -> Sequences``: the log-probability of each row's labels.
 
     Args:
-        model: with the head ``causal_lm``.
+        model: with the head ``causal_lm`` or ``seq2seq_lm``.
         train: whether dropout is on.
         chunk_size: see `fmjax.tasks.vocabulary_loss`; logits exist for a chunk of tokens only.
 
     Raises:
         ValueError: another head.
     """
-    if model.head != "causal_lm":
+    scorers = {
+        "causal_lm": causal_lm.token_log_probs,
+        "seq2seq_lm": seq2seq.token_log_probs,
+    }
+    if model.head not in scorers:
         raise ValueError(
-            f"the head is {model.head!r}; log-probabilities of responses are of 'causal_lm'"
+            f"the head is {model.head!r}; log-probabilities of responses are of {list(scorers)}"
         )
-    score = token_log_probs(model, train=train, chunk_size=chunk_size)
+    score = scorers[model.head](model, train=train, chunk_size=chunk_size)
 
     def sequences(variables: Variables, batch: Batch, rng: Array | None) -> Sequences:
         found = score(variables, batch, rng)
@@ -106,26 +114,31 @@ def pair_rows(batch: Batch, pad_id: int = 0, kinds: tuple[str, str] = KINDS) -> 
     Neighbours stay on the device that has the pair. The shorter T is padded to the longer one.
 
     Args:
-        batch: names with the prefixes ``chosen_`` and ``rejected_``; others are left out.
+        batch: names with the prefixes ``chosen_`` and ``rejected_``; others are left out, but what
+            an encoder reads where both sides are labels alone: it is repeated.
         pad_id: what ``input_ids`` are padded with.
         kinds: other prefixes, without the underscore.
 
     Raises:
-        ValueError: a name that only one of the two has, or no ``input_ids``.
+        ValueError: a name that only one of the two has, or neither ``input_ids`` nor a source.
     """
     sides = [
         {name.removeprefix(f"{kind}_"): jnp.asarray(batch[name])
          for name in batch if name.startswith(f"{kind}_")}
         for kind in kinds
     ]  # fmt: skip
-    if sides[0].keys() != sides[1].keys() or "input_ids" not in sides[0]:
+    shared: list[str] = []
+    if sides[0].keys() == sides[1].keys() == {"labels"}:
+        shared = [name for name in (*SOURCES, "attention_mask") if name in batch]
+    if sides[0].keys() != sides[1].keys() or not ("input_ids" in sides[0] or shared):
         raise ValueError(
-            f"a batch of pairs needs {kinds[0]}_input_ids and {kinds[1]}_input_ids, and the same "
-            f"names for both; it has {sorted(sides[0])} of {kinds[0]} and {sorted(sides[1])} of "
-            f"{kinds[1]}"
+            f"a batch of pairs needs {kinds[0]}_input_ids and {kinds[1]}_input_ids, or, beside one "
+            f"of {list(SOURCES)}, {kinds[0]}_labels and {kinds[1]}_labels alone, and the same "
+            f"names for both; it has {sorted(sides[0])} of {kinds[0]}, {sorted(sides[1])} of "
+            f"{kinds[1]} and {sorted(set(batch) & set(SOURCES))}"
         )
     fill = {"labels": IGNORED, "input_ids": pad_id}
-    joined = {}
+    joined = {name: jnp.repeat(jnp.asarray(batch[name]), 2, axis=0) for name in shared}
     for name, chosen in sides[0].items():
         pair = chosen, sides[1][name]
         length = max(part.shape[1] for part in pair)
@@ -230,7 +243,7 @@ def dpo_loss(
     `reference_of` finds. At the beginning the loss is log 2.
 
     Args:
-        model: with the head ``causal_lm``.
+        model: with the head ``causal_lm`` or ``seq2seq_lm``.
         beta: how much a nat of log-ratio is worth; the larger, the nearer to the reference.
         label_smoothing: e, the probability that a label is flipped: -(1 - e) log sigmoid(x)
             - e log sigmoid(-x) (conservative DPO, Mitchell 2023).
@@ -284,7 +297,7 @@ def reference_log_probs(
     data set and kept as columns of it, they spare each step the reference.
 
     Args:
-        model: with the head ``causal_lm``.
+        model: with the head ``causal_lm`` or ``seq2seq_lm``.
         chunk_size: see `sequence_log_probs`.
         kinds: see `pair_rows`.
 
@@ -345,7 +358,7 @@ def orpo_loss(
     geometric mean of its tokens'. It needs no reference. Both are means over pairs.
 
     Args:
-        model: with the head ``causal_lm``.
+        model: with the head ``causal_lm`` or ``seq2seq_lm``.
         odds_weight: lambda there.
         train: whether dropout is on.
         chunk_size: see `sequence_log_probs`.
@@ -390,7 +403,7 @@ def simpo_loss(
     it needs no reference.
 
     Args:
-        model: with the head ``causal_lm``.
+        model: with the head ``causal_lm`` or ``seq2seq_lm``.
         beta: scale of the rewards.
         margin: gamma there, by how much more the chosen one is to get.
         train: whether dropout is on.

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +52,8 @@ class Sampling:
     are made of, would be that of another distribution than was drawn from.
 
     Args:
-        prompt_length: P, the columns of prompts; shorter ones are padded on the left.
+        prompt_length: P, the columns of prompts; shorter ones are padded on the left. Of
+            encoder-decoders, how many tokens the decoder starts with.
         max_new_tokens: N.
         group_size: G, responses to each prompt.
         temperature: divides the logits, in the losses too.
@@ -85,14 +87,20 @@ class Prompts(NamedTuple):
     """B prompts.
 
     Args:
-        input_ids: int [B, P'], padded on the left, P' at most `Sampling.prompt_length`.
+        input_ids: int [B, P'], padded on the left, P' at most `Sampling.prompt_length`; what an
+            encoder reads is padded on the right, and None where it reads none.
         attention_mask: [B, P'], 1 = token; None is everything but the padding token.
         examples: B things that the reward reads beside a response, such as the right answer.
+        sources: what an encoder reads that reads no tokens, such as ``pixel_values``, by name.
+        decoder_input_ids: int [B, P], what the decoder of an encoder-decoder starts with; None is
+            the config's ``decoder_start_token_id``.
     """
 
-    input_ids: Any
+    input_ids: Any = None
     attention_mask: Any = None
     examples: Sequence[Any] = ()
+    sources: Mapping[str, Any] = MappingProxyType({})
+    decoder_input_ids: Any = None
 
 
 Rollout = Callable[[Variables, Prompts, Array], dict[str, Array]]
@@ -134,17 +142,16 @@ def make_rollout(
     reference are there if the variables have one (`fmjax.methods.preference.reference_of`).
 
     Args:
-        model: a decoder with the head ``causal_lm``.
+        model: a decoder with the head ``causal_lm``, or an encoder-decoder with ``seq2seq_lm``.
         sampling: how to draw.
         beside: what else to keep of the policy's scores, [R, N] each.
         chunk_size: see `response_scores`.
 
     Raises:
-        ValueError: a model that does not generate or has an encoder, or too few positions; when
-            called, prompts that are too long or that generation refuses.
+        ValueError: a model that does not generate, or too few positions; when called, prompts that
+            are too long or that generation refuses.
     """
-    if is_encoder_decoder(model):
-        raise ValueError("rollouts are of decoders; this model has an encoder")
+    both = is_encoder_decoder(model)
     length, count = sampling.prompt_length, sampling.max_new_tokens
     positions = decoder_positions(model)
     if positions is not None and length + count > positions:
@@ -156,11 +163,12 @@ def make_rollout(
         max_new_tokens=count,
         eos_token_id=sampling.eos_token_id,
         pad_token_id=sampling.pad_token_id,
+        decoder_start_token_id=model.config.decoder_start_token_id if both else None,
     )
     score = response_scores(model, temperature=sampling.temperature, chunk_size=chunk_size)
 
     @jax.jit
-    def program(variables: Variables, tokens: Array, padding: Array, rng: Array) -> Batch:
+    def program(variables: Variables, prompt: Prompt, rng: Array) -> Batch:
         policy = policy_of(variables)
         controls = Controls(
             (Temperature(jnp.float32(sampling.temperature)),),
@@ -169,11 +177,11 @@ def make_rollout(
             None,
             rng,
         )
-        limit, rows = jnp.int32(count), len(tokens)
+        limit, rows = jnp.int32(count), len(prompt.tokens)
         carry, context = start(
             model,
             policy,
-            Prompt(tokens, padding),
+            prompt,
             controls,
             limit,
             jnp.zeros(rows, jnp.int32),
@@ -181,14 +189,22 @@ def make_rollout(
             repeats=sampling.group_size,
         )
         carry = go_on(model, policy, carry, context, controls, limit)
-        real = jnp.arange(length) >= carry.state.padding[:, None]  # [R, P]
         drawn = jnp.arange(count) < carry.lengths[:, None]  # [R, N]
         batch: dict[str, Array] = {
-            "input_ids": carry.state.tokens,
-            "attention_mask": jnp.concatenate([real, drawn], axis=1).astype(jnp.int32),
             "response_mask": drawn.astype(jnp.float32),
             "finished": carry.finished,
         }
+        if both:
+            assert prompt.encoder_inputs is not None  # the plan has made them
+            read = dict(prompt.encoder_inputs)
+            if prompt.encoder_mask is not None:
+                read["attention_mask"] = prompt.encoder_mask
+            batch |= {name: jnp.repeat(x, sampling.group_size, axis=0) for name, x in read.items()}
+            batch["decoder_input_ids"] = carry.state.tokens
+        else:
+            real = jnp.arange(length) >= carry.state.padding[:, None]  # [R, P]
+            batch["input_ids"] = carry.state.tokens
+            batch["attention_mask"] = jnp.concatenate([real, drawn], axis=1).astype(jnp.int32)
         found = score(policy, batch)
         batch["log_probs"] = found.log_probs
         if (reference := reference_of(variables)) is not None:
@@ -205,6 +221,8 @@ def make_rollout(
             {"max_new_tokens": count},
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,
+            sources=prompts.sources,
+            decoder_input_ids=prompts.decoder_input_ids,
         )
         width, rows = plan.prefix.shape[1], len(plan.prefix)
         longest = width - int(plan.padding.min())
@@ -214,9 +232,15 @@ def make_rollout(
                 f"the prompts {long} have up to {longest} tokens, more than "
                 f"prompt_length={length}; cut them, or set it higher"
             )
+        if both and width < length:
+            raise ValueError(
+                f"the decoder starts with {width} tokens, and prompt_length={length}; it must be "
+                "as many: an encoder-decoder's has no padding"
+            )
         tokens = np.zeros((rows, length), np.int32)
         tokens[:, max(length - width, 0) :] = plan.prefix[:, max(width - length, 0) :]
-        return dict(program(variables, tokens, plan.padding + (length - width), rng))
+        padding = plan.padding + (length - width)
+        return dict(program(variables, plan.prompt._replace(tokens=tokens, padding=padding), rng))
 
     return rollout
 
@@ -354,8 +378,8 @@ def response_texts(rollout: Batch, decode: Callable[[list[int]], str]) -> list[s
         raise ValueError(
             f"the responses {empty.tolist()} are empty; a response has at least one token, its end"
         )
-    first = rollout["input_ids"].shape[1] - rollout["response_mask"].shape[1]
-    ids = np.asarray(rollout["input_ids"])[:, first:]
+    every = np.asarray(rollout.get("decoder_input_ids", rollout.get("input_ids")))
+    ids = every[:, every.shape[1] - rollout["response_mask"].shape[1] :]
     kept = lengths - np.asarray(rollout["finished"])
     return [decode(row[:length].tolist()) for row, length in zip(ids, kept, strict=True)]
 

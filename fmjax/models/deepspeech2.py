@@ -309,7 +309,7 @@ class Model(nn.Module):
         for number, features in enumerate(config.dense_sizes):
             x = Dropout(config.hidden_dropout)(x, train)
             x = DenseLayer(config, features, train, name=f"dense_{number}")(x, keep)
-        out = Output(logit_lengths=lengths)
+        out = Output(logit_lengths=lengths, state_mask=keep)
         if output_hidden_states:
             out = dataclasses.replace(out, hidden_states=tuple(states))
         if self.head == "model":

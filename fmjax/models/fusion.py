@@ -49,6 +49,12 @@ FUSIONS = ("late", "cross_attention", "co_attention")
 # What an encoder may be given. Masks and token types are of `input_ids`.
 SOURCES = ("input_ids", "pixel_values", "input_values", "input_features", "features")
 OF_TEXT = ("attention_mask", "token_type_ids")
+# Which input is the mask of each source.
+MASKS = {
+    "input_ids": "attention_mask",
+    "input_values": "input_values_mask",
+    "input_features": "input_features_mask",
+}
 # Modules of the model beside the encoders and what is named after these.
 RESERVED = ("pooler", "head", "layers")
 
@@ -216,6 +222,8 @@ class Model(nn.Module):
         input_values: Array | None = None,
         input_features: Array | None = None,
         features: Array | None = None,
+        input_values_mask: Array | None = None,
+        input_features_mask: Array | None = None,
         present: Array | None = None,
         encoder_outputs: Mapping[str, Array] | None = None,
         *,
@@ -232,11 +240,13 @@ class Model(nn.Module):
             input_values: [B, T], samples.
             input_features: [B, T, M], frames.
             features: [B, I], rows of numbers.
+            input_values_mask, input_features_mask: [B, T], 1 for samples or frames, 0 for the
+                padding after them; None has no padding.
             present: [B, M], 1 where an example has the modality, in the order of the config's
                 encoders; None has all. What an example lacks may be anything, of the right shape.
             encoder_outputs: by modality, states [B, S, D] (or maps, or vectors) that its encoder
                 gave earlier, in place of its input: of frozen encoders, or of a detector of regions
-                outside the model. A text's `attention_mask` is given beside them.
+                outside the model. A mask given beside them, of a text or a sound, is of states.
             train: see the encoders' families.
             output_hidden_states, output_attentions: have no effect.
 
@@ -257,6 +267,8 @@ class Model(nn.Module):
             "features": features,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
+            "input_values_mask": input_values_mask,
+            "input_features_mask": input_features_mask,
         }
         given = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
         ready = dict(encoder_outputs or {})
@@ -266,7 +278,7 @@ class Model(nn.Module):
             own, mask = there[:, column], None
             if name in ready:
                 x = only_present(jnp.asarray(ready[name]), own)
-                mask = given.get("attention_mask") if "input_ids" in reads(encoder) else None
+                mask = given.get(MASKS.get(reads(encoder)[0], ""))
             else:
                 x, mask = self.encode(name, encoder, given, own, train)
             x = x.reshape(x.shape[0], -1, x.shape[-1])  # of maps and vectors, too
@@ -294,8 +306,15 @@ class Model(nn.Module):
         encoders = self.config.encoders
         wanted = {s for name, config in encoders if name not in ready for s in reads(config)}
         problems = [f"{name} is missing" for name in sorted(wanted - given.keys())]
-        text = any("input_ids" in reads(config) for _, config in encoders)
-        known = wanted | (set(OF_TEXT) if text else set())
+        read = {source for _, config in encoders for source in reads(config)}
+        known = wanted | {MASKS[source] for source in read if source in MASKS}
+        known |= set(OF_TEXT) if "input_ids" in read else set()
+        for source in ("input_values", "input_features"):
+            mask, value = given.get(MASKS[source]), given.get(source)
+            if mask is not None and value is not None and mask.shape != value.shape[:2]:
+                problems.append(
+                    f"{MASKS[source]} has the shape {mask.shape}; it must be {value.shape[:2]}"
+                )
         problems += [f"no encoder reads {name}" for name in sorted(given.keys() - known)]
         strange = sorted(ready.keys() - {name for name, _ in encoders})
         problems += [f"encoder_outputs has {name!r}, no encoder" for name in strange]
@@ -312,7 +331,8 @@ class Model(nn.Module):
     def encode(
         self, name: str, config: Any, given: Mapping[str, Array], present: Array, train: bool
     ) -> tuple[Array, Array | None]:
-        """What an encoder makes of its input, where it is present, and the mask of a text."""
+        """What an encoder makes of its input, where it is present, and the mask of a text or a
+        sound: bool [B, S], or None."""
         (source,) = reads(config)
         family = family_for(config)
         model = family.Model(config, scan=self.scan, remat=self.remat, name=name)
@@ -325,7 +345,10 @@ class Model(nn.Module):
                 # Attention of a row without any key is no number.
                 mask = given["attention_mask"].astype(bool) | ~present[:, None]
                 inputs["attention_mask"] = mask
+        elif MASKS.get(source) in given:
+            inputs["attention_mask"] = given[MASKS[source]].astype(bool) | ~present[:, None]
         out = model(**inputs, train=train)
+        mask = mask if out.state_mask is None else out.state_mask  # of a sound's states
         states = out.pooler_output if out.last_hidden_state is None else out.last_hidden_state
         assert states is not None  # every encoder has one of them
         return states, mask

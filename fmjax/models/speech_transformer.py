@@ -166,17 +166,17 @@ class Model(transformer.Model):
             )
         lengths = lengths_of(attention_mask, batch, frames)
         states = self.front(input_features, lengths)
-        mask = None if attention_mask is None else self.states_mask(attention_mask)
+        mask = None
+        if attention_mask is not None:
+            mask = self.state_mask(attention_mask, states.shape[1])
         return super().encode(
             None, mask, states, train=train, output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )  # fmt: skip
 
-    def states_mask(self, attention_mask: Array) -> Array:
-        """int32 [B, S]: which states are no padding, of the frames' mask [B, T]."""
-        batch, frames = attention_mask.shape
-        lengths = output_lengths(lengths_of(attention_mask, batch, frames))
-        return until(lengths, output_lengths(frames)).astype(jnp.int32)
+    def state_mask(self, attention_mask: Array, length: int) -> Array:
+        lengths = output_lengths(lengths_of(attention_mask, *attention_mask.shape))
+        return until(lengths, length).astype(jnp.int32)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -197,7 +197,8 @@ class Model(transformer.Model):
 
         Args:
             input_features: [B, T, M], frames of sound.
-            attention_mask: [B, T] of the frames, 1 = sound, then 0 = padding.
+            attention_mask: [B, T] of the frames, 1 = sound, then 0 = padding; where no frames are
+                given, [B, S] over the encoder's states.
 
         Returns:
             Of the head "ctc" ``logits`` [B, S, V] and ``logit_lengths`` [B]; of "seq2seq_ctc" the
@@ -230,9 +231,12 @@ class Model(transformer.Model):
         encoded = Output(last_hidden_state=encoder_outputs)
         if input_features is not None:
             encoded = self.encode(input_features, attention_mask, **flags)
-        mask = None if attention_mask is None else self.states_mask(attention_mask)
+        mask, states = attention_mask, encoded.last_hidden_state
+        if attention_mask is not None and input_features is not None:
+            assert states is not None  # the encoder has made them
+            mask = self.state_mask(attention_mask, states.shape[1])
         out = super().__call__(
-            attention_mask=mask, **of_decoder | {"encoder_outputs": encoded.last_hidden_state},
+            attention_mask=mask, **of_decoder | {"encoder_outputs": states},
             **flags, output_logits=output_logits,
         )  # fmt: skip
         out = dataclasses.replace(
@@ -256,7 +260,10 @@ class Model(transformer.Model):
         hidden = encoded.last_hidden_state
         assert hidden is not None  # every encoder has one
         logits = {field: self.ctc_head(hidden).astype(jnp.float32)}
-        return dataclasses.replace(encoded, last_hidden_state=None, logit_lengths=lengths, **logits)
+        mask = None if attention_mask is None else until(lengths, hidden.shape[1])
+        return dataclasses.replace(
+            encoded, last_hidden_state=None, state_mask=mask, logit_lengths=lengths, **logits
+        )
 
     def head_output(
         self,

@@ -278,13 +278,17 @@ class Model(bert.Model):
             given = (None if x is None else x.reshape(-1, *x.shape[2:]) for x in given)
         visual = Visual(inputs.length, inputs.attention_mask, *given)
         self.check_visual(inputs, visual)
-        return self.run(
-            _together(inputs, visual),
+        inputs = _together(inputs, visual)
+        out = self.run(
+            inputs,
             None,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_logits=output_logits,
         )
+        # With regions there are more states than words.
+        mask = None if visual.embeds is None else inputs.attention_mask
+        return dataclasses.replace(out, state_mask=mask)
 
     def check_visual(self, inputs: Inputs, visual: Visual) -> None:
         """Refuses features that do not fit the text or the config, or masks that do not fit them.

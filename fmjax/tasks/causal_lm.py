@@ -165,7 +165,8 @@ class Scored(NamedTuple):
 
     Args:
         log_probs: float32 [B, T] in nats: at position t of the label of position t + 1 given what
-            stands before it; 0 where there is none (see `next_tokens`).
+            stands before it; 0 where there is none (see `next_tokens`). Of encoder-decoders
+            (`fmjax.tasks.seq2seq`), of position t's own label.
         mask: bool [B, T], where there is one.
         updates: new values of mutable collections.
     """

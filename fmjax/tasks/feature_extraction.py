@@ -10,7 +10,7 @@ from jax import Array
 
 from fmjax.nn.norm import unit_length
 from fmjax.tasks.apply import apply_fn
-from fmjax.types import Batch, Variables
+from fmjax.types import Batch, Output, Variables
 
 POOLINGS = ("mean", "cls", "max", "pooler")
 
@@ -41,7 +41,7 @@ def encoder(model: Any, *, pooling: str = "mean", normalize: bool = False) -> En
                 'it with head="model"'
             )
         if pooling != "pooler":
-            vectors = pool(hidden, batch.get("attention_mask"), pooling)
+            vectors = pool(hidden, states_mask(output, batch), pooling)
         elif output.pooler_output is not None:
             vectors = output.pooler_output.astype(jnp.float32)
         else:
@@ -53,6 +53,12 @@ def encoder(model: Any, *, pooling: str = "mean", normalize: bool = False) -> En
     return encode
 
 
+def states_mask(output: Output, inputs: Batch) -> Any:
+    """[B, T], 0 for states of padding: what the model says, which has other lengths inside than its
+    inputs (of sounds, and of words with regions), else the inputs' mask; None keeps all."""
+    return inputs.get("attention_mask") if output.state_mask is None else output.state_mask
+
+
 def pool(hidden: Array, mask: Any, pooling: str) -> Array:
     """One vector a row of hidden states [B, T, D] or [B, X, Y, D]: [B, D] float32.
 
@@ -60,8 +66,16 @@ def pool(hidden: Array, mask: Any, pooling: str) -> Array:
         hidden: of pictures, T are patches, or the places of a grid, and all are kept.
         mask: [B, T], 0 for padding; None keeps all.
         pooling: "mean", "cls" or "max"; see `embed`.
+
+    Raises:
+        ValueError: a mask that is not one of these states.
     """
     hidden = hidden.astype(jnp.float32).reshape(hidden.shape[0], -1, hidden.shape[-1])
+    if mask is not None and mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"the mask has the shape {mask.shape} and the states are {hidden.shape[:2]}: states of "
+            "this layer have no mask"
+        )
     if pooling == "cls":
         return hidden[:, 0]
     keep = jnp.ones(hidden.shape[:2], bool) if mask is None else jnp.asarray(mask).astype(bool)

@@ -1,18 +1,23 @@
 """Transcription by an attention decoder that shares its encoder with CTC (Watanabe et al. 2017,
 "Hybrid CTC/attention architecture for end-to-end speech recognition", eq. 18): the sum over
-alignments keeps the encoder's states in the order of the sound.
+alignments keeps the encoder's states in the order of the sound. Texts are found by both scores:
+`fmjax.generate.joint`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
+from fmjax.generate.joint import joint_beam
+from fmjax.metrics.transcription import character_error_rate, word_error_rate
 from fmjax.tasks import ctc, seq2seq
-from fmjax.tasks.apply import apply_fn, row_weights
+from fmjax.tasks.apply import TARGETS, apply_fn, collect_ragged, row_weights
 from fmjax.tasks.masking import weigh
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
@@ -58,3 +63,44 @@ def loss(model: Any, *, ctc_weight: float = 0.3, train: bool = True) -> LossFn:
         return total, Aux(by_text.weight, metrics, updates)
 
     return loss_fn
+
+
+def evaluate(
+    model: Any,
+    variables: Variables,
+    batches: Iterable[Batch],
+    *,
+    size: int,
+    text: Callable[[Sequence[int]], str],
+    **search: Any,
+) -> ctc.Evaluation:
+    """Transcribes a whole set by both scores: ``wer`` and ``cer``, the shares of words and
+    characters wrong.
+
+    Args:
+        model: with the head "seq2seq_ctc".
+        variables: its variables.
+        batches: one epoch with labels [B, N].
+        size: N, how many examples there are.
+        text: from the numbers of symbols, without the end, to a text.
+        search: options of `fmjax.generate.joint.joint_beam`.
+    """
+    end = model.config.eos_token_id
+
+    def rows(variables: Variables, batch: Batch) -> list[tuple[str, str]]:
+        inputs = {name: np.asarray(x) for name, x in batch.items() if name not in TARGETS}
+        labels = np.asarray(batch["labels"])
+        return [
+            (text(found[0].tokens), text([int(i) for i in row if i >= 0 and i != end]))
+            for found, row in zip(
+                joint_beam(model, variables, inputs, **search), labels, strict=True
+            )
+        ]
+
+    pairs = collect_ragged(rows, variables, batches, size=size)
+    predictions, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    metrics = {
+        "wer": word_error_rate(references, predictions),
+        "cer": character_error_rate(references, predictions),
+    }
+    return ctc.Evaluation(predictions, references, metrics)

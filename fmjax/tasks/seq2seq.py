@@ -12,6 +12,7 @@ from jax import Array
 from fmjax.metrics.language_modelling import perplexity
 from fmjax.metrics.translation import References, translation_metrics
 from fmjax.tasks.apply import apply_fn, means, once
+from fmjax.tasks.causal_lm import Scored
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.vocabulary_loss import (
     CHUNK_SIZE,
@@ -108,21 +109,37 @@ def loss(
     return loss_fn
 
 
+def token_log_probs(
+    model: Any, *, train: bool = False, chunk_size: int = CHUNK_SIZE
+) -> Callable[[Variables, Batch, Array | None], Scored]:
+    """``(variables, batch, rng) -> Scored``: each label by itself, at its own position,
+    differentiable.
+
+    Args:
+        model, train, chunk_size: see `loss`, as is what a batch has.
+    """
+    apply = apply_fn(model, output_logits=False)
+
+    def score(variables: Variables, batch: Batch, rng: Array | None) -> Scored:
+        output, updates = apply(variables, teach(model, batch), rng, train=train)
+        labels = jnp.asarray(batch["labels"])
+        mask = labels != IGNORED
+        assert output.last_hidden_state is not None
+        unembed = unembed_fn(model, variables)
+        scores = log_likelihood(
+            unembed, output.last_hidden_state, jnp.where(mask, labels, 0), chunk_size=chunk_size
+        )
+        return Scored(jnp.where(mask, scores, 0.0), mask, updates)
+
+    return score
+
+
 def predict(model: Any, *, chunk_size: int = CHUNK_SIZE) -> Callable[[Variables, Batch], Array]:
     """``(variables, batch) -> [B, T]``: log-probability (nats) of each label given the source and
     the labels before it, 0 where there is none. Texts are made by `fmjax.generate`.
     """
-    apply = apply_fn(model, output_logits=False)
-
-    def predict_fn(variables: Variables, batch: Batch) -> Array:
-        hidden = apply(variables, teach(model, batch), None, train=False)[0].last_hidden_state
-        labels = jnp.asarray(batch["labels"])
-        assert hidden is not None
-        unembed = unembed_fn(model, variables)
-        scores = log_likelihood(unembed, hidden, labels, chunk_size=chunk_size)
-        return jnp.where(labels == IGNORED, 0.0, scores)
-
-    return predict_fn
+    score = token_log_probs(model, chunk_size=chunk_size)
+    return lambda variables, batch: score(variables, batch, None).log_probs
 
 
 def evaluate(

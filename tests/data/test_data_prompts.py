@@ -67,15 +67,20 @@ def test_voices_are_held_out():
         assert not heard["val"] & (heard["train"] | heard["test"])
 
 
-@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
-def test_what_espeak_says():
+@pytest.mark.skipif(
+    shutil.which("espeak-ng") is None or shutil.which("flite") is None,
+    reason="espeak-ng or flite is not installed",
+)
+def test_what_synthesisers_say():
     said = speak(Utterance("--version one two", "en-us+f2", 160, 50))
     assert said.dtype == np.float32
     assert 0.5 < len(said) / 16_000 < 4
     assert 0.02 < np.abs(said).max() <= 1
     longer = speak(Utterance("one two three four five", "en-us+f2", 130, 50))
     assert len(longer) > len(speak(Utterance("one two three four five", "en-us+f2", 200, 50)))
-    for voice in ("no-such-voice", "en-us+zzz"):
+    slow, fast = (speak(Utterance("--help", "flite/slt", speed, 50)) for speed in (100, 200))
+    assert len(slow) > 1.5 * len(fast)
+    for voice in ("no-such-voice", "en-us+zzz", "flite/zzz"):
         with pytest.raises(ValueError, match="has no voice"):
             speak(Utterance("one", voice, 160, 50))
     for voice in sum(VOICES.values(), ()):

@@ -8,6 +8,7 @@ import soundfile
 from scripts import experiment
 
 import fmjax
+from fmjax.cli import main as cli
 
 
 def write_tones(folder, name, count, seed):
@@ -50,3 +51,5 @@ def test_speech_ctc(model, tmp_path, capsys):
         assert (run / name).exists(), name
     read, _ = fmjax.load(run / "export")
     assert read.head == "ctc"
+    sound = next(tmp_path.rglob("*.wav"))
+    assert cli([str(word) for word in ("transcribe", sound, "--model", run / "export")]) == 0

@@ -244,7 +244,7 @@ def test_texts_are_cut_where_times_meet():
     segments, done = segments_of([t(0), 1, t(5), t(6), 3, t(9)], TIME_0, 0.0, 24)
     assert (len(segments), done) == (2, 24)
     assert segments_of([t(0), 1, t(5)], TIME_0, 0.0, 24)[1] == 24
-    assert segments_of([1, 2], TIME_0, 1.0, 24) == ([(1.0, 1.24, (1, 2))], 24)
+    assert segments_of([1, 2], TIME_0, 1.0, 24) == ([(1.0, 1.24, (1, 2), ())], 24)
 
 
 def test_bad_options_are_refused(pair):
@@ -279,3 +279,79 @@ def test_the_fixture_generates_what_pytorch_recorded():
     np.testing.assert_array_equal(out.sequences, io["pt.generate"])
     out = fmjax.generate(model, variables, input_features=features, **options, num_beams=3)
     np.testing.assert_array_equal(out.sequences, io["pt.generate_beam3"])
+
+
+HEADS = [[0, 1], [1, 0], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("condition", "kind"),
+    [
+        (False, "first-segment"),
+        pytest.param(True, "first-segment", marks=pytest.mark.slow),
+        (True, "all-segments"),
+    ],
+)
+def test_prompts_equal_pytorch(pair, condition, kind):
+    """What is said beforehand is before each window, or the first, or always first."""
+    options = MULTILINGUAL | {"condition_on_prev_tokens": condition}
+    twin, listener = both(pair, options)
+    prompt = (BEFORE, 11, 12, 13, 14)
+    speech = dataclasses.replace(listener.speech, prompt_ids=prompt, prompt_condition_type=kind)
+    recordings = [frames(1, n, seed=n)[0] for n in (60, 110)]
+    plain = check_long(twin, listener, recordings, condition_on_prev_tokens=condition)
+    found = check_long(
+        twin, listener._replace(speech=speech), recordings, prompt_ids=torch.tensor(prompt),
+        prompt_condition_type=kind, condition_on_prev_tokens=condition,
+    )  # fmt: skip
+    assert found != plain
+    assert speech.prompt == dataclasses.replace(speech, prompt_ids=prompt[1:]).prompt
+    with pytest.raises(ValueError, match="needs condition_on_prev_tokens"):
+        dataclasses.replace(
+            speech, condition_on_prev_tokens=False, prompt_condition_type="all-segments"
+        )
+
+
+def test_times_of_tokens_equal_pytorch(pair):
+    """In windows of long recordings, the last of which is short; with a prompt."""
+    options = ENGLISH_ONLY | {"alignment_heads": HEADS}
+    twin, listener = both(pair, options)
+    twin.config.median_filter_width = 3
+    speech = dataclasses.replace(listener.speech, median_filter_width=3, prompt_ids=(BEFORE, 9))
+    listener = listener._replace(speech=speech)
+    seen = 0
+    for count in (61, 24, 100):
+        features = frames(1, count, seed=count)
+        ours = [s for _, s in hear_recordings(listener, [Whole(features[0])], words=True)]
+        expected = theirs(
+            twin, features, return_timestamps=True, return_token_timestamps=True,
+            attention_mask=torch.ones(1, count, dtype=torch.long),
+            prompt_ids=torch.tensor([BEFORE, 9]),
+        )["segments"][0]  # fmt: skip
+        assert len(ours) == len(expected)
+        for one, other in zip(ours, expected, strict=True):
+            times = other["token_timestamps"][: len(one.tokens)].tolist()
+            np.testing.assert_allclose(one.times, times, atol=1e-5)
+            seen += len(set(times))
+    assert seen > 20
+    twin.config.median_filter_width = 7
+    plain = both(pair, ENGLISH_ONLY)[1]
+    with pytest.raises(ValueError, match="alignment_heads"):
+        hear(plain, frames(1, 24), words=True)
+    far = dataclasses.replace(plain.speech, alignment_heads=((2, 0),))
+    with pytest.raises(ValueError, match=r"\[\(2, 0\)\] are not of \(2, 3\)"):
+        hear(plain._replace(speech=far), frames(1, 24), words=True)
+
+
+@pytest.mark.slow
+def test_times_of_one_window_equal_pytorch(pair):
+    twin, listener = both(pair, ENGLISH_ONLY | {"alignment_heads": HEADS})
+    for seed in range(4):
+        features = frames(1, 24, seed=seed)
+        (heard,) = hear(listener, features, words=True)
+        # Without times in the text theirs may never come to the window's end: one call.
+        found = theirs(
+            twin, features, return_token_timestamps=True, force_unique_generate_call=True
+        )
+        times = found["token_timestamps"][0, 2:].tolist()[: len(heard.tokens)]
+        np.testing.assert_allclose(heard.times, times, atol=1e-5)

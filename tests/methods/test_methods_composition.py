@@ -31,19 +31,43 @@ def test_they_train_together(row):
     check_trains(made.pop("variables"), made.pop("loss"), made.pop("tx"), made.pop("batch"), **made)
 
 
-def test_every_method_that_trains_is_there_twice():
-    """Files and terms of another method, and programs around steps, have tests of their own."""
-    count = Counter(name for row in COMPOSITIONS for name in row.methods)
+def methods_that_train():
+    """Names of files in methods/ whose functions attach to a step."""
+    # Files and terms of another method have tests of their own.
     parts = {
         "adapted_layers", "advantages", "compressed_files", "distillation_terms", "lora_files",
         "peft_files", "policy_gradient", "weight_matrices",
     }  # fmt: skip
     for path in (ROOT / "fmjax" / "methods").glob("*.py"):
-        if path.stem == "__init__" or path.stem in parts:
-            continue
-        attaches = importlib.import_module(f"fmjax.methods.{path.stem}").ATTACHES
-        if attaches != ("program",):
-            assert count[path.stem] >= 2, path.stem
+        if path.stem != "__init__" and path.stem not in parts:
+            attaches = importlib.import_module(f"fmjax.methods.{path.stem}").ATTACHES
+            # Programs around steps: test_methods_heard_and_seen.py and their own tests.
+            if attaches != ("program",):
+                yield path.stem
+
+
+def test_every_method_that_trains_is_there_twice():
+    """In rows that `make test` runs."""
+    count = Counter(name for row in COMPOSITIONS if not row.slow for name in row.methods)
+    assert [name for name in methods_that_train() if count[name] < 2] == []
+
+
+AGENTS = "an agent's steps in an environment, which are neither sounds nor pictures with texts"
+SENSELESS = {
+    "compositions_speech": {
+        "dqn": AGENTS, "ppo": AGENTS, "reinforce": AGENTS,
+        "prompt_tuning": "its vectors are among the words an encoder reads; those of sounds do not",
+    },
+    "compositions_captions": {"dqn": AGENTS, "ppo": AGENTS, "reinforce": AGENTS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SENSELESS)
+def test_every_method_that_makes_sense_hears_and_sees(kind):
+    """Every method is in a row on sounds and in one on pictures with texts, or is named above."""
+    rows = [row for row in COMPOSITIONS if row.make.__module__ == kind]
+    there = {name for row in rows for name in row.methods}
+    assert set(methods_that_train()) - there == set(SENSELESS[kind])
 
 
 def test_readme_has_the_table():

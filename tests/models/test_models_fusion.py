@@ -10,7 +10,7 @@ from parity import shuffled
 
 import fmjax
 from fmjax.config import config_to_json, parse_config
-from fmjax.models import bart, bert, efficientnet_lite, fusion, mlp
+from fmjax.models import bart, bert, deepspeech2, efficientnet_lite, fusion, mlp, wav2vec2
 from fmjax.tree import flatten
 
 TINY = fusion.VARIANTS["tiny"]
@@ -171,3 +171,60 @@ def test_bad_configs_and_inputs_are_refused():
     assert "no encoder reads input_values" in str(error.value)
     assert "different numbers of rows: [2, 3]" in str(error.value)
     assert "present has the shape (3, 2); it must be (3, 3)" in str(error.value)
+
+
+SOUND = wav2vec2.sized(
+    wav2vec2.Config, 1, 8, 2, conv_dim=(6, 6), conv_kernel=(4, 3), conv_stride=(4, 2),
+    num_conv_pos_embeddings=3, num_conv_pos_embedding_groups=2, initializer_range=0.3,
+    **wav2vec2.STABLE,
+)  # fmt: skip
+SPECTRUM = deepspeech2.Config(
+    num_features=5, conv_channels=(2,), conv_sizes=((3, 3),), conv_strides=((2, 2),), hidden_size=6,
+    num_hidden_layers=1, dense_sizes=(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_of_sounds_changes_nothing(kind):
+    """More of it, or anything else in it, beside a row that lacks the sound."""
+    config = dataclasses.replace(
+        TINY, encoders=(("wave", SOUND), ("spectrum", SPECTRUM)), fusion=kind, num_hidden_layers=1
+    )
+    model, variables = fmjax.create("fusion", config, head="classification", rng=jax.random.key(0))
+    variables, apply = shuffled(variables), jax.jit(model.apply)
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(3, 96)).astype(np.float32)
+    features = draw.normal(size=(3, 20, 5)).astype(np.float32)
+    heard, seen = np.arange(96) < [[96], [64], [50]], np.arange(20) < [[20], [13], [8]]
+
+    def run(more, value, rows=slice(None)):
+        there = {"input_values_mask": heard, "input_features_mask": seen}
+        there = {n: np.pad(m, ((0, 0), (0, more)))[rows].astype(int) for n, m in there.items()}
+        inputs = {
+            "input_values": np.pad(np.where(heard, values, value), ((0, 0), (0, more))),
+            "input_features": np.pad(
+                np.where(seen[..., None], features, value), ((0, 0), (0, more), (0, 0))
+            ),
+            "present": np.array([[1, 1], [1, 1], [0, 1]]),
+        }
+        inputs = {name: x[rows] for name, x in inputs.items()}
+        return apply(variables, **inputs, **there).logits
+
+    plain = run(0, 0.0)
+    np.testing.assert_allclose(run(16, 9.0), plain, atol=1e-4)
+    np.testing.assert_allclose(run(0, 0.0, slice(1, 2)), plain[1:2], atol=1e-4)
+    whole = apply(
+        variables, input_values=values, input_features=features,
+        present=np.array([[1, 1], [1, 1], [0, 1]]),
+    ).logits  # fmt: skip
+    moved = np.abs(whole - plain).max(axis=1) > 1e-3
+    assert moved.tolist() == [False, True, True]  # without masks there is no padding
+    with pytest.raises(ValueError, match=r"input_values_mask has the shape \(3, 95\)"):
+        model.apply(
+            variables, input_values=values, input_features=features,
+            input_values_mask=heard[:, 1:],
+        )  # fmt: skip
+    text = TINY.encoders[:1]
+    alone = model.clone(config=dataclasses.replace(TINY, encoders=text, fusion="late"))
+    with pytest.raises(ValueError, match="no encoder reads input_values_mask"):
+        alone.init(jax.random.key(0), input_ids=np.ones((1, 2), int), input_values_mask=heard)

@@ -9,8 +9,10 @@ import soundfile
 import torch
 import transformers
 from tiny_whisper import (
+    BEFORE,
     CONFIG,
     GENERATION,
+    NO_TIMES,
     ctranslate2_arrays,
     ctranslate2_bytes,
     tokenizer,
@@ -21,6 +23,7 @@ import fmjax
 from fmjax.cli import main
 from fmjax.data import assets
 from fmjax.data.audio_features import LogMel, log_energies, scaled
+from fmjax.generate.speech import hear_recordings
 from fmjax.recipes.transcription import (
     StreamedRecording,
     load_transcriber,
@@ -89,6 +92,44 @@ def test_texts_do_not_depend_on_the_batch(folder, wavs):
     assert together == apart
     times = transcribe(transcriber, sounds[:1], **cold, timestamps=True)
     assert times[0].pieces is not None
+
+
+def test_words_have_times(folder, wavs, capsys):
+    """As transformers puts them together from what it generates; prompts change what is heard."""
+    sound = (np.random.default_rng(3).normal(size=30000).astype(np.float32), 16000)
+    transcriber = load_transcriber(folder)
+    options = {"temperatures": (0.0,), "timestamps": True}
+    (plain,) = transcribe(transcriber, [sound], **options)
+    (found,) = transcribe(transcriber, [sound], words=True, temperatures=(0.0,))
+    joined = "".join(piece.text for piece in found.pieces)
+    assert joined.replace(" ", "") == "".join(p.text for p in plain.pieces).replace(" ", "")
+    assert found.text.replace(" ", "") == joined.replace(" ", "")
+    own = transformers.WhisperTokenizer.from_pretrained(folder)
+    for segment in (s for _, s in hear_recordings(
+        transcriber.listener, [StreamedRecording(sound, transcriber.features)], words=True
+    )):  # fmt: skip
+        # Their words are of one chunk, whose first time token ends it where it is 0.
+        tokens = np.array([[NO_TIMES + 1, *segment.tokens]])
+        times = np.array([[segment.start, *segment.times]])
+        _, there = own._decode_asr(
+            [{"tokens": tokens[:, 1:], "token_timestamps": times[:, 1:]}],
+            return_timestamps="word", return_language=False, time_precision=0.02,
+        )  # fmt: skip
+        ours = transcriber.words(segment)
+        for word in there["chunks"]:
+            starts = [piece for piece in ours if piece.text == word["text"]]
+            assert any((p.start, p.end) == word["timestamp"] for p in starts), (word, ours)
+    told = load_transcriber(folder, prompt="Some names")
+    assert told.listener.speech.prompt[0] == BEFORE
+    assert transcribe(told, [sound], **options)[0].text != plain.text
+    file = str(wavs / "short.wav")
+    assert main(["transcribe", file, "--model", str(folder), "--words", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert all(set(piece) == {"start", "end", "text"} for piece in row["pieces"])
+    with pytest.raises(ValueError, match="must be a text"):
+        load_transcriber(folder, prompt=" ")
+    with pytest.raises(ValueError, match="give one"):
+        load_transcriber(folder, prompt_each=True)
 
 
 @pytest.mark.parametrize(
