@@ -289,7 +289,7 @@ HEADS = [[0, 1], [1, 0], [1, 2]]
     [
         (False, "first-segment"),
         pytest.param(True, "first-segment", marks=pytest.mark.slow),
-        (True, "all-segments"),
+        pytest.param(True, "all-segments", marks=pytest.mark.slow),
     ],
 )
 def test_prompts_equal_pytorch(pair, condition, kind):

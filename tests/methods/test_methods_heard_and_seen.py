@@ -28,6 +28,7 @@ from fmjax.tasks.feature_extraction import encoder, pool
 from fmjax.train import gradient, init_state, make_train_step
 
 
+@pytest.mark.slow
 def test_vectors_of_sounds_and_regions_are_without_padding():
     """Frames are fewer than the samples of the mask, and words with regions more than its words."""
     model, variables = hears("model")
