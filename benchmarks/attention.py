@@ -255,10 +255,8 @@ def _torch_attention(case: Case, dtype: str, arrays: Arrays, device: str) -> Cal
 def kernels(query: jax.Array, key: jax.Array, value: jax.Array) -> Iterator[tuple[Kernel, bool]]:
     """The kernels that there are here for these operands, and whether fmjax would choose it."""
     chosen = fused(query, key, value) or "plain"
-    names: list[Kernel] = ["plain", "xla"]
-    if chosen == "cudnn":
-        names.append("cudnn")
-    for name in names:
+    names: list[Kernel] = ["plain", "xla", chosen]
+    for name in dict.fromkeys(names):
         yield name, name == chosen
 
 
@@ -380,6 +378,7 @@ def show(doc: dict[str, Any]) -> None:
             "torch / fmjax": ratio,
         },
         caption="* is what fmjax chooses by itself",
+        words=3,
     )
 
 

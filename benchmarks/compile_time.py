@@ -123,8 +123,6 @@ def compiled_row(case: Case, scan: bool, settings: Settings) -> Row:
         jax.clear_caches()
         jitted = cast(jax.stages.Wrapped, jit_step(train_step))
         found.append(compile_time(jitted, step.state, step.batch))
-    memory = found[-1].memory
-    held = memory["arguments"] + memory["outputs"] - memory["aliased"]
     return Row(
         case=case.name,
         side="scan" if scan else "loop",
@@ -136,7 +134,7 @@ def compiled_row(case: Case, scan: bool, settings: Settings) -> Row:
             "trace": median(one.lower_seconds for one in found),
             "compile": median(one.compile_seconds for one in found),
         },
-        planned_bytes=held + memory["temporaries"],
+        planned_bytes=found[-1].planned_bytes,
     )
 
 

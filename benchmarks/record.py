@@ -104,10 +104,7 @@ def row(
     compile_seconds = planned = None
     if compiled is not None:
         compile_seconds = {"lower": compiled.lower_seconds, "compile": compiled.compile_seconds}
-        memory = compiled.memory
-        if memory:
-            held = memory["arguments"] + memory["outputs"] - memory["aliased"]
-            planned = held + memory["temporaries"]
+        planned = compiled.planned_bytes
     published = published_peak(jax.devices()[0].device_kind)
     return Row(
         case=case,
@@ -344,12 +341,14 @@ def print_rows(
     columns: Mapping[str, Callable[[dict[str, Any]], str]],
     *,
     caption: str,
+    words: int = 2,
 ) -> None:
     """Print a document of a benchmark's own rows as a table.
 
     Args:
-        columns: by title, what a row has there; words are to the left, numbers to the right.
+        columns: by title, what a row has there.
         caption: what else must be known to read it.
+        words: how many columns, the first ones, are words; the others are numbers.
     """
     machine = doc["machine"]
     device = machine["devices"][0]
@@ -358,8 +357,8 @@ def print_rows(
         f"({machine['cpu']}, {machine['cores']} cores)",
         caption=f"load before {doc['load_before']:.1f}; {caption}",
     )
-    for title in columns:
-        table.add_column(title, justify="left" if title.islower() and " " not in title else "right")
+    for place, title in enumerate(columns):
+        table.add_column(title, justify="left" if place < words else "right")
     for entry in doc["rows"]:
         table.add_row(*(cell(entry) for cell in columns.values()))
     Console(width=None if Console().is_terminal else 200).print(table)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -122,11 +123,15 @@ def run_case(case: Case, settings: Settings) -> Row:
         begin("scale_once.py", [*map(str, what), str(index), str(port)], environment)
         for index in range(case.processes)
     ]
-    try:
-        found = [answer(process) for process in started]
-    finally:
-        for process in started:
-            process.kill()  # one that waits for another that has failed
+    with ThreadPoolExecutor(len(started)) as pool:  # all are read, lest one waits to be
+        try:
+            answers = [pool.submit(answer, process) for process in started]
+            for one in as_completed(answers):
+                one.result()  # the first that fails, whichever it is
+            found = [one.result() for one in answers]
+        finally:
+            for process in started:
+                process.kill()  # one that waits for another that has failed
     steps = [max(times) for times in zip(*(one["seconds"] for one in found), strict=True)]
     used = [sum(times) for times in zip(*(one["cpu_seconds"] for one in found), strict=True)]
     timing = Timing.of(steps)
@@ -199,6 +204,7 @@ def show(doc: dict[str, Any]) -> None:
             "work": lambda row: f"{ratios[row['case']]['work']:.2f}",
         },
         caption="speed and work are over those of the first case",
+        words=1,
     )
 
 

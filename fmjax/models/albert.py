@@ -17,7 +17,7 @@ from fmjax.models import bert
 from fmjax.models.bert import IGNORED, inputs
 from fmjax.nn.encoder import Inputs, TextEmbeddings
 from fmjax.nn.norm import LayerNorm
-from fmjax.nn.remat import block_input, policy, recomputed
+from fmjax.nn.remat import mark_block_input, policy, recomputed
 from fmjax.nn.stack import LayerOutput, StackOutput
 from fmjax.types import Output, PyTree
 from fmjax.weights import Rule, dense_rules, norm_rules, vocabulary_rules
@@ -216,7 +216,7 @@ class Model(bert.Model):
             index, k = at
             weights = jax.tree.map(lambda leaf: leaf[k], stack)
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, index)}
-            start = block_input(hidden)
+            start = mark_block_input(hidden)
             result: Any = block.apply(weights, start, None, index, shared, rngs=rngs)
             return result
 

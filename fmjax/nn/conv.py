@@ -16,7 +16,7 @@ from fmjax.nn.activation import activation
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias, affine, gram, matmul
-from fmjax.nn.remat import product
+from fmjax.nn.remat import mark_product
 from fmjax.nn.vision import pair, shuffle_pixels
 
 # Features of an image up to which the places of a window are put side by side: a product for each
@@ -90,7 +90,7 @@ class Conv(nn.Module):
                 y.astype(jnp.float32),
                 parameter(self, "bias", nn.initializers.zeros, (self.features,)),
             )
-        return product(y.astype(x.dtype))
+        return mark_product(y.astype(x.dtype))
 
 
 class ConvTranspose(nn.Module):
@@ -137,7 +137,7 @@ class ConvTranspose(nn.Module):
                 y.astype(jnp.float32),
                 parameter(self, "bias", nn.initializers.zeros, (self.features,)),
             )
-        return product(y.astype(x.dtype))
+        return mark_product(y.astype(x.dtype))
 
     def windows(self, x: Array, kernel: Array) -> Array:
         """The sum of all windows, nothing left out: [B, X, Y, I] -> [B, X', Y', O]."""
@@ -390,6 +390,8 @@ def average(x: Array) -> Array:
 
 def max_pool(x: Array, size: int, stride: int, padding: int | Around = 0) -> Array:
     """The largest value of each square window; padding never is: [B, X, Y, C] -> [B, X', Y', C].
+
+    It has reverse-mode derivatives alone (`jax.grad`, `jax.vjp`).
 
     Args:
         x: images.

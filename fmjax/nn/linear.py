@@ -14,7 +14,7 @@ from fmjax.nn.adapter import adapted, adapters
 from fmjax.nn.compact import Compact
 from fmjax.nn.parameter import kept, parameter
 from fmjax.nn.product import affine, matmul
-from fmjax.nn.remat import product
+from fmjax.nn.remat import mark_product
 
 Product = Callable[[Array, Array], Array]
 """``x @ kernel`` in x's dtype: [..., I], [I, O] -> [..., O]. It is called in the layer's module."""
@@ -58,10 +58,10 @@ class Dense(nn.Module):
         if adapters(self) is None and not isinstance(kernel, Compact):
             chosen = _PRODUCT.get()
             if chosen is None or _HEAD in self.path:
-                return product(affine(x, kernel, bias))
+                return mark_product(affine(x, kernel, bias))
             y = chosen(x, kernel.astype(x.dtype))
-            return product(y if bias is None else y + bias.astype(x.dtype))
-        return product(dense(self, x, kernel, bias).astype(x.dtype))
+            return mark_product(y if bias is None else y + bias.astype(x.dtype))
+        return mark_product(dense(self, x, kernel, bias).astype(x.dtype))
 
 
 def dense(

@@ -18,12 +18,12 @@ from fmjax.types import PyTree, Remat
 _PRODUCT, _BLOCK_INPUT = "product", "block_input"
 
 
-def product(y: Array) -> Array:
+def mark_product(y: Array) -> Array:
     """Marks what "dots" keeps; y itself."""
     return checkpoint_name(y, _PRODUCT)
 
 
-def block_input(hidden: PyTree) -> PyTree:
+def mark_block_input(hidden: PyTree) -> PyTree:
     """Marks, inside what is recomputed, what "offload" keeps; the hidden state itself."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, _BLOCK_INPUT), hidden)
 
@@ -72,7 +72,7 @@ def recomputed(block: type[nn.Module], remat: Remat, *, scanned: bool = False) -
 
     class Marked(block):
         def __call__(self, hidden: PyTree, *args: Any) -> Any:
-            return super().__call__(block_input(hidden), *args)
+            return super().__call__(mark_block_input(hidden), *args)
 
     marked = Marked if remat == "offload" else block
     return nn.remat(marked, prevent_cse=not scanned, policy=policy(remat))

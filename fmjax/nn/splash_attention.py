@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
@@ -71,7 +72,7 @@ def splash_attention(
 ) -> Array:
     """What `fmjax.nn.attention.attend` computes of the same arguments, [B, T, H, K].
 
-    A query that sees no key attends to some of them alike; which ones is the kernel's affair.
+    A query that sees no key which counts attends to those that are hidden, by its scores.
 
     Args:
         query: [B, T, H, K].
@@ -91,11 +92,31 @@ def splash_attention(
     if keep is not None:
         keep = jnp.broadcast_to(keep[:, 0, 0], (query.shape[0], keys))
         keep = _padded(keep, 1).astype(jnp.int32)  # [B, S]
+    sees = None if keep is None else _sees(keep, query.shape[2], causal, window)
     attend = partial(_of_device, causal=causal, window=window, interpret=interpret)
     if on_a_mesh():
         attend = _over_devices(attend, keep is not None)
-    out = attend(query, key, value, keep)
+    out = attend(query, key, value, sees, keep)
     return jnp.swapaxes(out[:, :, :length], 1, 2)
+
+
+def _sees(keep: Array, length: int, causal: bool, window: int | None) -> Array:
+    """int32 [B, T]: 1 for queries that see a key which counts, 0 for others.
+
+    As segments they have those others see hidden keys: the kernel's gradients are wrong for queries
+    without any (its sums of exponentials are lost beside what stands for minus infinity).
+
+    Args:
+        keep: int32 [B, S], 1 for keys that count.
+        length: T.
+        causal, window: see `fmjax.nn.mask.Mask`.
+    """
+    if not causal:
+        return jnp.broadcast_to(keep.max(axis=1, keepdims=True), (keep.shape[0], length))
+    last = np.minimum(np.arange(1, length + 1), keep.shape[1])
+    first = np.maximum(np.arange(length) + 1 - (length if window is None else window), 0)
+    until = jnp.cumsum(jnp.pad(keep, ((0, 0), (1, 0))), axis=1)  # keys that count before each
+    return (until[:, last] > until[:, np.minimum(first, last)]).astype(jnp.int32)
 
 
 def _over_devices(attend: Callable[..., Array], padded: bool) -> Callable[..., Array]:
@@ -104,7 +125,7 @@ def _over_devices(attend: Callable[..., Array], padded: bool) -> Callable[..., A
     heads = P(rows, divided_over((TENSOR,)))
     return jax.shard_map(
         attend,
-        in_specs=(heads, heads, heads, P(rows) if padded else None),
+        in_specs=(heads, heads, heads, P(rows) if padded else None, P(rows) if padded else None),
         out_specs=heads,
         axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
         check_vma=False,  # a kernel does not say how its results vary
@@ -115,13 +136,14 @@ def _of_device(
     query: Array,
     key: Array,
     value: Array,
+    sees: Array | None,
     keep: Array | None,
     *,
     causal: bool,
     window: int | None,
     interpret: bool,
 ) -> Array:
-    """[B, H, T, K], [B, G, S, K], [B, S] -> [B, H, T, K]."""
+    """[B, H, T, K], [B, G, S, K] twice, [B, T], [B, S] -> [B, H, T, K]."""
     heads, length, keys = query.shape[1], query.shape[2], key.shape[2]
     shape = (length, keys)
     if window is not None:
@@ -140,12 +162,16 @@ def _of_device(
         ),
         interpret=interpret,
     )  # fmt: skip
-    ones = jnp.ones(length, jnp.int32)
 
-    def of_example(query: Array, key: Array, value: Array, keep: Array | None) -> Any:
-        return kernel(query, key, value, None if keep is None else splash.SegmentIds(ones, keep))
+    def of_example(
+        query: Array, key: Array, value: Array, sees: Array | None, keep: Array | None
+    ) -> Any:
+        segments = None
+        if sees is not None and keep is not None:
+            segments = splash.SegmentIds(sees, keep)
+        return kernel(query, key, value, segments)
 
-    return jax.vmap(of_example)(query, key, value, keep)
+    return jax.vmap(of_example)(query, key, value, sees, keep)
 
 
 def _block(size: int) -> int:

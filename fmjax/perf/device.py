@@ -49,6 +49,14 @@ def _device_memory(device: Any) -> int | None:
     return stats.get("bytes_limit") if stats else None
 
 
+def device_memory() -> float:
+    """Bytes that JAX may take of one device here; of the CPU, its share of the machine's."""
+    memory = _device_memory(jax.local_devices()[0])
+    if memory is None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return memory
+
+
 def cpu_name() -> str:
     """The model of the processor, as its maker writes it."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -9,6 +9,15 @@ import jax
 
 from fmjax.types import PyTree, TrainState
 
+CLASSES = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "activations": "activations and temporaries",
+    "other": "batch, results and program",
+}
+"""The classes of `MemoryUse`, as people read them."""
+
 
 class MemoryUse(NamedTuple):
     """Bytes on one chip at a step's peak; the classes add up to `total`.

@@ -98,6 +98,14 @@ class Compiled:
     compile_seconds: float
     memory: Mapping[str, int]
 
+    @property
+    def planned_bytes(self) -> int | None:
+        """What the program holds in all, as planned; None where the compiler does not say."""
+        if not self.memory:
+            return None
+        held = self.memory["arguments"] + self.memory["outputs"] - self.memory["aliased"]
+        return held + self.memory["temporaries"]
+
 
 def compile_time(lowerable: jax.stages.Wrapped, *args: Any, **kwargs: Any) -> Compiled:
     """Lower and compile a jitted function, timing both.

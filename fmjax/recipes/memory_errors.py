@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 
-from fmjax.perf.memory import MemoryUse, bytes_per_chip, memory_use, state_bytes
+from fmjax.perf.device import device_memory
+from fmjax.perf.memory import CLASSES, MemoryUse, bytes_per_chip, memory_use, state_bytes
+from fmjax.train import is_param
 from fmjax.train.compile import lower_step
 from fmjax.train.moments import Moments
 from fmjax.tree import flatten, is_stacked
@@ -24,16 +25,9 @@ from fmjax.types import Remat, StepFn, TrainState
 
 WAYS = 3
 """How many ways to fit an error names."""
-TITLES = {
-    "parameters": "parameters",
-    "optimizer": "optimizer state",
-    "gradients": "gradients",
-    "activations": "activations and temporaries",
-    "other": "batch, results and program",
-}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
     """How a step was set up, as far as its memory goes.
 
@@ -45,7 +39,7 @@ class Setup:
         precision: of the computation.
         optimizer: its name in the recipes.
         moments: its moments' dtype.
-        fsdp: parts the state is divided into; 1 is whole on each device.
+        parts: that the state is divided into; 1 is whole on each device.
         rows: parts that a batch's rows are divided into.
         devices: how many there are.
     """
@@ -57,7 +51,7 @@ class Setup:
     precision: Literal["float32", "bfloat16"]
     optimizer: str
     moments: Moments
-    fsdp: int
+    parts: int
     rows: int
     devices: int
 
@@ -83,7 +77,7 @@ def ways(setup: Setup, layers: int, boundaries: int) -> list[Way]:
         setup: as it is.
         layers: L of the model.
         boundaries: bytes, on a device, of what goes from one layer into the next, all layers
-            together: what stays where layers are recomputed.
+            together: what stays where layers are recomputed. 0 if that is not known.
     """
     found = []
     if setup.precision == "float32":
@@ -103,7 +97,7 @@ def ways(setup: Setup, layers: int, boundaries: int) -> list[Way]:
         if setup.batch_size % (more * setup.rows) == 0:
             found.append(_in_pieces(setup, more))
         more *= 2
-    spare = setup.devices // setup.fsdp
+    spare = setup.devices // setup.parts
     if spare > 1:
         found.append(
             Way(
@@ -116,7 +110,7 @@ def ways(setup: Setup, layers: int, boundaries: int) -> list[Way]:
                 ),
             )
         )
-    if setup.remat == "none" and layers > 1:
+    if setup.remat == "none" and layers > 1 and boundaries:
         found.append(
             Way(
                 # A loop of layers is no loop to XLA, which on CPUs keeps all of them alive.
@@ -212,16 +206,22 @@ def explanation(
         limit: bytes of a device.
         setup, layers, boundaries: see `ways`.
     """
+    fits = use.total <= limit
+    what = "the run found no room beside its train step" if fits else "the train step does not fit"
     lines = [
-        f"the train step does not fit into the memory of the device: {error.splitlines()[0][:300]}",
-        f"of {limit / 1e9:.2f} GB on a device it needs {use.total / 1e9:.2f} GB:",
+        f"{what} in the memory of the device: {error.splitlines()[0][:300]}",
+        f"of {limit / 1e9:.2f} GB on a device the step needs {use.total / 1e9:.2f} GB:",
         *(
-            f"  {TITLES[name]}: {size / 1e9:.2f} GB"
+            f"  {CLASSES[name]}: {size / 1e9:.2f} GB"
             for name, size in sorted(use._asdict().items(), key=lambda item: -item[1])
         ),
     ]
-    if use.total <= limit:
-        lines.append("which would fit alone: evaluations, or other processes, hold the rest")
+    if fits:
+        lines.append(
+            "which fits alone: evaluations, or other processes, hold the rest; evaluate on shorter "
+            "or fewer examples at a time, or end those processes"
+        )
+        return "\n".join(lines)
     lines.append("the cheapest ways to need less (reckoned by size):")
     chosen = cheapest(ways(setup, layers, boundaries), use, limit)
     for way, need, fits in chosen:
@@ -249,8 +249,10 @@ class Watched:
         self.batch: Any = None
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
-        """The step, nothing else."""
-        self.batch = batch
+        """The step; shapes of its batch are kept."""
+        self.batch = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in batch.items()
+        }
         return self.run(state, batch)
 
 
@@ -292,16 +294,16 @@ def explained(
 def _use_of(
     error: str, step: StepFn, abstract: TrainState, batch: Any, mesh: Any, places: Any
 ) -> MemoryUse:
-    try:
-        compiled = lower_step(step, abstract, batch, mesh, state_shardings=places).compile()
-        return memory_use(compiled, abstract)
-    except jax.errors.JaxRuntimeError:  # the compiler is what refuses it
-        parameters, optimizer = state_bytes(abstract)
-        gradients = bytes_per_chip(abstract.trainable)
-        wanted = said_bytes(error)
-        return MemoryUse(
-            parameters, optimizer, gradients, max(0, wanted - parameters - optimizer - gradients), 0
-        )
+    if jax.process_count() == 1:  # compilers of several may wait for each other
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the compiler may refuse it too
+            compiled = lower_step(step, abstract, batch, mesh, state_shardings=places).compile()
+            return memory_use(compiled, abstract)
+    parameters, optimizer = state_bytes(abstract)
+    gradients = bytes_per_chip(abstract.trainable)
+    wanted = said_bytes(error)
+    return MemoryUse(
+        parameters, optimizer, gradients, max(0, wanted - parameters - optimizer - gradients), 0
+    )
 
 
 def said_bytes(error: str) -> int:
@@ -309,11 +311,11 @@ def said_bytes(error: str) -> int:
 
     >>> said_bytes("RESOURCE_EXHAUSTED: Out of memory allocating 4000 bytes.")
     4000
-    >>> said_bytes("Used 20.50G of 15.75G hbm.")
+    >>> said_bytes("Used 20.50G of 15.75G hbm for f32[99999999999] at 281474976710656.")
     22011707392
     """
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    sizes = re.findall(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:iB|B| bytes|\b)", error)
+    sizes = re.findall(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(?:iB|B)?\b|(?:B|bytes)\b)", error)
     return max((int(float(number) * units[unit]) for number, unit in sizes), default=0)
 
 
@@ -321,23 +323,14 @@ def _layers_of(
     abstract: TrainState, batch: Mapping[str, Any], setup: Setup, mesh: Any
 ) -> tuple[int, int]:
     """(L, bytes between layers on a device), from names and shapes of parameters and batch."""
-    flat = flatten(abstract.trainable) | flatten(abstract.non_trainable)
+    every = flatten(abstract.trainable) | flatten(abstract.non_trainable)
+    flat = {path: leaf for path, leaf in every.items() if is_param(path)}  # adapters aside
     single = {match[0] for path in flat if (match := re.search(r"\S*layers_\d+", path))}
     stacked = [leaf.shape[0] for path, leaf in flat.items() if is_stacked(path)]
     layers = max(len(single), *stacked, 0)
     norms = [leaf for path, leaf in flat.items() if re.search(r"layers(_\d+)?/.*scale$", path)]
-    width = norms[0].shape[-1] if norms else 0
-    positions = math.prod(batch["input_ids"].shape[:2]) if "input_ids" in batch else 0
+    width = max((leaf.shape[-1] for leaf in norms), default=0)  # those of heads are narrower
+    positions = math.prod(batch["input_ids"].shape) if "input_ids" in batch else 0
     parts = 1 if mesh is None else mesh.devices.size
     size = 2 if setup.precision == "bfloat16" else 4
     return layers, layers * width * positions * size // parts // setup.microbatches
-
-
-def device_memory() -> float:
-    """Bytes that a device has; of the CPU, its share of the machine's."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine / jax.local_device_count()

@@ -47,7 +47,7 @@ class Settings(Work):
     """Bytes of a chip, instead of the published ones."""
     price: float | None = None
     """Of a chip for an hour, in any currency."""
-    compiles: int = 3
+    compiles: int = 4
     """Plans that are compiled at most, the most promising first, beside what a compiler refuses for
     want of memory."""
     measure: bool = False
@@ -83,7 +83,10 @@ def plan(settings: Settings) -> dict[str, Any]:
     if settings.measure and target.backend != "cpu":
         problems.append(f"measure is for the target cpu: {target.name} is not here to run on")
     if settings.remat == "offload" and target.backend == "cpu":
-        problems.append("remat='offload' has no use on a CPU, whose memory is the host's: 'block'")
+        problems.append(
+            "remat='offload' has no use on a CPU, whose memory is the host's; choose 'block', "
+            "which is the same there"
+        )
     if settings.chart is not None and settings.chart.suffix not in (".png", ".svg", ".pdf"):
         problems.append(f"chart={settings.chart} must end with .png, .svg or .pdf")
     if problems:

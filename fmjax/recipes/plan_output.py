@@ -7,15 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fmjax.perf.memory import CLASSES
 from fmjax.report.run_folder import atomic_write
 
-CLASSES = {
-    "parameters": "parameters",
-    "optimizer": "optimizer state",
-    "gradients": "gradients",
-    "activations": "activations and temporaries",
-    "other": "other",
-}
 SHOWN = 3
 """Plans of a kind that are named without having been compiled; the JSON file has all."""
 

@@ -35,7 +35,7 @@ from fmjax.train import (
     layout,
     make_train_step,
 )
-from fmjax.train.compile import compiler_options, jit_over
+from fmjax.train.compile import jit_alone, lower_step
 from fmjax.train.moments import Moments
 from fmjax.train.sharding import batch_spec, placed
 from fmjax.tree import count
@@ -292,17 +292,12 @@ def compile_step(
     with target.compiling():
         if len(devices) == 1:
             batch = placed(step.batch, SingleDeviceSharding(devices[0]))
-            options = compiler_options(devices[0].platform)
-            lowered = jax.jit(train_step, donate_argnums=0, compiler_options=options).lower(
-                state, batch
-            )
+            lowered = jit_alone(train_step, devices[0].platform).lower(state, batch)
         else:
             mesh = mesh_over(devices, axes)
-            rows = NamedSharding(mesh, batch_spec(mesh))
-            batch = placed(step.batch, rows)
+            batch = placed(step.batch, NamedSharding(mesh, batch_spec(mesh)))
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-            with jax.set_mesh(mesh):
-                lowered = jit_over(train_step, mesh, shardings, rows).lower(state, batch)
+            lowered = lower_step(train_step, state, batch, mesh, state_shardings=shardings)
         program = lowered.compile()
     text = program.as_text()
     assert text is not None  # of all backends that there are targets for

@@ -45,6 +45,7 @@ from fmjax.train.loop import Hook, Memory, evaluation, fit
 from fmjax.train.moments import Moments
 from fmjax.train.optim import ema_of, track_ema
 from fmjax.train.profiling import parse_steps, profiled
+from fmjax.train.quantized_products import Quantized
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.sharding import placed
 from fmjax.train.signals import stop_signals
@@ -95,7 +96,7 @@ class Training:
     the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the weights stay float32."""
-    matmuls: Literal["float", "int8", "float8"] = "float"
+    matmuls: Literal["float"] | Quantized = "float"
     """As what dense layers multiply, forward and backward: of the precision, or rounded to 8 bits
     (`pip install fmjax[qwix]`)."""
     scan: bool = False
@@ -229,14 +230,14 @@ def train(
     if traced is not None:
         step = profiled(step, *traced, run / "profile")
     setup = Setup(
-        settings.batch_size,
-        settings.microbatches,
-        settings.remat,
-        settings.scan,
-        settings.precision,
-        settings.optimizer,
-        settings.moments,
-        fsdp=1 if mesh is None else mesh.shape.get("fsdp", 1),
+        batch_size=settings.batch_size,
+        microbatches=settings.microbatches,
+        remat=settings.remat,
+        scan=settings.scan,
+        precision=settings.precision,
+        optimizer=settings.optimizer,
+        moments=settings.moments,
+        parts=1 if mesh is None else mesh.shape.get("fsdp", 1) * mesh.shape.get("tensor", 1),
         rows=1 if mesh is None else mesh.devices.size // mesh.shape.get("tensor", 1),
         devices=jax.device_count(),
     )

@@ -86,9 +86,7 @@ def jit_step(
         ValueError: when called with a batch that does not divide by the devices.
     """
     if mesh is None:
-        return jax.jit(
-            step, donate_argnums=0, compiler_options=compiler_options(jax.default_backend())
-        )
+        return jit_alone(step, jax.default_backend())
     replicated = NamedSharding(mesh, P())
     states = replicated if state_shardings is None else state_shardings
     batch_spec = examples_over(mesh) if batch_spec is None else batch_spec
@@ -114,6 +112,16 @@ def _put(state: TrainState, places: PyTree) -> TrainState:
     impl, words = jax.random.key_impl(state.rng), jax.random.key_data(state.rng)
     put = jax.device_put(dataclasses.replace(state, rng=words), places)
     return dataclasses.replace(put, rng=jax.random.wrap_key_data(put.rng, impl=impl))
+
+
+def jit_alone(step: StepFn, platform: str) -> Any:
+    """``jax.jit`` of a step on one device of a platform, to be called or lowered.
+
+    Args:
+        step: from `make_train_step`.
+        platform: "cpu", "gpu" or "tpu"; the device need not be there if the step is only compiled.
+    """
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))
 
 
 def jit_over(step: StepFn, mesh: Mesh, states: PyTree, rows: NamedSharding) -> Any:
@@ -142,7 +150,7 @@ def lower_step(
     *,
     state_shardings: PyTree = None,
 ) -> jax.stages.Lowered:
-    """The program of `jit_step`, of the same arguments, not compiled and not run.
+    """The program of `jit_step` with its own `batch_spec`, not compiled and not run.
 
     Args:
         step: from `make_train_step`.
@@ -150,9 +158,7 @@ def lower_step(
         mesh, state_shardings: as there.
     """
     if mesh is None:
-        options = compiler_options(jax.default_backend())
-        jitted = jax.jit(step, donate_argnums=0, compiler_options=options)
-        return jitted.lower(abstract_state, abstract_batch)
+        return jit_alone(step, jax.default_backend()).lower(abstract_state, abstract_batch)
     states = NamedSharding(mesh, P()) if state_shardings is None else state_shardings
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, examples_over(mesh))

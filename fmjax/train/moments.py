@@ -14,6 +14,8 @@ from fmjax.types import PyTree
 
 Moments = Literal["float32", "bfloat16"]
 """As what an optimizer keeps its moments from one step to the next."""
+# Those of Muon's iteration are in its state and no moments.
+COEFFICIENTS = (jax.tree_util.GetAttrKey("ns_coeffs"),)
 
 
 class RoundedState(NamedTuple):
@@ -71,10 +73,12 @@ def _widened(state: PyTree) -> PyTree:
 
 def _rounded(state: PyTree, count: Array) -> PyTree:
     key = jax.random.fold_in(jax.random.key(0), count)
-    leaves, structure = jax.tree.flatten(state)
+    leaves, structure = jax.tree.flatten_with_path(state)
     done: list[Any] = [
-        rounded_at_random(x, jax.random.fold_in(key, place)) if x.dtype == jnp.float32 else x
-        for place, x in enumerate(leaves)
+        rounded_at_random(x, jax.random.fold_in(key, place))
+        if x.dtype == jnp.float32 and path[-1:] != COEFFICIENTS
+        else x
+        for place, (path, x) in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, done)
 

@@ -59,9 +59,10 @@ def quantized_products(loss: LossFn, dtype: Quantized) -> LossFn:
     )
 
     def product(x: Array, kernel: Array) -> Array:
-        # Rows, as gradients are scaled by row too.
-        rows = x.reshape(-1, x.shape[-1])  # [N, I]
-        y = provider.dot_general(rows, kernel, (((1,), (0,)), ((), ())))  # [N, O]
+        # Rows, as gradients are scaled by row too. Three axes: qwix would take rows that happen to
+        # have the kernel's shape for the kernel itself.
+        rows = x.reshape(1, -1, x.shape[-1])  # [1, N, I]
+        y = provider.dot_general(rows, kernel, (((2,), (0,)), ((), ())))  # [1, N, O]
         return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
     def quantized(variables: Variables, batch: Batch, rng: Array | None) -> tuple[jax.Array, Aux]:

@@ -81,6 +81,27 @@ def test_other_states(length):
     chex.assert_trees_all_close(plain, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 20])
+def test_queries_that_see_no_key_that_counts(window):
+    """In padding to the left: they see the hidden ones, in the gradients too."""
+    keep = np.ones((B, T), bool)
+    keep[1, :60] = False
+    mask = make_attention_mask(
+        jnp.asarray(keep), query_length=T, key_length=T, causal=True, window=window
+    )
+    place = np.arange(T)
+    seen = place[:, None] >= place
+    if window is not None:
+        seen &= place[:, None] - place < window
+    sees = (seen & keep[:, None]).any(-1)  # [B, T]
+    assert 0 < sees[1].sum() < T
+    same = jnp.asarray((seen & (sees[:, :, None] == keep[:, None]))[:, None])
+    plain = outputs_and_gradients("plain", same, *operands())
+    ours = outputs_and_gradients("interpreted", mask, *operands())
+    chex.assert_trees_all_close(plain, ours, rtol=1e-5, atol=1e-5)
+
+
 def fused_by(kernel, *args):
     with attention_kernel(kernel):
         return fused(*args)

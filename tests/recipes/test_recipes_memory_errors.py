@@ -19,7 +19,10 @@ from fmjax.tasks import masked_lm
 from fmjax.train import accumulate, adamw, cast, gradient, init_state, make_train_step
 from fmjax.train.compile import lower_step
 
-SETUP = Setup(32, 1, "none", False, "float32", "adamw", "float32", fsdp=1, rows=1, devices=1)
+SETUP = Setup(
+    batch_size=32, microbatches=1, remat="none", scan=False, precision="float32",
+    optimizer="adamw", moments="float32", parts=1, rows=1, devices=1,
+)  # fmt: skip
 
 
 def model_of(length=64, **options):
@@ -74,7 +77,10 @@ def test_the_cheapest_that_fit_come_first():
     assert settings == ["microbatches=4", "remat=block, scan=True", "batch_size=16"]
     # On eight devices the state can be divided; one that recomputes already is not told to.
     # Nor can pieces have fewer rows than there are devices.
-    several = Setup(64, 4, "block", True, "bfloat16", "lion", "bfloat16", fsdp=1, rows=8, devices=8)
+    several = Setup(
+        batch_size=64, microbatches=4, remat="block", scan=True, precision="bfloat16",
+        optimizer="lion", moments="bfloat16", parts=1, rows=8, devices=8,
+    )  # fmt: skip
     settings = [way.setting for way in ways(several, 12, 5)]
     lora = "low-rank adapters (fmjax.methods.lora)"
     assert settings == ["microbatches=8", "mesh=fsdp=8", "batch_size=32", lora]
@@ -89,7 +95,7 @@ def test_what_is_not_enough_alone_is_reckoned_together():
     text = explanation("RESOURCE_EXHAUSTED: no room", use, limit=20, **options)
     assert text.count("alone is not enough") == 3
     assert re.search(r"all of them: about .* GB, still too much", text)
-    assert "which would fit alone" in explanation("no room", use, limit=200, **options)
+    assert "which fits alone" in explanation("no room", use, limit=200, **options)
 
 
 def test_messages_name_bytes():
@@ -120,7 +126,7 @@ def test_a_step_without_room_says_what_fills_it(tmp_path):
     text = str(caught.value)
     assert "RESOURCE_EXHAUSTED" in text
     assert "activations and temporaries: " in text
-    needed = float(re.search(r"it needs ([\d.]+) GB", text)[1])
+    needed = float(re.search(r"step needs ([\d.]+) GB", text)[1])
     assert needed > 2**39 / 1e9
     for words in (
         "remat=block, scan=True",
@@ -146,7 +152,7 @@ def test_a_compiler_that_refuses_is_believed(monkeypatch):
     watched = memory_errors.Watched(refused)
     batch = {"input_ids": np.ones((32, 64), np.int32)}
     with (
-        pytest.raises(MemoryError, match=r"it needs 22.01 GB") as caught,
+        pytest.raises(MemoryError, match=r"step needs 22.01 GB") as caught,
         memory_errors.explained(watched, None, state, SETUP, None, None),
     ):
         watched(state, batch)

@@ -129,7 +129,7 @@ def test_search_takes_what_fits(monkeypatch):
     monkeypatch.setattr(
         recipe, "compile_step", stand_in({"none": 10**9, "dots": 10**9, "block": 10**6}, asked)
     )
-    doc = plan(dataclasses.replace(BERT, memory=40e6, compiles=3))
+    doc = plan(dataclasses.replace(BERT, memory=40e6, compiles=4))
     best = doc["plans"][doc["best"]]
     assert (best["status"], best["remat"]) == ("fits", "block")
     assert best["mesh"]["fsdp"] * best["mesh"]["tensor"] > 1
@@ -138,7 +138,10 @@ def test_search_takes_what_fits(monkeypatch):
     assert {row["status"] for row in replicated} == {"too large"}  # by the state's size alone
     assert all(mesh["data"] < 4 for mesh, _ in asked)
     # What keeps all activations was tried once: they are as many however chips are laid.
-    assert [remat for _, remat in asked] == ["none", "dots", "block"]
+    assert [remat for _, remat in asked[:3]] == ["none", "dots", "block"]
+    (first, *same), (other, _) = (mesh for mesh, _ in asked[:3]), asked[3]
+    assert same == [first] * 2
+    assert other != first
     assert len(doc["plans"]) == 3 * len(list(meshes(4)))
 
 
@@ -234,7 +237,7 @@ def test_search_with_the_compiler():
         ({"price": -1.0, "compiles": 0}, "price=-1.0 must not be negative; compiles=0"),
         ({"chart": "a.gif"}, "must end with .png, .svg or .pdf"),
         ({"target": "h100", "measure": True}, "h100 is not here to run on"),
-        ({"remat": "offload"}, "a CPU, whose memory is the host's: 'block'"),
+        ({"remat": "offload"}, "a CPU, whose memory is the host's; choose 'block'"),
     ],
 )
 def test_bad_input(changes, said):

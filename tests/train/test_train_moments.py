@@ -115,10 +115,6 @@ RATES = {"adamw": 1e-2, "lamb": 1e-2, "lion": 1e-3, "muon": 1e-2, "adafactor": 1
 SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in RATES if name != "adamw")
 
 
-def float_bytes(state):
-    return sum(x.nbytes for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating))
-
-
 @pytest.mark.parametrize("name", RATES)
 def test_half_the_bytes(name):
     low, whole = (
@@ -133,7 +129,8 @@ def test_half_the_bytes(name):
         )
         for state in (low, whole)
     ]
-    assert 2 * sizes[0] == sizes[1] > 0
+    rest = 3 * 4 if name == "muon" else 0  # the coefficients of its iteration
+    assert 2 * (sizes[0] - rest) == sizes[1] - rest > 0
     if name == "adamw":
         assert sizes[1] == 2 * 4 * 2 * WIDTH**2
 

@@ -67,6 +67,15 @@ def batches(count, rows=8):
         yield {"input_ids": ids, "weight": np.ones(rows, np.float32)}
 
 
+def test_rows_may_have_the_kernels_shape():
+    """32 tokens of a width of 32."""
+    model, variables = made()
+    batch = next(batches(1, rows=CONFIG.n_embd // 16))
+    loss = quantized_products(causal_lm.loss(model), "int8")
+    grads, _ = jax.eval_shape(jax.grad(loss, has_aux=True), variables, batch, jax.random.key(0))
+    assert jax.tree.structure(grads) == jax.tree.structure(variables)
+
+
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("precision", [jnp.float32, jnp.bfloat16])
 def test_every_product_of_dense_layers(scan, precision):
