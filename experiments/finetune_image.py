@@ -2,8 +2,9 @@
 
     python experiments/finetune_image.py --output runs/emoji
 
-Test accuracy in nine categories is 0.840 fine-tuned (9 minutes on 2 CPU cores) and 0.807 of a
-linear probe; the net from new weights has not been measured yet.
+Test accuracy in nine categories is 0.818 fine-tuned, 0.807 of a linear probe and 0.635 of the net
+from new weights, in 15 minutes of CPU. (On another machine fine-tuning gave 0.840: of 181 test
+pictures one standard error is 0.03.)
 
 Before that it names what it sees in two photographs (scikit-learn's), with ImageNet's classes and
 nothing trained. Any pictures in folders, and any weights:

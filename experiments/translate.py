@@ -1,10 +1,10 @@
 """A tokenizer and a small Marian translator from scratch, on the messages of this machine.
 
-    python experiments/translate.py --output runs/translate
+    python experiments/translate.py --output runs/translate --precision bfloat16
 
-The default run is too short to learn this: with `--precision bfloat16` it takes 39 minutes on 2
-cores that have other work, and what it writes hardly depends on the source (test BLEU 0.1, chrF
-10.9; copying the source has 15.8 and 26.0).
+Test BLEU is 39.5 and chrF 59.3, where copying the source has 15.8 and 26.0; 30 minutes of CPU. (By
+AdamW, at twice the rate and after four passes, what it wrote hardly depended on the source.)
+
 The pairs are the English and German messages of the installed programs (gettext catalogs), split by
 the words of the English one; the baseline copies the source. Any other pairs, in two columns:
 
