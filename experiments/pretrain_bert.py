@@ -1,8 +1,13 @@
 """A tokenizer and a small BERT from scratch (masked words, next sentences), and what it is worth.
 
-    python experiments/pretrain_bert.py --output runs/bert
+    python experiments/pretrain_bert.py --output runs/bert --precision bfloat16
 
-Its default run has not been timed or measured yet; the tests run it on a few lines of text.
+Four passes over Brown are too short: the model learns which sentences follow each other (0.69 of
+test pairs, 0.5 by chance) and guesses 0.15 of the masked tokens (frequency alone finds 0.12), and
+taggers from its weights and from random ones are alike (test accuracy 0.786 and 0.789). 22 minutes
+of CPU. With AdamW, 15 % of words masked and pairs of 128 tokens, 735 steps did not get beyond
+frequencies at all.
+
 Afterwards the encoder is fine-tuned to tag parts of speech with few labelled sentences, beside the
 same network from random weights. Any other text (a sentence a line, empty lines between documents)
 and tags:
@@ -30,7 +35,7 @@ from fmjax.data.pairs import encode_sentences, next_sentence_pairs
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.models import bert
 from fmjax.recipes.texts import evaluation_batches
-from fmjax.recipes.training import STOPPED, Training, plain_numbers, train, weights_of
+from fmjax.recipes.training import STOPPED, Optimizer, Training, plain_numbers, train, weights_of
 from fmjax.report import write_report
 from fmjax.tasks import masked_lm as task
 from fmjax.tasks.masking import Masking
@@ -47,19 +52,21 @@ class Settings(Corpus, Training):
     """Blocks."""
     width: int = 256
     """Of the hidden states; heads have 64."""
-    max_length: int = 128
+    max_length: int = 64
     """Tokens of a pair of segments, and positions of the model."""
     mask_rate: float = 0.4
-    """Share of the tokens that is to be guessed. Small models learn more, the more there is to
-    guess (Wettig et al. 2023, arXiv:2202.08005)."""
+    """Share of the tokens that is to be guessed: the more, the more a step teaches (Wettig et al.
+    2023, arXiv:2202.08005, who find 0.4 best for large models)."""
     whole_words: bool = False
     """Mask words, not tokens."""
-    copies: int = 2
+    copies: int = 4
     """Times the corpus is cut into pairs, each time otherwise; an epoch is all of them."""
     epochs: float = 1.0
     """Passes over the pairs."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Pairs a step, over all devices."""
+    optimizer: Optimizer = "muon"
+    """Muon learns from fewer tokens."""
     learning_rate: float = 1e-3
     """Peak of the schedule."""
     evaluations: int = 2
