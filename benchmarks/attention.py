@@ -24,7 +24,6 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -33,8 +32,8 @@ import numpy as np
 import tyro
 from cases import torch_is_there
 from peer import Served
-from record import measure_peaks, named, print_rows
-from run import run_own
+from record import measure_peaks, named, or_empty, print_rows
+from run import OwnSettings, run_own
 
 from fmjax.nn.attention import attend
 from fmjax.nn.fused_attention import Kernel, attention_kernel, fused
@@ -49,24 +48,16 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 DType = Literal["float32", "bfloat16"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(OwnSettings):
     """Settings of the run."""
 
-    cases: tuple[str, ...] = ()
-    """Names of the cases; none means all."""
     tokens: int | None = None
     """Of a case, all its rows together; default 4,096 on a CPU, 32,768 elsewhere."""
     dtype: DType | None = None
     """Of queries, keys and values; default float32 on a CPU, bfloat16 elsewhere."""
-    repeats: int = 5
-    """Timed turns of each side."""
     peer: bool = True
     """Whether PyTorch runs too, when it is installed."""
-    smoke: bool = False
-    """Few short rows, for the tests."""
-    json: Path | None = None
-    """Where the JSON goes; default benchmarks/results/attention-DEVICE.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,9 +352,6 @@ def show(doc: dict[str, Any]) -> None:
     def ratio(row: dict[str, Any]) -> str:
         return f"{doc['ratios'][row['case']]:.2f}" if row["side"] == "torch" else ""
 
-    def temporary(row: dict[str, Any]) -> str:
-        return "" if row["temporary_bytes"] is None else f"{row['temporary_bytes'] / 1e6:,.1f}"
-
     print_rows(
         doc,
         {
@@ -374,7 +362,9 @@ def show(doc: dict[str, Any]) -> None:
             "median ms": lambda row: f"{1e3 * row['seconds']['median']:,.2f}",
             "GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:,.1f}",
             "of peak": lambda row: f"{row['peak_share']:.0%}",
-            "temporary MB": temporary,
+            "temporary MB": lambda row: or_empty(
+                row["temporary_bytes"], lambda size: f"{size / 1e6:,.1f}"
+            ),
             "torch / fmjax": ratio,
         },
         caption="* is what fmjax chooses by itself",

@@ -31,8 +31,8 @@ import numpy as np
 import optax
 import tyro
 from cases import BASE, TINY
-from record import named, print_rows
-from run import run_own
+from record import named, or_empty, print_rows
+from run import OwnSettings, run_own
 
 from fmjax.hub import abstract_variables
 from fmjax.models import family_of, gpt2
@@ -44,20 +44,14 @@ SCHEMA = 1  # of this benchmark's own document: the fields of `Row`, and `ratios
 PIECE = 16 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(OwnSettings):
     """Settings of the run."""
 
-    cases: tuple[str, ...] = ()
-    """Names of the cases; none means all."""
     folder: Path | None = None
     """On the disk that is measured; by default where temporary files go."""
     repeats: int = 5
     """Saves and restores."""
-    smoke: bool = False
-    """A tiny model, for the tests."""
-    json: Path | None = None
-    """Where the JSON goes; default benchmarks/results/checkpoint-DEVICE.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +249,7 @@ def show(doc: dict[str, Any]) -> None:
     """Print a document as a table."""
 
     def of_disk(row: dict[str, Any]) -> str:
-        share = doc["ratios"][row["case"]].get(row["side"])
-        return "" if share is None else f"{share:.2f}"
+        return or_empty(doc["ratios"][row["case"]].get(row["side"]), lambda share: f"{share:.2f}")
 
     print_rows(
         doc,

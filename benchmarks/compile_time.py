@@ -29,8 +29,8 @@ import jax
 import tyro
 from cases import TINY
 from child import last_line, run_command
-from record import named, print_rows
-from run import run_own
+from record import named, or_empty, print_rows
+from run import OwnSettings, run_own
 
 import fmjax
 from fmjax.data import train_tokenizer
@@ -46,18 +46,12 @@ WORDS = 300
 TEXTS = ("the film was quiet and stays with you for days",)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(OwnSettings):
     """Settings of the run."""
 
-    cases: tuple[str, ...] = ()
-    """Names of the cases; none means all."""
     repeats: int = 3
     """Compilations, and pairs of starts."""
-    smoke: bool = False
-    """Tiny models, for the tests."""
-    json: Path | None = None
-    """Where the JSON goes; default benchmarks/results/compile_time-DEVICE.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,10 +228,10 @@ def show(doc: dict[str, Any]) -> None:
             "case": lambda row: row["case"],
             "side": lambda row: row["side"],
             "median s": lambda row: f"{row['seconds']['median']:.2f}",
-            "CPU s": lambda row: "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.2f}",
+            "CPU s": lambda row: or_empty(row["cpu_seconds"], lambda time: f"{time:.2f}"),
             "parts s": lambda row: ", ".join(f"{k} {v:.2f}" for k, v in row["stages"].items()),
-            "planned GB": lambda row: (
-                "" if row["planned_bytes"] is None else f"{row['planned_bytes'] / 1e9:.2f}"
+            "planned GB": lambda row: or_empty(
+                row["planned_bytes"], lambda size: f"{size / 1e9:.2f}"
             ),
             "of the row above": ratio,
         },

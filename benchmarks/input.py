@@ -31,7 +31,7 @@ import tyro
 from record import named
 from rich.console import Console
 from rich.table import Table
-from run import run_own
+from run import OwnSettings, run_own
 
 import fmjax
 from fmjax.data.augment import each_image, erase, flip, shift_crop
@@ -51,20 +51,6 @@ SCHEMA = 1  # of this benchmark's own document: the fields of `Row`, and `ratios
 MEAN, STD = (0.3,), (0.3,)
 PREFETCH = 4  # batches that are prepared ahead, by each worker
 AUGMENT = each_image(flip(), shift_crop(2), rand_augment(), erase())
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of the run."""
-
-    cases: tuple[str, ...] = ()
-    """Names of the cases; none means all."""
-    repeats: int = 5
-    """Timed turns of each side."""
-    smoke: bool = False
-    """Few and small pictures, for the tests."""
-    json: Path | None = None
-    """Where the JSON goes; default benchmarks/results/input-DEVICE.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +212,7 @@ def sides_of(case: Case, sizes: Sizes, stream: Iterator[Batch]) -> dict[str, Cal
     }
 
 
-def run_case(case: Case, settings: Settings) -> list[Row]:
+def run_case(case: Case, settings: OwnSettings) -> list[Row]:
     """Time one case."""
     sizes = SMOKE if settings.smoke else Sizes()
     side = family_of("cnn").VARIANTS[sizes.model].image_size
@@ -281,7 +267,7 @@ def show(doc: dict[str, Any]) -> None:
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
-def main(settings: Settings) -> None:
+def main(settings: OwnSettings) -> None:
     """Run the chosen cases, print the table, write the JSON."""
     run_own(
         "input",
@@ -295,4 +281,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(OwnSettings, description=__doc__))

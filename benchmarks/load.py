@@ -25,8 +25,8 @@ import jax
 import tyro
 from cases import BASE, TINY, torch_is_there
 from child import answer, begin
-from record import named, print_rows
-from run import run_own
+from record import named, or_empty, print_rows
+from run import OwnSettings, run_own
 
 import fmjax
 from fmjax.models import family_of, gpt2
@@ -37,20 +37,14 @@ SCHEMA = 1  # of this benchmark's own document: the fields of `Row`, and `ratios
 PIECE = "200MB"
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(OwnSettings):
     """Settings of the run."""
 
-    cases: tuple[str, ...] = ()
-    """Names of the cases; none means all."""
     repeats: int = 5
     """Loads by each side."""
     peer: bool = True
     """Whether transformers loads too, when PyTorch is installed."""
-    smoke: bool = False
-    """Tiny models, for the tests."""
-    json: Path | None = None
-    """Where the JSON goes; default benchmarks/results/load-DEVICE.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +211,7 @@ def show(doc: dict[str, Any]) -> None:
     """Print a document as a table."""
 
     def gigabytes(value: float | None) -> str:
-        return "" if value is None else f"{value / 1e9:.2f}"
+        return or_empty(value, lambda size: f"{size / 1e9:.2f}")
 
     def grown(row: dict[str, Any]) -> str:
         peak = row["peak_bytes"]

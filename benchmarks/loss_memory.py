@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from jax import Array
 from record import named
 from rich.console import Console
 from rich.table import Table
-from run import run_own
+from run import OwnSettings, run_own
 
 from fmjax.nn.product import matmul
 from fmjax.perf.timing import compile_time, time_alternately
@@ -39,22 +38,16 @@ SCHEMA = 1  # of this benchmark's own document: the fields of `Row`, and `ratios
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(OwnSettings):
     """Settings of the run."""
 
-    cases: tuple[str, ...] = ()
-    """Names of the cases; none means all."""
     chunk_size: int = CHUNK_SIZE
     """Tokens whose logits exist at one time."""
     time: bool = True
     """Whether the small cases run."""
     repeats: int = 3
     """Timed turns of each side."""
-    smoke: bool = False
-    """A tiny vocabulary, for the tests."""
-    json: Path | None = None
-    """Where the JSON goes; default benchmarks/results/loss_memory-DEVICE.json."""
 
 
 @dataclasses.dataclass(frozen=True)

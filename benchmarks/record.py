@@ -316,23 +316,24 @@ def show(doc: Mapping[str, Any]) -> None:
             f"{entry['tokens_per_second']:,.0f}",
             f"{entry['model_flops'] / 1e9:,.1f}",
             f"{entry['peak_share']:.0%}",
-            _or_empty(entry["published_share"], lambda x: f"{x:.1%}"),
-            _or_empty(
+            or_empty(entry["published_share"], lambda x: f"{x:.1%}"),
+            or_empty(
                 entry["joules"],
                 lambda x, entry=entry: f"{entry['batch_size'] * entry['length'] / x:,.0f}",
             ),
-            _or_empty(entry["weight_bytes_per_second"], lambda x: f"{x / 1e9:.1f}"),
-            _or_empty(entry["bandwidth_share"], lambda x: f"{x:.0%}"),
+            or_empty(entry["weight_bytes_per_second"], lambda x: f"{x / 1e9:.1f}"),
+            or_empty(entry["bandwidth_share"], lambda x: f"{x:.0%}"),
             f"{sum(compiling.values()):.1f}" if compiling else "",
             f"{entry['planned_bytes'] / 1e9:.2f}" if entry["planned_bytes"] else "",
-            _or_empty(entry["peak_bytes"], lambda x: f"{x / 1e9:.1f}"),
+            or_empty(entry["peak_bytes"], lambda x: f"{x / 1e9:.1f}"),
             f"{ratio:.2f}" if ratio else "",
         )
     # A pipe has no width of its own; 80 columns would fold every cell.
     Console(width=None if Console().is_terminal else 240).print(table)
 
 
-def _or_empty(value: float | None, show: Callable[[float], str]) -> str:
+def or_empty(value: float | None, show: Callable[[float], str]) -> str:
+    """A number as it is shown, or nothing where it is not known."""
     return "" if value is None else show(value)
 
 

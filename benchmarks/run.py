@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cases import Case, select
 from record import Row, document, measure_peaks, own_document, row, save, show, write
@@ -17,24 +17,32 @@ from record import Row, document, measure_peaks, own_document, row, save, show, 
 from fmjax.perf.timing import Compiled, Timing
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of the run."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnSettings:
+    """Settings that every benchmark has; all, of those whose rows are their own."""
 
     cases: tuple[str, ...] = ()
     """Names of the cases; none means all."""
+    repeats: int = 5
+    """Timed turns of each side."""
+    smoke: bool = False
+    """Tiny models and inputs, for the tests."""
+    json: Path | None = None
+    """Where the JSON goes; default benchmarks/results/NAME-DEVICE.json."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(OwnSettings):
+    """Settings of the run."""
+
     repeats: int = 7
     """Timed turns of each side."""
     peer: bool = True
     """Whether PyTorch runs too, when it is installed."""
-    smoke: bool = False
-    """Tiny models, for the tests."""
     profile: Path | None = None
     """Where a trace of a few of our train steps goes, by case; none without."""
     wait_for: Path | None = None
     """A file that all runs on one device share, so that they compile together and time alone."""
-    json: Path | None = None
-    """Where the JSON goes; default benchmarks/results/NAME-DEVICE.json."""
 
 
 @contextlib.contextmanager
@@ -105,17 +113,6 @@ def run(
         show(doc)
     if path is not None:
         print(f"wrote {path}")
-
-
-class OwnSettings(Protocol):
-    """Settings of a benchmark whose rows are its own."""
-
-    @property
-    def repeats(self) -> int: ...
-    @property
-    def smoke(self) -> bool: ...
-    @property
-    def json(self) -> Path | None: ...
 
 
 AnyCase = TypeVar("AnyCase")

@@ -23,14 +23,13 @@ import dataclasses
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import tyro
 from child import answer, begin
 from record import named, print_rows
-from run import run_own
+from run import OwnSettings, run_own
 
 from fmjax.perf.timing import Timing
 
@@ -39,18 +38,14 @@ SAME_LOSS = 1e-4
 Axis = Literal["data", "fsdp"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(OwnSettings):
     """Settings of the run."""
 
     cases: tuple[str, ...] = ()
     """Names of the cases; none means all. The first is what the others are compared with."""
     repeats: int = 7
     """Timed steps."""
-    smoke: bool = False
-    """A tiny model, for the tests."""
-    json: Path | None = None
-    """Where the JSON goes; default benchmarks/results/scaling-DEVICE.json."""
 
 
 @dataclasses.dataclass(frozen=True)
