@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
@@ -13,21 +13,13 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.activation import activation
+from fmjax.nn.convolution import Around, convolution, shifts, window
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.parameter import parameter
-from fmjax.nn.product import add_bias, affine, gram, matmul
+from fmjax.nn.product import add_bias, affine, matmul
 from fmjax.nn.remat import mark_product
 from fmjax.nn.vision import pair, shuffle_pixels
 
-# Features of an image up to which the places of a window are put side by side: a product for each
-# would read the gradient as often, and have few rows.
-THIN = 4
-# Places of a window beyond which a product for each takes longer than XLA's own gradient (measured:
-# 464 ms against 73 ms for [16, 125, 40, 32] and windows of 11 x 11), and long to compile.
-WIDE = 49
-Around = tuple[tuple[int, int], tuple[int, int]]
-"""Zeros before and after the rows, and before and after the columns."""
-Stride = int | tuple[int, int]
 # He et al. 2015, arXiv:1502.01852, eq. 10 with the number of outputs, as PyTorch's ResNets have it.
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -71,19 +63,14 @@ class Conv(nn.Module):
             else:
                 y = affine(rows, kernel[0, 0], None)
         else:
-            options: dict[str, Any] = {
-                "stride": self.stride,
-                "around": half_a_window(window(size, self.dilation))
-                if self.around is None
-                else self.around,
-                "groups": self.groups,
-                "dilation": self.dilation,
-            }
-            y = jax.lax.platform_dependent(
+            around = half_a_window(window(size, self.dilation))
+            y = convolution(
                 x,
                 kernel,
-                cpu=partial(_on_cpu, **options),
-                default=partial(_convolution, **options),
+                stride=self.stride,
+                around=around if self.around is None else self.around,
+                groups=self.groups,
+                dilation=self.dilation,
             )
         if self.use_bias:
             y = add_bias(
@@ -148,159 +135,14 @@ class ConvTranspose(nn.Module):
         parts = kernel.reshape(reach, stride, reach, stride, *kernel.shape[2:])[::-1, :, ::-1]
         phases = parts.transpose(0, 2, 4, 5, 1, 3)  # [reach, reach, I, O, stride, stride]
         phases = phases.reshape(*phases.shape[:3], -1)
-        options: dict[str, Any] = {
-            "stride": 1,
-            "around": ((reach - 1, reach - 1), (reach - 1, reach - 1)),
-            "groups": 1,
-            "dilation": 1,
-        }
-        y = jax.lax.platform_dependent(
-            x,
-            phases,
-            cpu=partial(_on_cpu, **options),
-            default=partial(_convolution, **options),
-        )
+        around = (reach - 1, reach - 1)
+        y = convolution(x, phases, stride=1, around=(around, around))
         return shuffle_pixels(y, stride)
 
 
 def enlarged(x: Array, times: int = 2) -> Array:
     """Every pixel as a square of them: [B, X, Y, C] -> [B, X * times, Y * times, C]."""
     return jnp.repeat(jnp.repeat(x, times, axis=1), times, axis=2)
-
-
-def _convolution(
-    x: Array, kernel: Array, *, stride: Stride, around: Around, groups: int = 1, dilation: int = 1
-) -> Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=pair(stride),
-        padding=around,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-def _on_cpu(
-    x: Array, kernel: Array, *, stride: Stride, around: Around, groups: int, dilation: int
-) -> Array:
-    """The same, each kind in the way that XLA's CPU backend is fast at.
-
-    Groups of features at once take it four times as long as one after the other, and the gradient
-    of their kernel ten times (measured: 1389 ms against 121 ms for [8, 28, 28, 192] in groups
-    of 64).
-    """
-    if groups == 1 and kernel.shape[0] * kernel.shape[1] > WIDE:
-        return _convolution(x, kernel, stride=stride, around=around, dilation=dilation)
-    if groups == 1:
-        return _convolution_on_cpu(x, kernel, stride, around, dilation)
-    if groups == x.shape[-1] == kernel.shape[-1]:
-        return _shifted_products(x, kernel, stride, around, dilation)
-    one = partial(_convolution, stride=stride, around=around, dilation=dilation)
-    parts = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
-    return jnp.concatenate([one(*part) for part in parts], -1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _shifted_products(
-    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
-) -> Array:
-    """A convolution of each feature by itself: the sum of the shifted image times a row of the
-    kernel each.
-
-    Its gradients are written out, the kernel's as a loop: 49 sums side by side take XLA five times
-    as long to compile and to run (measured: 404 ms against 57 ms for [8, 14, 14, 384]).
-    """
-    x = jnp.pad(x, ((0, 0), *around, (0, 0)))
-    rows = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)  # [X * Y, C]
-    total = jnp.zeros((), jnp.float32)
-    for part, row in zip(_shifts(x, kernel.shape[:2], stride, dilation), rows, strict=True):
-        total = total + part.astype(jnp.float32) * row
-    return total.astype(x.dtype)
-
-
-def _products_forward(
-    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
-) -> tuple[Array, Any]:
-    return _shifted_products(x, kernel, stride, around, dilation), (x, kernel)
-
-
-def _products_backward(
-    stride: Stride, around: Around, dilation: int, saved: Any, g: Array
-) -> tuple[Array, Array]:
-    x, kernel = saved
-    whole = window(kernel.shape[:2], dilation)
-    # Of the image: the same products, of the gradient's pixels as far apart as they came from.
-    steps = pair(stride)
-    spans = [(length - 1) * step + 1 for length, step in zip(g.shape[1:3], steps, strict=True)]
-    before = [side - 1 - zeros for side, (zeros, _) in zip(whole, around, strict=True)]
-    after = [
-        length - span - start + side - 1
-        for length, span, start, side in zip(x.shape[1:3], spans, before, whole, strict=True)
-    ]
-    nothing = (0, 0, 0)
-    edges = [(start, end, step - 1) for start, end, step in zip(before, after, steps, strict=True)]
-    spread = jax.lax.pad(g, jnp.zeros((), g.dtype), [nothing, *edges, nothing])
-    dx: Array = _shifted_products(spread, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)), dilation)
-    # Of the kernel: the sum over what each of its places saw.
-    padded = jnp.pad(x, ((0, 0), *around, (0, 0)))
-    seen = (x.shape[0], *spans, x.shape[-1])
-
-    columns = kernel.shape[1]
-
-    def place(number: Array) -> Array:
-        start = (0, number // columns * dilation, number % columns * dilation, 0)
-        part = jax.lax.dynamic_slice(padded, start, seen)[:, :: steps[0], :: steps[1]]
-        return jnp.sum(part.astype(jnp.float32) * g.astype(jnp.float32), axis=(0, 1, 2))
-
-    dkernel = jax.lax.map(place, jnp.arange(kernel.shape[0] * columns))
-    return dx.astype(x.dtype), dkernel.reshape(kernel.shape).astype(kernel.dtype)
-
-
-_shifted_products.defvjp(_products_forward, _products_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _convolution_on_cpu(
-    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
-) -> Array:
-    """Without groups; its kernel's gradient is a product for each place of the window.
-
-    XLA's takes up to twice as long (measured: 34 ms against 19 ms for [128, 14, 14, 32] and 64
-    features).
-    """
-    return _convolution(x, kernel, stride=stride, around=around, dilation=dilation)
-
-
-def _forward(
-    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
-) -> tuple[Array, Any]:
-    return _convolution_on_cpu(x, kernel, stride, around, dilation), (x, kernel)
-
-
-def _backward(
-    stride: Stride, around: Around, dilation: int, saved: Any, g: Array
-) -> tuple[Array, Array]:
-    x, kernel = saved
-    of_x = partial(_convolution, kernel=kernel, stride=stride, around=around, dilation=dilation)
-    (dx,) = jax.vjp(of_x, x)[1](g)
-    rows = g.reshape(-1, g.shape[-1])  # [N, O]
-    padded = jnp.pad(x, ((0, 0), *around, (0, 0)))
-    parts = list(_shifts(padded, kernel.shape[:2], stride, dilation))
-    if x.shape[-1] <= THIN:
-        parts = [jnp.concatenate(parts, axis=-1)]
-    products = [gram(part.reshape(-1, part.shape[-1]), rows) for part in parts]
-    return dx, jnp.concatenate(products).reshape(kernel.shape).astype(kernel.dtype)
-
-
-_convolution_on_cpu.defvjp(_forward, _backward)
-
-
-def window(size: int | tuple[int, ...], dilation: int) -> tuple[int, int]:
-    """Pixels from one side of a window to the other, (rows, columns)."""
-    rows, columns = pair(size)
-    return dilation * (rows - 1) + 1, dilation * (columns - 1) + 1
 
 
 def half_a_window(size: int | tuple[int, ...]) -> Around:
@@ -436,11 +278,11 @@ def average_pool(
         count_padding: whether they count, as in PyTorch; TensorFlow takes the mean of the rest.
     """
     around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    total = reduce(jnp.add, _shifts(jnp.pad(x.astype(jnp.float32), around), size, stride))
+    total = reduce(jnp.add, shifts(jnp.pad(x.astype(jnp.float32), around), size, stride))
     count: Any = size**2
     if not count_padding:
         ones = np.pad(np.ones((1, *x.shape[1:3], 1), np.float32), around)
-        count = reduce(np.add, _shifts(ones, size, stride))
+        count = reduce(np.add, shifts(ones, size, stride))
     return (total / count).astype(x.dtype)
 
 
@@ -504,21 +346,6 @@ def _window_maxima(x: Array, *, size: int, stride: int, around: Around) -> Array
         (1, stride, stride, 1),
         ((0, 0), *around, (0, 0)),
     )
-
-
-def _shifts(
-    x: Any, size: int | tuple[int, ...], stride: Stride, dilation: int = 1
-) -> Iterator[Any]:
-    """What each place of a window sees, row by row: [B, X', Y', C], as often as it has pixels."""
-    whole = window(size, dilation)
-    down, across = pair(stride)
-    rows, columns = (
-        (length - seen) // step * step + 1
-        for length, seen, step in zip(x.shape[1:3], whole, (down, across), strict=True)
-    )
-    for i in range(0, whole[0], dilation):
-        for j in range(0, whole[1], dilation):
-            yield x[:, i : i + rows : down, j : j + columns : across]
 
 
 def average_grid(x: Array, size: tuple[int, int]) -> Array:

@@ -97,7 +97,7 @@ def _backward(x: Array, kernel: Array, g: Array, transposed: bool) -> tuple[Arra
     g = g.reshape(-1, g.shape[-1])  # [N, O]
     first, second = (g, rows) if transposed else (rows, g)
     dkernel = jax.lax.platform_dependent(
-        first, second, cpu=_gram_on_cpu, default=gram
+        first, second, cpu=gram_on_cpu, default=gram
     )  # [I, O] or [O, I]
     return dx, dkernel.astype(kernel.dtype)
 
@@ -145,14 +145,27 @@ def gram(a: Array, b: Array) -> Array:
     return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _gram_on_cpu(a: Array, b: Array) -> Array:
-    """The same: on CPU this product of bfloat16 has no kernel of its own and runs in float32, at
-    half the speed, unless the transpose is written out; and a lone transpose is folded back into
-    the product, hence two halves.
+def gram_on_cpu(a: Array, b: Array) -> Array:
+    """The same of operands below float32.
+
+    On CPU this product has no kernel of its own and runs in float32, at half the speed, unless the
+    transpose is written out: of what has fewer columns, where turning the result is the smaller
+    work (measured on one core: 16 ms against 9 ms for [25088, 256] and 64 columns, 50 against 30
+    for [1568, 3072] and 768).
+    """
+    (rows, inputs), outputs = a.shape, b.shape[1]
+    if rows * (inputs - outputs) >= inputs * outputs:
+        return transposed(gram_on_cpu(b, a))
+    return jnp.dot(transposed(a), b, preferred_element_type=jnp.float32)
+
+
+def transposed(a: Array) -> Array:
+    """``a.T`` written out, as `gram_on_cpu` wants it: [N, I] -> [I, N].
+
+    A lone transpose is folded back into the product that follows, hence two halves.
     """
     half = a.shape[1] // 2
-    transposed = jnp.concatenate([a[:, :half].T, a[:, half:].T])  # [I, N]
-    return jnp.dot(transposed, b, preferred_element_type=jnp.float32)
+    return jnp.concatenate([a[:, :half].T, a[:, half:].T])
 
 
 @jax.custom_vjp

@@ -1,6 +1,7 @@
 """Convolutions of every kind against PyTorch's, on this machine's path and on the others'."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -8,13 +9,12 @@ from parity import assert_near
 
 from fmjax.nn.conv import (
     Conv,
-    _convolution,
     _window_maxima,
     half_a_window,
     max_pool,
     same_padding,
-    window,
 )
+from fmjax.nn.convolution import BROAD, _convolution, convolution, window
 
 KINDS = {  # I, O, size, stride, groups, dilation
     "plain": (8, 6, 3, 2, 1, 1),
@@ -65,6 +65,38 @@ def test_equals_pytorch(kind):
         assert_near(y, out.detach(), "output")
         for name, mine, other in zip(("x", "kernel", "bias"), grads, theirs, strict=True):
             assert_near(mine, other.grad, name)
+
+
+@pytest.mark.parametrize(
+    ("width", "features", "size", "stride", "dilation", "image"),
+    [
+        (BROAD, BROAD, 3, 1, 1, 12),  # products both ways, one transpose
+        (BROAD, 8, 3, 1, 2, 20),
+        (8, BROAD, 2, 1, 1, 5),
+        (BROAD, BROAD, 3, 1, 1, 4),  # more zeros than pixels
+        (BROAD, 8, 3, (2, 1), 1, 9),
+        (3, 8, 3, 2, 1, 9),
+    ],
+)
+def test_bfloat16_is_float32s_rounded(width, features, size, stride, dilation, image):
+    """Outputs and gradients, of every way that the products of bfloat16 are made in."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    around = half_a_window(window(size, dilation))
+    of = lambda x, k: convolution(x, k, stride=stride, around=around, dilation=dilation)  # noqa: E731
+    x, kernel = draw(2, image, image + 1, width), draw(size, size, width, features)
+
+    @jax.jit
+    def run(x, kernel, g):
+        y, pull = jax.vjp(of, x, kernel)
+        return y, *pull(g.astype(y.dtype))
+
+    g = draw(*jax.eval_shape(of, x, kernel).shape)
+    whole = [array.astype(jnp.float32) for array in (x, kernel, g)]
+    for low, high in zip(run(x, kernel, g), run(*whole), strict=True):
+        assert low.dtype == jnp.bfloat16
+        # Once rounded: products accumulate in float32.
+        assert jnp.abs(low - high).max() < 2**-8 * jnp.abs(high).max()
 
 
 def test_same_padding_is_tensorflows():
