@@ -23,7 +23,8 @@ import jax
 import tyro
 
 import fmjax
-from fmjax.data.captions import Captions, load_emoji_captions
+from fmjax.data.emoji import load_emoji_names
+from fmjax.data.image_text import ImageTexts
 from fmjax.data.splits import SPLITS
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.models import gpt2, vision_encoder_decoder
@@ -60,9 +61,9 @@ class Settings(CaptionTraining):
     """A few pictures for a few steps, to see that everything works."""
 
 
-def load(settings: Settings) -> dict[str, Captions]:
+def load(settings: Settings) -> dict[str, ImageTexts]:
     """The pictures and names of "train", "val" and "test"."""
-    found = {split: load_emoji_captions(split, size=settings.image_size) for split in SPLITS}
+    found = {split: load_emoji_names(split, size=settings.image_size) for split in SPLITS}
     if settings.smoke:
         return {split: part.select(range(24)) for split, part in found.items()}
     return found

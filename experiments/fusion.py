@@ -26,8 +26,9 @@ import tyro
 
 import fmjax
 from fmjax.data.batches import batches
-from fmjax.data.captions import Captions, load_emoji_captions
 from fmjax.data.columns import Columns
+from fmjax.data.emoji import load_emoji_names
+from fmjax.data.image_text import ImageTexts
 from fmjax.data.splits import SPLITS
 from fmjax.models import fusion
 from fmjax.recipes.image_classification import create_model, normalisation
@@ -94,7 +95,7 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.examples = {s: load_emoji_captions(s, size=settings.image_size) for s in SPLITS}
+        self.examples = {s: load_emoji_names(s, size=settings.image_size) for s in SPLITS}
         if settings.smoke:
             self.examples = {s: part.select(range(40)) for s, part in self.examples.items()}
         self.names = self.examples["train"].label_names
@@ -223,7 +224,7 @@ class Bench:
         return float((rows.argmax(axis=1) == columns.fixed["labels"]).mean())
 
 
-def labels_of_part(part: Captions) -> np.ndarray:
+def labels_of_part(part: ImageTexts) -> np.ndarray:
     """The categories, which must be there."""
     if part.labels is None:
         raise ValueError("the examples have no categories")

@@ -33,7 +33,8 @@ class ImageTexts:
       label_names: the classes in the order of their indices.
 
     Raises:
-      ValueError: images of another kind, other numbers of texts or labels, empty texts.
+      ValueError: images of another kind, other numbers of texts or labels, empty texts, labels
+        that are no class.
     """
 
     images: np.ndarray
@@ -51,7 +52,13 @@ class ImageTexts:
         for name, values in (("texts", self.texts), ("labels", self.labels)):
             if values is not None and len(values) != len(self.images):
                 problems.append(f"{len(values)} {name} for {len(self.images)} images")
-        problems += [f"text {n} is empty" for n, text in enumerate(self.texts) if not text.strip()]
+        if empty := [number for number, text in enumerate(self.texts) if not text.strip()]:
+            problems.append(f"{len(empty)} texts are empty, the first of image {empty[0]}")
+        if (
+            self.labels is not None
+            and ((self.labels < 0) | (self.labels >= len(self.label_names))).any()
+        ):
+            problems.append(f"labels are not all of the {len(self.label_names)} classes")
         raise_problems("ImageTexts", problems)
 
     def __len__(self) -> int:

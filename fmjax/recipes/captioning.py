@@ -13,10 +13,10 @@ import numpy as np
 
 import fmjax.hub as hub
 from fmjax.data.batches import batches, shared_buckets
-from fmjax.data.captions import Captions
 from fmjax.data.columns import Columns
 from fmjax.data.encoding import encode_targets
 from fmjax.data.image_processor import ImageProcessor, load_image_processor
+from fmjax.data.image_text import ImageTexts
 from fmjax.generate import generate
 from fmjax.generation_config import GenerationConfig
 from fmjax.metrics.captioning import captioning_metrics
@@ -56,7 +56,7 @@ def train_on_captions(
     model: Any,
     variables: Variables,
     tokenizer: Any,
-    examples: Mapping[str, Captions],
+    examples: Mapping[str, ImageTexts],
     processor: ImageProcessor,
     *,
     about: Mapping[str, Any],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scripts import experiment
 
-from fmjax.data.captions import Captions
+from fmjax.data.image_text import ImageTexts
 
 pytestmark = pytest.mark.slow  # half a minute of compiling each
 
@@ -19,12 +19,12 @@ def squares(split, *, size):
     images = np.broadcast_to(COLOURS[labels][:, None, None], (len(labels), size, size, 3))
     words = ("a bad plot", "a great film")
     texts = [words[i] for i in labels]
-    return Captions(np.array(images), texts, labels.astype(np.int32), ("red", "green"))
+    return ImageTexts(np.array(images), texts, labels.astype(np.int32), ("red", "green"))
 
 
 def test_caption_emoji(tmp_path, capsys, monkeypatch):
     script = experiment("caption_emoji")
-    monkeypatch.setattr(script, "load_emoji_captions", squares)
+    monkeypatch.setattr(script, "load_emoji_names", squares)
     script.main(
         [
             *("--output", str(tmp_path / "run"), "--encoder", "vit/tiny", "--image-size", "8"),
@@ -41,7 +41,7 @@ def test_caption_emoji(tmp_path, capsys, monkeypatch):
 
 def test_fusion(tiny_bert, tmp_path, capsys, monkeypatch):
     script = experiment("fusion")
-    monkeypatch.setattr(script, "load_emoji_captions", squares)
+    monkeypatch.setattr(script, "load_emoji_names", squares)
     script.main(
         [
             *("--output", str(tmp_path / "run"), "--text", str(tiny_bert), "--image", "vit/tiny"),

@@ -9,8 +9,8 @@ from PIL import Image
 
 import fmjax
 from fmjax.cli import main
-from fmjax.data.captions import Captions
 from fmjax.data.image_processor import parse_image_processor
+from fmjax.data.image_text import ImageTexts
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.metrics.captioning import captioning_metrics
 from fmjax.models import gpt2, t5, vision_encoder_decoder
@@ -25,7 +25,7 @@ def squares(count=24, seed=0):
     names = [list(COLOURS)[i] for i in np.arange(count) % 3]
     images = np.stack([np.full((8, 8, 3), COLOURS[name]) for name in names])
     noisy = np.clip(images + draw.integers(-20, 20, images.shape), 0, 255).astype(np.uint8)
-    return Captions(noisy, [f"a {name} square" for name in names])
+    return ImageTexts(noisy, [f"a {name} square" for name in names])
 
 
 def pair():
