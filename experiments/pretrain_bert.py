@@ -35,7 +35,15 @@ from fmjax.data.pairs import encode_sentences, next_sentence_pairs
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.models import bert
 from fmjax.recipes.texts import evaluation_batches
-from fmjax.recipes.training import STOPPED, Optimizer, Training, plain_numbers, train, weights_of
+from fmjax.recipes.training import (
+    STOPPED,
+    Optimizer,
+    Schedule,
+    Training,
+    plain_numbers,
+    train,
+    weights_of,
+)
 from fmjax.report import write_report
 from fmjax.tasks import masked_lm as task
 from fmjax.tasks.masking import Masking
@@ -59,7 +67,10 @@ class Settings(Corpus, Training):
     2023, arXiv:2202.08005, who find 0.4 best for large models)."""
     whole_words: bool = False
     """Mask words, not tokens."""
-    copies: int = 4
+    dropout: float = 0.0
+    """Share of hidden states and attention that is dropped: nothing is learnt by heart in a short
+    pretraining (so Geiping & Goldstein 2022, arXiv:2212.14034)."""
+    copies: int = 16
     """Times the corpus is cut into pairs, each time otherwise; an epoch is all of them."""
     epochs: float = 1.0
     """Passes over the pairs."""
@@ -69,7 +80,9 @@ class Settings(Corpus, Training):
     """Muon learns from fewer tokens."""
     learning_rate: float = 1e-3
     """Peak of the schedule."""
-    evaluations: int = 2
+    schedule: Schedule = "stable"
+    """Of the learning rate: most is learnt once the model has begun to look at its context."""
+    evaluations: int = 8
     """Evaluations an epoch; each may set the best checkpoint."""
     tagged: str = "brown"
     """Sentences to fine-tune on: the Brown corpus, or a file in columns."""
@@ -118,6 +131,8 @@ def pretrain(settings: Settings, folder: Path, untrained: Path) -> dict[str, Any
         num_hidden_layers=settings.layers,
         num_attention_heads=max(1, settings.width // 64),
         intermediate_size=4 * settings.width,
+        hidden_dropout_prob=settings.dropout,
+        attention_probs_dropout_prob=settings.dropout,
         max_position_embeddings=settings.max_length,
         pad_token_id=tokenizer.pad_token_id,
     )

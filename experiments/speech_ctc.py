@@ -47,7 +47,15 @@ from fmjax.data.waveform import EPSILON, WaveformProcessor
 from fmjax.models import deepspeech2, wav2vec2
 from fmjax.recipes.ctc_transcription import Symbols
 from fmjax.recipes.texts import evaluation_batches
-from fmjax.recipes.training import STOPPED, Training, finish, plain_numbers, train, weights_of
+from fmjax.recipes.training import (
+    STOPPED,
+    Schedule,
+    Training,
+    finish,
+    plain_numbers,
+    train,
+    weights_of,
+)
 from fmjax.report import save_samples
 from fmjax.tasks import ctc as task
 from fmjax.types import Aux, Batch, LossFn, TrainState, Variables
@@ -90,7 +98,7 @@ class Settings(Training):
     """Sounds a step."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""
-    schedule: Literal["linear", "cosine", "inverse_sqrt", "stable"] = "cosine"
+    schedule: Schedule = "cosine"
     """See `Training`."""
     evaluations: int = 1
     """Evaluations an epoch; each may set the best checkpoint."""

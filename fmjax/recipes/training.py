@@ -52,6 +52,7 @@ from fmjax.train.signals import stop_signals
 from fmjax.tree import count, count_parameters, merge
 from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables
 
+Schedule = Literal["linear", "cosine", "inverse_sqrt", "stable"]
 Optimizer = Literal["adamw", "muon", "lamb", "adafactor", "lion"]
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "lamb": lamb, "adafactor": adafactor, "lion": lion}
 SCHEDULES = {
@@ -80,7 +81,7 @@ class Training:
     """Pieces a batch is computed in, to save memory."""
     learning_rate: float = 5e-5
     """Peak of the schedule."""
-    schedule: Literal["linear", "cosine", "inverse_sqrt", "stable"] = "linear"
+    schedule: Schedule = "linear"
     """After the warm-up: to 0 on a line or a cosine, with the square root of the step, or only in
     the last fifth of the run."""
     warmup: float = 0.1
