@@ -11,9 +11,14 @@ a digit each, of a person it never heard, which differ from what is synthesised 
 of both: they begin after 0.07 to 0.31 s of silence (0.03 s on average), their words take a third
 more time, and above 1.2 kHz they have 4 to 11 dB less. So training sounds are slower, more of them
 are single words, and at each step each is put behind another silence, into another room, over
-another line and into another throat, with noise (`--no-augment` leaves that out). Word error rates
-of this are not measured yet; without all that, on 20 voices of espeak-ng alone, the test sounds had
-0.7 % and 7 of the ten recordings were misheard. Any other sounds, in manifests (path and text):
+another line and into another throat, with noise (`--no-augment` leaves that out).
+
+Word error rates, symbol by symbol and by a search with 3-grams of the training texts ("searched"):
+test digits 1.5 and 0.6 %, of the ten recordings one is misheard ("thre") and none, 7 minutes of
+CPU; test commands, for `--epochs 30`, 0.8 and 0.5 %. Ten recordings say little: after 30 epochs two
+and one of them are misheard, of the test digits 1.2 and 0.1 %. Without slower sounds, flite and
+augmentation, on 20 voices of espeak-ng, it was 0.7 % of the test digits and 7 of the recordings.
+Any other sounds, in manifests (path and text):
 
     python experiments/speech_ctc.py --output runs/mine --data train.tsv --val dev.tsv \
         --test test.tsv
@@ -26,6 +31,7 @@ TensorBoard events, report.html and the model as a folder.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +50,8 @@ from fmjax.data.characters import Characters, characters_of
 from fmjax.data.columns import Columns
 from fmjax.data.mel_frames import MelFrames, mel_frames
 from fmjax.data.waveform import EPSILON, WaveformProcessor
+from fmjax.generate.ctc import prefix_beam
+from fmjax.metrics.word_ngram import fit_word_ngram
 from fmjax.models import deepspeech2, wav2vec2
 from fmjax.recipes.ctc_transcription import Symbols
 from fmjax.recipes.texts import evaluation_batches
@@ -220,11 +228,17 @@ def run(settings: Settings) -> dict[str, Any]:
     shapes = shared_buckets(*(part for split, part in columns.items() if split != "train"))
     stream = batches(columns["train"], batch_size=settings.batch_size, seed=settings.seed)
 
-    def evaluation(state: TrainState, split: str) -> task.Evaluation:
+    scorer = fit_word_ngram(sounds["train"].texts or ()).scorer()
+
+    def search(scores: np.ndarray) -> list[int]:
+        return prefix_beam(scores, blank=blank, symbols=characters.pieces, scorer=scorer)[0].symbols
+
+    def evaluation(
+        state: TrainState, split: str, decode: Callable[..., list[int]] | None = None
+    ) -> task.Evaluation:
         once = evaluation_batches(columns[split], buckets=shapes, batch_size=32)
-        return task.evaluate(
-            model, weights_of(state), once, size=len(sounds[split]), text=characters.decode
-        )
+        size, text = len(sounds[split]), characters.decode
+        return task.evaluate(model, weights_of(state), once, size=size, text=text, decode=decode)
 
     state = train(
         settings,
@@ -248,8 +262,9 @@ def run(settings: Settings) -> dict[str, Any]:
     results: dict[str, Any] = {"best_step": int(state.step)}
     rows = []
     for split in [split for split in sounds if split != "train"]:
-        found = evaluation(state, split)
-        results[split] = found.metrics
+        results[split] = evaluation(state, split).metrics
+        found = evaluation(state, split, search)
+        results[split] |= {f"searched_{name}": value for name, value in found.metrics.items()}
         pairs = zip(found.references[:10], found.predictions[:10], strict=True)
         rows += [(split, *pair) for pair in pairs]
     save_samples(settings.output, ("sounds", "said", "heard"), rows)
