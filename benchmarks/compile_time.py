@@ -42,7 +42,6 @@ from fmjax.train import gradient, jit_step, make_train_step
 
 SCHEMA = 1  # of this benchmark's own document: the fields of `Row`, and `ratios_of` them
 HERE = Path(__file__).parent
-COMMAND = "import sys; from fmjax.cli import main; sys.exit(main())"
 # Where JAX would keep what it compiles; what would have every process compile all that it imports.
 UNSET = ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE")
 WORDS = 300
@@ -167,7 +166,7 @@ def start(case: Case, folder: str, environment: Mapping[str, str]) -> dict[str, 
         del stages["step"]
         return stages
     options = ["generate", folder, TEXTS[0], "--max-new-tokens", str(case.length)]
-    ran = run_command([sys.executable, "-c", COMMAND, *options], environment)
+    ran = run_command([sys.executable, "-m", "fmjax", *options], environment)
     return {"command": (ran.seconds, ran.cpu_seconds)}
 
 

@@ -22,6 +22,7 @@ HOUSE = [
     {"methods", "perf", "report"},
     {"recipes"},
     {"cli"},
+    {"__main__"},
 ]
 FLOORS = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 

@@ -75,12 +75,7 @@ def test_pytorch_loads_the_export_and_agrees(run):
 def start(tiny_bert, files, folder):
     command = arguments(tiny_bert, files, folder, "--no-baseline")
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from fmjax.cli import main; sys.exit(main())",
-            *command,
-        ],
+        [sys.executable, "-m", "fmjax", *command],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
