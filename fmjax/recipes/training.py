@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 import fmjax.hub as hub
 from fmjax.config import write_json
@@ -49,7 +50,7 @@ from fmjax.train.quantized_products import Quantized
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.sharding import placed
 from fmjax.train.signals import stop_signals
-from fmjax.tree import count, count_parameters, merge
+from fmjax.tree import count, count_parameters, map_with_path, merge
 from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables
 
 Schedule = Literal["linear", "cosine", "inverse_sqrt", "stable"]
@@ -96,7 +97,7 @@ class Training:
     """Decay of a moving average of the weights, which is then what is evaluated and left; None for
     the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; the weights stay float32."""
+    """Of the computation; weights that train are float32, also those of a checkpoint that is not."""
     matmuls: Literal["float"] | Quantized = "float"
     """As what dense layers multiply, forward and backward: of the precision, or rounded to 8 bits
     (`pip install fmjax[qwix]`)."""
@@ -220,6 +221,9 @@ def train(
     if settings.mesh is not None:
         mesh = parse_mesh(settings.mesh)
         variables = jax.device_put(variables, layout(variables, mesh))
+    variables = map_with_path(
+        lambda path, leaf: masters(leaf) if is_trainable(path) else leaf, variables
+    )
     state = init_state(variables, tx, jax.random.key(settings.seed), is_trainable)
     del variables  # the state owns them now
     abstract, places = jax.eval_shape(lambda: state), None
@@ -261,6 +265,12 @@ def train(
             patience=settings.patience,
             elsewhere=("mesh", "profile", "remat", *elsewhere),
         )
+
+
+def masters(leaf: Array) -> Array:
+    """Weights below float32 in it: updates of a thousandth would be lost in bfloat16."""
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if floating else leaf
 
 
 class RunSettings(Protocol):

@@ -24,13 +24,16 @@ def run(tmp_path):
     images = rng.integers(0, 256, (12, 4, 4, 1), dtype=np.uint8)
     examples = ImageExamples(images, (np.arange(12) % 3).astype(np.int32), ("a", "b", "c"))
 
-    def run(ema, mesh=None, **settings):
+    def run(ema, mesh=None, dtype="float32", **settings):
         config = cnn.Config(
             image_size=4, hidden_sizes=(2,), depths=(1,), pooled_size=2, dense_sizes=(),
             id2label=("a", "b", "c"),
         )  # fmt: skip
         model, variables = fmjax.create(
             "cnn", config, head="image_classification", rng=jax.random.key(0)
+        )
+        variables = jax.tree.map(
+            lambda x: x.astype(dtype) if x.dtype == np.float32 else x, variables
         )
         seen = [jax.device_get(flatten(variables["params"]))]
 
@@ -39,8 +42,8 @@ def run(tmp_path):
             return {"loss": float(len(seen))}  # the first is the best
 
         settings = Training(
-            output=tmp_path / str(ema), epochs=1, batch_size=4, learning_rate=0.1, warmup=0.0,
-            evaluations=3, ema=ema, mesh=mesh, **settings,
+            output=tmp_path / str(ema), epochs=1, batch_size=4, warmup=0.0,
+            evaluations=3, ema=ema, mesh=mesh, **{"learning_rate": 0.1, **settings},
         )  # fmt: skip
         state = train(
             settings,
@@ -107,3 +110,11 @@ def test_precisions_reach_the_step(run, monkeypatch):
     monkeypatch.setitem(recipe.OPTIMIZERS, "adamw", optimizer)
     run(None, moments="bfloat16", matmuls="int8")
     assert asked == ["bfloat16", "int8"]
+
+
+def test_weights_that_train_are_float32(run):
+    """A checkpoint in bfloat16 would not feel updates below a hundredth of its weights."""
+    seen, left = run(None, dtype="bfloat16", learning_rate=1e-5)
+    for name, value in left.items():
+        assert value.dtype == np.float32
+        assert (value != np.asarray(seen[0][name], np.float32)).any()
