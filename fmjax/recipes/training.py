@@ -97,7 +97,7 @@ class Training:
     """Decay of a moving average of the weights, which is then what is evaluated and left; None for
     the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; weights that train are float32, also those of a checkpoint that is not."""
+    """Of the computation; weights that train are float32, whatever a checkpoint has them in."""
     matmuls: Literal["float"] | Quantized = "float"
     """As what dense layers multiply, forward and backward: of the precision, or rounded to 8 bits
     (`pip install fmjax[qwix]`)."""
