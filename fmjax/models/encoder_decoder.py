@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.models import PART, arguments_of, bart, bert, family_for, fields_of, gpt2, width_of
+from fmjax.models import (
+    PART,
+    arguments_of,
+    bart,
+    bert,
+    family_for,
+    fields_of,
+    gpt2,
+    trocr,
+    width_of,
+)
 from fmjax.nn.checks import refuse
 from fmjax.nn.linear import Dense
 from fmjax.nn.seq2seq import EncoderDecoder
@@ -50,7 +60,8 @@ class Config:
             if not isinstance(config, family.Config):
                 problems.append(f"{side}={config!r} is no family's Config")
         encoder, decoder = family_for(self.encoder), family_for(self.decoder)
-        attends = {"add_cross_attention": isinstance(self.decoder, bart.PairConfig)}
+        always = isinstance(self.decoder, bart.PairConfig | trocr.Config)
+        attends = {"add_cross_attention": always}
         attends |= fields_of(self.decoder)
         if "causal_lm" not in decoder.HEADS:
             problems.append(f"{decoder.MODEL_TYPE} has no head causal_lm to decode with")
@@ -62,6 +73,11 @@ class Config:
             problems.append(f"{encoder.MODEL_TYPE} has a decoder of its own")
         elif self.reads not in arguments_of(encoder):
             problems.append(f"{encoder.MODEL_TYPE} reads no {self.reads}")
+        if not problems and self.read_width not in (None, self.widths[0]):
+            problems.append(
+                f"the decoder's cross_attention_hidden_size={self.read_width} must be the "
+                f"encoder's width, {self.widths[0]}"
+            )
         refuse(self, problems)
 
     @property
@@ -73,6 +89,16 @@ class Config:
     def widths(self) -> tuple[int, int]:
         """D of the encoder and of the decoder."""
         return width_of(self.encoder), width_of(self.decoder)
+
+    @property
+    def read_width(self) -> int | None:
+        """D of the states that the decoder says it reads as they are; None where it does not."""
+        return fields_of(self.decoder).get("cross_attention_hidden_size")
+
+    @property
+    def projected(self) -> bool:
+        """Whether a dense layer brings the encoder's states to the decoder's width."""
+        return self.read_width is None and self.widths[0] != self.widths[1]
 
 
 MODEL_TYPE = "encoder-decoder"
@@ -132,9 +158,9 @@ class Model(EncoderDecoder):
     def setup(self) -> None:
         self.encoder = self.make_part(self.config.encoder, "model")
         self.decoder = self.make_part(self.config.decoder, "causal_lm")
-        encoder, decoder = self.config.widths
-        if encoder != decoder:
-            self.enc_to_dec_proj = Dense(decoder, kernel_init=nn.initializers.normal(0.02))
+        if self.config.projected:
+            width = self.config.widths[1]
+            self.enc_to_dec_proj = Dense(width, kernel_init=nn.initializers.normal(0.02))
 
     def run_encoder(self, side: Tokens) -> Output:
         out = self.encoder(
@@ -150,8 +176,7 @@ class Model(EncoderDecoder):
     def run_decoder(
         self, side: Tokens, encoder: Array | None, encoder_mask: Array | None, cache: PyTree
     ) -> Output:
-        widths = self.config.widths
-        if encoder is not None and widths[0] != widths[1]:
+        if encoder is not None and self.config.projected:
             encoder = self.enc_to_dec_proj(encoder)
         return self.decoder(
             input_ids=side.ids,
@@ -223,6 +248,6 @@ def rules(config: Config, head: str) -> list[Rule]:
     encoder = family_for(config.encoder).rules(config.encoder, "model")
     decoder = family_for(config.decoder).rules(config.decoder, "causal_lm")
     table = nested_rules(encoder, "encoder") + nested_rules(decoder, "decoder")
-    if config.widths[0] != config.widths[1]:
+    if config.projected:
         table += dense_rules("enc_to_dec_proj", "enc_to_dec_proj")
     return table

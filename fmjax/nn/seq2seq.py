@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,9 @@ class EncoderDecoder(nn.Module):
     scan: bool = False
     remat: Remat = "none"
 
+    vocabulary_heads: ClassVar[tuple[str, ...]] = ("seq2seq_lm", "causal_lm")
+    """Heads that have what makes logits of the vocabulary."""
+
     @property
     def max_positions(self) -> int | None:
         """How many positions either side has; None where any position is computed."""
@@ -112,7 +115,7 @@ class EncoderDecoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         match self.head:
-            case "seq2seq_lm" | "causal_lm":
+            case head if head in self.vocabulary_heads:
                 self.vocabulary = Unembedding(
                     self.word.num_embeddings, config.tie_word_embeddings, False, self.head_init,
                     name="head",
@@ -414,7 +417,7 @@ class WithDecoderAlone(EncoderDecoder):
         )._replace(position_ids=position_ids)
         encoder_mask = cross_mask(encoder_attention_mask, None)
         out = self.run_decoder(side, encoder_hidden_states, encoder_mask, cache)
-        if output_logits:
+        if output_logits and self.head == "causal_lm":
             assert out.last_hidden_state is not None  # every decoder has one
             logits = self.unembed(out.last_hidden_state)
             out = dataclasses.replace(out, logits=logits, last_hidden_state=None)

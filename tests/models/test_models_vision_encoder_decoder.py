@@ -19,6 +19,7 @@ from fmjax.models import (
     resnet,
     roberta,
     swin,
+    trocr,
     vision_encoder_decoder,
     xglm,
 )
@@ -45,6 +46,7 @@ XGLM = xglm.Config(
     vocab_size=51, max_position_embeddings=20, d_model=24, ffn_dim=26, num_layers=2,
     attention_heads=3, add_cross_attention=True,
 )  # fmt: skip
+TROCR = dataclasses.replace(trocr.VARIANTS["tiny"], vocab_size=51, eos_token_id=3)
 
 
 def pictures(config, rows=2, seed=0):
@@ -71,8 +73,9 @@ def pair_inputs(config, length=6):
         pytest.param(VIT, BERT, marks=pytest.mark.slow),
         pytest.param(beit.VARIANTS["tiny"], ROBERTA, marks=pytest.mark.slow),
         pytest.param(SWIN, BERT, marks=pytest.mark.slow),
+        (VIT, TROCR),
     ],
-    ids=["vit-gpt2", "vit-bert", "beit-roberta", "swin-bert"],
+    ids=["vit-gpt2", "vit-bert", "beit-roberta", "swin-bert", "vit-trocr"],
 )
 def test_pairs_equal_pytorch(encoder, decoder, tmp_path):
     """Of one width, and of two, with a projection between."""
@@ -145,6 +148,9 @@ def test_bad_configs_and_inputs_are_refused():
     with pytest.raises(ValueError, match="bert reads no pixel_values") as error:
         vision_encoder_decoder.Config(bert.Config(), bert.Config())
     assert "must have add_cross_attention=True" in str(error.value)
+    wrong = dataclasses.replace(TROCR, cross_attention_hidden_size=17)
+    with pytest.raises(ValueError, match="hidden_size=17 must be the encoder's width, 16"):
+        vision_encoder_decoder.Config(VIT, wrong)
     with pytest.raises(ValueError, match="vit reads no input_ids"):
         encoder_decoder.Config(VIT, GPT2)
     model = vision_encoder_decoder.Model(TINY, head="seq2seq_lm")
