@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -217,12 +218,20 @@ def encode_targets(
     named = tokenizer.special_tokens_map
     eos = special_id(tokenizer, "sep" if "eos_token" not in named else "eos", eos_id)
     rows = tokenize(tokenizer, targets, max_length=max_length, target=True)["input_ids"]
-    ended = [row if row[-1] == eos else np.append(row[: max_length - 1], eos) for row in rows]
+    special = {eos, *tokenizer.all_special_ids}
+    ended = [
+        row if _ended(row, eos, special) else np.append(row[: max_length - 1], eos) for row in rows
+    ]
     decoder = Ragged.of(
         {"labels": ended}, max_length=max_length, fill={"labels": IGNORED_LABEL}, mask=None
     )
     check_vocabulary(decoder.values["labels"], decoder.offsets, vocab_size, targets)
     return decoder
+
+
+def _ended(row: np.ndarray, eos: int, special: Set[int]) -> bool:
+    """Whether the end is among the last special tokens: mBART has a language behind it."""
+    return eos in itertools.takewhile(special.__contains__, row[::-1].tolist())
 
 
 def encode_choices(

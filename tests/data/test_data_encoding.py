@@ -22,6 +22,11 @@ def tokenizer(kind="t5"):
     elif kind == "bert":
         fast.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
         named = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "<pad>"}
+    elif kind == "mbart":
+        fast.post_processor = processors.TemplateProcessing(
+            single="$A </s> [SEP]", special_tokens=[("</s>", EOS), ("[SEP]", SEP)]
+        )
+        named = {"eos_token": "</s>", "extra_special_tokens": ["[SEP]"]}
     else:
         named = {"eos_token": "</s>"}
     return PreTrainedTokenizerFast(
@@ -60,6 +65,15 @@ def test_seq2seq_ends_targets_of_tokenizers_that_do_not():
     assert columns.ragged[0].fill == {"input_ids": EOS}, "no pad token: the end, masked"
     bert = encode_seq2seq(tokenizer("bert"), ["a"], ["Film"], max_length=8)
     assert rows(bert, "labels", 1) == [[CLS, 10, SEP]]
+
+
+def test_seq2seq_leaves_a_language_behind_the_end():
+    """mBART's targets, which `shift_right` begins with their last token."""
+    wrapped = tokenizer("mbart")
+    long = encode_seq2seq(wrapped, ["a"], ["ein Film"], max_length=8)
+    assert rows(long, "labels", 1) == [[9, 10, EOS, SEP]]
+    cut = encode_seq2seq(wrapped, ["a"], ["ein Film Film"], max_length=8, max_target_length=4)
+    assert rows(cut, "labels", 1) == [[9, 10, EOS, SEP]]
 
 
 def test_seq2seq_prefix_and_sources_alone():
