@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fmjax.metrics.optional import text_library
+from fmjax.types import one_text
 
 References = Sequence[str] | Sequence[Sequence[str]]
 """One reference for each text, or one or more (the same number for each)."""
@@ -54,10 +55,8 @@ def reference_streams(hypotheses: Sequence[str], references: References) -> list
       ValueError: there are no texts, or texts and references do not match in number.
     """
     rows = [[row] if isinstance(row, str) else list(row) for row in references]
-    problems = []
-    if isinstance(hypotheses, str) or isinstance(references, str):
-        problems.append("one text was given where a list of texts is expected")
-    elif not len(hypotheses):
+    problems = one_text("texts", hypotheses) + one_text("references", references)
+    if not len(hypotheses):
         problems.append("there are no texts to score")
     elif len(hypotheses) != len(rows):
         problems.append(f"{len(hypotheses)} texts for {len(rows)} references")
