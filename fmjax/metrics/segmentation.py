@@ -34,7 +34,9 @@ def segmentation_confusion(
     if num_classes < 1:
         problems.append(f"num_classes is {num_classes}; it must be positive")
     if 0 <= ignored < num_classes:
-        problems.append(f"ignored is {ignored}, one of {num_classes} classes; give another, such as -1")
+        problems.append(
+            f"ignored is {ignored}, one of {num_classes} classes; give another, such as -1"
+        )
     if predictions.shape != labels.shape:
         problems.append(
             f"predictions have shape {predictions.shape}, labels {labels.shape}; they must agree"

@@ -29,11 +29,14 @@ def translation_metrics(
       were computed; "length_ratio", tokens of the hypotheses over tokens of the references.
 
     Raises:
-      ValueError: texts and references that do not match in number.
+      ValueError: texts and references that do not match in number, or an unknown tokenizer.
       ImportError: sacrebleu is not installed.
     """
     streams = reference_streams(hypotheses, references)
     sacrebleu = text_library("sacrebleu", "sacrebleu")
+    if tokenize not in sacrebleu.BLEU.TOKENIZERS:
+        known = sorted(sacrebleu.BLEU.TOKENIZERS)
+        raise ValueError(f"tokenize is {tokenize!r}; it must be one of sacrebleu's {known}")
     bleu = sacrebleu.BLEU(tokenize=tokenize)
     chrf = sacrebleu.CHRF()
     found = bleu.corpus_score(list(hypotheses), streams)

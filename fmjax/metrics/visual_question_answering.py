@@ -12,7 +12,7 @@ from fmjax.types import one_text
 
 ENOUGH = 3  # people that must agree for an answer to be right
 _ARTICLES = ("a", "an", "the")
-_SIGNS = "/\\,;?!@+-=_<>()[]{}\"`"  # the evaluation's: others, such as $ and %, stay
+_SIGNS = '/\\,;?!@+-=_<>()[]{}"`'  # the evaluation's: others, such as $ and %, stay
 _DIGITS_APART = re.compile(r"\d,\d")
 _LAST_POINTS = re.compile(r"\.(?!\d)")
 _NUMBERS = {

@@ -4,7 +4,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fmjax.data.batches import batches
-from fmjax.data.encoding import encode, encode_choices, encode_retrieval, encode_seq2seq
+from fmjax.data.encoding import (
+    encode,
+    encode_choices,
+    encode_retrieval,
+    encode_seq2seq,
+    encode_targets,
+)
 from fmjax.data.text import TextExamples
 
 WORDS = ["<pad>", "</s>", "[CLS]", "[SEP]", "a", "good", "bad", "film", "very", "ein", "Film"]
@@ -92,6 +98,18 @@ def test_seq2seq_refuses():
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
     with pytest.raises(ValueError, match="has no eos token"):
         encode_seq2seq(fast, ["a"], ["a"], max_length=8)
+
+
+def test_one_text_is_no_list():
+    bert, said = tokenizer("bert"), "one text was given where a list of texts is expected"
+    with pytest.raises(ValueError, match=rf"sources: {said}\n  targets: {said}"):
+        encode_seq2seq(bert, "a", "a", max_length=8)
+    with pytest.raises(ValueError, match=f"targets: {said}"):
+        encode_targets(bert, "a", max_length=8)
+    with pytest.raises(ValueError, match=rf"contexts: {said}\n  choices\[0\]: {said}"):
+        encode_choices(bert, "a", ["good"], max_length=8)
+    with pytest.raises(ValueError, match=rf"queries: {said}\n  passages: {said}"):
+        encode_retrieval(bert, "a", "a", max_query_length=8, max_passage_length=8)
 
 
 def test_choices_are_a_group():

@@ -122,6 +122,11 @@ def test_bad_texts_are_named(texts, references, message):
             metric(texts, references)
 
 
+def test_an_unknown_tokenizer_is_named():
+    with pytest.raises(ValueError, match="tokenize is 'foo'; it must be one of"):
+        translation_metrics(["a"], ["a"], tokenize="foo")
+
+
 def test_a_missing_library_is_named():
     with pytest.raises(ImportError, match=r"pip install 'fmjax\[text\]'"):
         optional.text_library("no_such_module", "no-such-package")
