@@ -162,8 +162,8 @@ def _beside(folder: Path) -> tuple[list[Path], list[str], list[str]]:
         problems.append("several pictures have one name, and so one text")
     problems += [
         f"{file.name} has no picture"
-        for file in sorted(folder.glob("*.txt"))
-        if file.stem not in stems
+        for file in visible(folder)
+        if file.suffix == ".txt" and file.stem not in stems
     ]
     if not pictures:
         problems.append(f"there are no pictures; they must be {folder}/*{{{','.join(FILES)}}}")
