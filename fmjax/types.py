@@ -29,6 +29,20 @@ Remat = Literal["none", "dots", "block", "offload"]
 """
 
 
+def one_text(name: str, texts: Any, *, rows: bool = False) -> list[str]:
+    """What is wrong where a string stands in a list's place: it would be read by its characters.
+
+    Args:
+        name: of the argument.
+        texts: what was given for it.
+        rows: whether its items are lists of texts too.
+    """
+    wrong = [name] if isinstance(texts, str) else []
+    if rows and not wrong:
+        wrong = [f"{name}[{n}]" for n, row in enumerate(texts) if isinstance(row, str)][:1]
+    return [f"{where}: one text was given where a list of texts is expected" for where in wrong]
+
+
 class Mean(NamedTuple):
     """A weighted mean kept as its two sums, so that means of unequal parts combine exactly.
 

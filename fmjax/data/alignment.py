@@ -12,6 +12,7 @@ import numpy as np
 from fmjax.data.columns import IGNORED_LABEL, NO_WORD, Columns, Ragged
 from fmjax.data.files import raise_problems
 from fmjax.data.tokens import check_vocabulary, fast_encodings, padding_id, parts
+from fmjax.types import one_text
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -112,7 +113,9 @@ def align_labels(
         of labels than words, labels that are no class; and all that `encode` refuses.
     """
     special = tokenizer.num_special_tokens_to_add(pair=False)
-    problems = []
+    problems = one_text("words", words, rows=True)
+    if word_labels is not None:
+        problems += one_text("word_labels", word_labels, rows=True)
     if pieces not in PIECES:
         problems.append(f"pieces={pieces!r} is not one of {PIECES}")
     if max_length <= special:

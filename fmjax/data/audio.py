@@ -131,6 +131,8 @@ def open_audio(source: Source, rate: int = RATE) -> Iterator[OpenAudio]:
     """
     if isinstance(source, tuple):
         samples, old = source
+        if not isinstance(samples, np.ndarray):
+            raise ValueError(f"samples are a {type(samples).__name__}; give a NumPy array")
         yield _changed(iter([_of_array(samples)]), samples.ndim - 1 and samples.shape[1], old, rate)
         return
     if not isinstance(source, str | Path | bytes):

@@ -10,7 +10,7 @@ import numpy as np
 
 from fmjax.data.columns import Columns
 from fmjax.data.decoding import BROKEN, FILES, FORMATS, Picture, check_pixels, decode
-from fmjax.data.files import raise_problems
+from fmjax.data.files import raise_problems, visible
 from fmjax.data.images import class_files
 
 ANIMATED = (".gif", ".webp", ".png", ".apng")
@@ -69,6 +69,8 @@ def read_clips(
         ValueError: no videos, unknown classes, files that are no pictures, or frames of different
             sizes; all are listed.
     """
+    from PIL import Image
+
     if frames < 1:
         raise ValueError(f"frames is {frames}; it must be positive")
     root = Path(folder).expanduser()
@@ -79,7 +81,7 @@ def read_clips(
     for path, _ in files:
         try:
             pictures += _frames_of(path, frames, read)
-        except BROKEN as error:
+        except (*BROKEN, Image.DecompressionBombError) as error:
             problems.append(f"{path.relative_to(root)}: {error}")
     if len(sizes := {picture.shape for picture in pictures}) > 1:
         problems.append(
@@ -96,7 +98,7 @@ def _frames_of(path: Path, frames: int, read: Callable[[Picture], np.ndarray]) -
     from PIL import Image
 
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in FILES)
+        files = [file for file in visible(path) if file.suffix.lower() in FILES]
         if not files:
             raise ValueError(f"the folder holds no pictures {FILES}")
         return [read(files[place]) for place in segment_middles(len(files), frames)]

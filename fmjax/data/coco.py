@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +12,10 @@ import numpy as np
 
 from fmjax.data.columns import Columns
 from fmjax.data.decoding import decode
-from fmjax.data.files import decode_utf8, raise_problems
+from fmjax.data.files import decode_utf8, parse_json, raise_problems
 from fmjax.data.objects import ObjectExamples
 
+MOST = 2**63  # what ids, kept in 64 bits, and all other numbers must be below
 NEEDED = {
     "images": ("id", "file_name", "width", "height"),
     "annotations": ("image_id", "category_id", "bbox"),
@@ -128,8 +127,8 @@ def read_coco(
 def _parsed(file: Path) -> dict[str, Any]:
     text = decode_utf8(file)
     try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     lists = {name: data.get(name) for name in NEEDED} if isinstance(data, dict) else {}
     if not lists or not all(isinstance(part, list) for part in lists.values()):
@@ -149,13 +148,15 @@ def _form_problems(data: Mapping[str, list[Any]]) -> list[str]:
                 problems.append(f"{name}[{number}] has no {lacks}")
                 continue
             whole = [key for key in NEEDED[name] if key not in ("file_name", "name", "bbox")]
-            wrong = {key: one[key] for key in whole if type(one[key]) is not int}
+            wrong = {key: one[key] for key in whole if not _is_whole(one[key])}
             wrong |= {
                 k: one[k] for k in ("file_name", "name") if not isinstance(one.get(k, ""), str)
             }
             if "bbox" in one and not _is_box(one["bbox"]):
                 wrong["bbox"] = one["bbox"]
-            if min(one.get("width", 1), one.get("height", 1)) < 1 and not wrong:
+            if one.get("iscrowd", 0) not in (0, 1):
+                wrong["iscrowd"] = one["iscrowd"]
+            if not wrong and min(one.get("width", 1), one.get("height", 1)) < 1:
                 wrong = {"width": one["width"], "height": one["height"]}
             if wrong:
                 problems.append(f"{name}[{number}] has {wrong}, of another form")
@@ -171,12 +172,17 @@ def _form_problems(data: Mapping[str, list[Any]]) -> list[str]:
     return problems
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether it is an integer of 64 bits."""
+    return type(value) is int and abs(value) < MOST
+
+
 def _is_box(value: Any) -> bool:
     """Whether it is four finite numbers."""
     return (
         isinstance(value, list)
         and len(value) == 4
-        and all(type(end) in (int, float) and math.isfinite(end) for end in value)
+        and all(type(end) in (int, float) and abs(end) < MOST for end in value)
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fmjax.data.tokens import (
     special_id,
     word_ids_of,
 )
+from fmjax.types import one_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,7 +167,7 @@ def encode_seq2seq(
       ValueError: different numbers of sources and targets, lengths that leave no room, texts
         without tokens, ids outside the model's vocabulary, or no end token.
     """
-    problems = []
+    problems = one_text("sources", sources) + one_text("targets", targets)
     if targets is not None and len(sources) != len(targets):
         problems.append(f"{len(sources)} sources and {len(targets)} targets")
     if max_target_length is not None and max_target_length < 2:
@@ -214,15 +216,24 @@ def encode_targets(
     Raises:
       ValueError: texts without tokens, ids outside the model's vocabulary, or no end token.
     """
+    raise_problems("encode_targets", one_text("targets", targets))
     named = tokenizer.special_tokens_map
     eos = special_id(tokenizer, "sep" if "eos_token" not in named else "eos", eos_id)
     rows = tokenize(tokenizer, targets, max_length=max_length, target=True)["input_ids"]
-    ended = [row if row[-1] == eos else np.append(row[: max_length - 1], eos) for row in rows]
+    special = {eos, *tokenizer.all_special_ids}
+    ended = [
+        row if _ended(row, eos, special) else np.append(row[: max_length - 1], eos) for row in rows
+    ]
     decoder = Ragged.of(
         {"labels": ended}, max_length=max_length, fill={"labels": IGNORED_LABEL}, mask=None
     )
     check_vocabulary(decoder.values["labels"], decoder.offsets, vocab_size, targets)
     return decoder
+
+
+def _ended(row: np.ndarray, eos: int, special: Set[int]) -> bool:
+    """Whether the end is among the last special tokens: mBART has a language behind it."""
+    return eos in itertools.takewhile(special.__contains__, row[::-1].tolist())
 
 
 def encode_choices(
@@ -252,7 +263,8 @@ def encode_choices(
         and all that `encode` refuses.
     """
     count = len(choices[0]) if len(choices) else 1
-    problems = [
+    problems = one_text("contexts", contexts) + one_text("choices", choices, rows=True)
+    problems += [
         f"example {n}: {len(texts)} choices, the first example has {count}"
         for n, texts in enumerate(choices)
         if len(texts) != count
@@ -302,7 +314,8 @@ def encode_retrieval(
     lists = [[texts] if isinstance(texts, str) else list(texts) for texts in passages]
     several = any(not isinstance(texts, str) for texts in passages)
     count = len(lists[0]) if lists else 1
-    problems = [
+    problems = one_text("queries", queries) + one_text("passages", passages)
+    problems += [
         f"example {n}: {len(texts)} passages, the first example has {count}"
         for n, texts in enumerate(lists)
         if len(texts) != count

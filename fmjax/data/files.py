@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,39 @@ def read_rows(path: str | os.PathLike[str], columns: Iterable[str]) -> Rows:
     if suffix in JSON_LINES:
         rows = _json_lines(str(path), text)
     else:
-        rows = _delimited(str(path), text, DELIMITERS[suffix], list(columns))
+        with _cells_up_to(len(text)):
+            rows = _delimited(str(path), text, DELIMITERS[suffix], list(columns))
     if not rows.numbers and not rows.problems:
         raise ValueError(f"{path}: the file has a header but no rows")
     return rows
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, by name, without what systems and editors hide there (".name")."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def parse_json(text: str) -> Any:
+    """The value that a text in JSON says.
+
+    Raises:
+      ValueError: it says none, is nested too deeply, or holds an integer of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+@contextlib.contextmanager
+def _cells_up_to(characters: int) -> Iterator[None]:
+    """Lets the csv module, which has one limit for all, read cells of so many characters."""
+    before = csv.field_size_limit()
+    csv.field_size_limit(max(before, characters))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def decode_utf8(path: Path) -> str:
@@ -147,9 +177,12 @@ def _json_lines(where: str, text: str) -> Rows:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except json.JSONDecodeError as error:
             rows.problems.append(f"row {number}: not JSON ({error.msg} at column {error.colno})")
+            continue
+        except ValueError as error:
+            rows.problems.append(f"row {number}: not JSON that can be read ({error})")
             continue
         if not isinstance(value, dict):
             kind = type(value).__name__

@@ -119,7 +119,7 @@ def image_batches(
         prefetch: batches prepared ahead, by each worker.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: no pictures, or a number out of its range.
     """
     problems = check_options(
         batch_size=batch_size,
@@ -129,6 +129,8 @@ def image_batches(
         process_count=process_count,
         prefetch=prefetch,
     )
+    if not len(files):
+        problems.append("there are no examples")
     if workers < 0:
         problems.append(f"workers={workers} must be at least 0")
     if problems:

@@ -14,7 +14,7 @@ from fmjax.data.columns import Columns
 from fmjax.data.decoding import FILES, Picture, decode
 from fmjax.data.encoding import encode
 from fmjax.data.examples import TextExamples
-from fmjax.data.files import decode_utf8, raise_problems, read_rows
+from fmjax.data.files import decode_utf8, raise_problems, read_rows, visible
 from fmjax.data.image_processor import ImageProcessor, load_image_processor
 from fmjax.data.tokens import padding_id
 
@@ -150,7 +150,7 @@ def read_image_texts(
 
 
 def _beside(folder: Path) -> tuple[list[Path], list[str], list[str]]:
-    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in FILES)
+    pictures = [file for file in visible(folder) if file.suffix.lower() in FILES]
     texts, problems = [], []
     for file in pictures:
         try:
@@ -162,8 +162,8 @@ def _beside(folder: Path) -> tuple[list[Path], list[str], list[str]]:
         problems.append("several pictures have one name, and so one text")
     problems += [
         f"{file.name} has no picture"
-        for file in sorted(folder.glob("*.txt"))
-        if file.stem not in stems
+        for file in visible(folder)
+        if file.suffix == ".txt" and file.stem not in stems
     ]
     if not pictures:
         problems.append(f"there are no pictures; they must be {folder}/*{{{','.join(FILES)}}}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from fmjax.data.columns import Columns
 from fmjax.data.decoding import FILES, decode, with_channels
-from fmjax.data.files import raise_problems
+from fmjax.data.files import raise_problems, visible
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ def class_files(
 
     Args:
       root: holds a folder for each class.
-      label_names: the classes; None for the folders'.
+      label_names: the classes; None for the folders', none of which may then be empty.
       endings: of the files that are wanted.
       what: they are, for errors.
       folders: whether a folder may be in a file's place.
@@ -136,17 +136,22 @@ def class_files(
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
-    found = sorted(path.name for path in root.iterdir() if path.is_dir())
+    found = [path.name for path in visible(root) if path.is_dir()]
     names = tuple(found if label_names is None else label_names)
     files = [
         (path, name)
         for name in found
-        for path in sorted((root / name).iterdir())
+        for path in visible(root / name)
         if path.suffix.lower() in endings or (folders and path.is_dir())
     ]
     problems = [
         f"the folder {name} is none of the classes {names}" for name in found if name not in names
     ]
+    if label_names is None and files:
+        problems += [
+            f"the folder {name} holds no {what}; remove it, or give label_names"
+            for name in sorted({*found} - {name for _, name in files})
+        ]
     if not files:
         also = ", or folders of pictures in their place" if folders else ""
         problems.append(

@@ -14,8 +14,10 @@ import numpy as np
 from fmjax.data.batches import BatchStream, Planned, check_options
 from fmjax.data.columns import Columns, Ragged, join, update
 from fmjax.data.corruption import Corruption, corrupted_batch, corruption_identity
+from fmjax.data.files import raise_problems
 from fmjax.data.packing import Layout, Packer, concatenated, cut, language_batch
 from fmjax.data.tokens import check_vocabulary, parts, special_id
+from fmjax.types import one_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,9 +87,10 @@ def encode_documents(
       end: whether anything is put there.
 
     Raises:
-      ValueError: no document has a token, a token id outside the model's vocabulary, or no end
-        token.
+      ValueError: one text, no document that has a token, a token id outside the model's
+        vocabulary, or no end token.
     """
+    raise_problems("encode_documents", one_text("texts", texts))
     before = [] if bos_id is None else [bos_id]
     after = [special_id(tokenizer, "eos", eos_id)] if end else []
     documents = tokenize_documents(tokenizer, texts, before, after, vocab_size=vocab_size)

@@ -20,9 +20,12 @@ LEAST_RATE, MOST_RATE = 1_000, 384_000
 
 def rate_problems(rate: int, what: str) -> list[str]:
     """What is wrong with a number of samples a second."""
-    if LEAST_RATE <= rate <= MOST_RATE:
+    if isinstance(rate, int | np.integer) and LEAST_RATE <= rate <= MOST_RATE:
         return []
-    return [f"{what} {rate} Hz is no rate of sounds; it must be {LEAST_RATE} to {MOST_RATE} Hz"]
+    return [
+        f"{what} {rate} Hz is no rate of sounds; it must be an integer from {LEAST_RATE} to "
+        f"{MOST_RATE}"
+    ]
 
 
 def resample(samples: np.ndarray, old: int, new: int) -> np.ndarray:

@@ -6,13 +6,12 @@ P. Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Tex
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fmjax.data.files import decode_utf8, raise_problems, read_rows
+from fmjax.data.files import decode_utf8, parse_json, raise_problems, read_rows
 from fmjax.data.records import Answer, Questions
 
 SHOWN = 60  # characters of a text in an error
@@ -78,8 +77,8 @@ class _Item(NamedTuple):
 
 def _json(where: str, text: str, answers: bool, problems: list[str]) -> Iterator[_Item]:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error}); JSON Lines are read as .jsonl") from error
     articles = _list(content, "data", "the file", problems)
     for a, article in enumerate(articles):

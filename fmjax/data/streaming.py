@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 
 from fmjax.data.batches import check_options, check_state
 from fmjax.data.corruption import Corruption, corrupted_batch, corruption_identity
+from fmjax.data.files import parse_json
 from fmjax.data.language import PACKINGS, Packing, tokenize_documents
 from fmjax.data.packing import Layout, Packer, concatenated, language_batch
 from fmjax.data.tokens import special_id
@@ -60,6 +60,7 @@ class TextBlocks:
       paths: the files, in UTF-8.
       block_bytes: of a block.
       separator: what ends a document: a line break, or two for documents separated by empty lines.
+        A line break may also be CRLF in the files, and an empty line may hold spaces.
       field: in JSON Lines, the key of the text.
 
     Raises:
@@ -122,6 +123,13 @@ class TextBlocks:
         """int64 [files + 1]: the number of each file's first block."""
         return np.cumsum([0, *(-(-size // self.block_bytes) for size in self.sizes)])
 
+    @functools.cached_property
+    def _ends(self) -> str:
+        """The separator as a regular expression."""
+        lines = [re.escape(line) for line in self.separator.split("\n")]
+        between = [line or "[ \\t]*" for line in lines[1:-1]]
+        return "\\r?\\n".join([lines[0], *between, *lines[1:][-1:]])
+
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
@@ -148,7 +156,7 @@ class TextBlocks:
                 f"{path}: byte 0x{error.object[error.start]:02x} in the block at byte {start} is "
                 f"not UTF-8; convert the file, for instance: iconv -f WINDOWS-1252 -t UTF-8"
             ) from error
-        documents = [document.strip("\r\n") for document in text.split(self.separator)]
+        documents = [document.strip("\r\n") for document in re.split(self._ends, text)]
         documents = [document for document in documents if document.strip()]
         if self.field is None:
             return documents
@@ -163,11 +171,15 @@ class TextBlocks:
         begin = block * self.block_bytes
         if begin == 0 or begin >= size:
             return min(begin, size)
-        mark = self.separator.encode()
-        file.seek(begin - len(mark))
-        content = file.read(len(mark) + self.block_bytes)
-        if (found := content.find(mark)) >= 0:
-            return begin + found
+        before = min(begin, 2 * len(self.separator.encode()))  # of "\n" may be "\r\n"
+        file.seek(begin - before)
+        content = file.read(before + self.block_bytes)
+        ends = re.compile(self._ends.encode())
+        found = ends.search(content)
+        while found and found.end() < before:
+            found = ends.search(content, found.start() + 1)
+        if found:
+            return begin - before + found.end()
         if begin + self.block_bytes >= size:
             return size
         if self.field is not None:
@@ -175,7 +187,7 @@ class TextBlocks:
                 f"{file.name}: the line around byte {begin} is longer than block_bytes="
                 f"{self.block_bytes}; give more, a JSON object cannot be cut"
             )
-        return begin + _break(content[len(mark) :])
+        return begin + _break(content[before:])
 
 
 def _break(content: bytes) -> int:
@@ -187,8 +199,8 @@ def _break(content: bytes) -> int:
 
 def _field(path: Path, start: int, line: str, field: str) -> str:
     try:
-        text = json.loads(line)[field]
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        text = parse_json(line)[field]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(
             f"{path}: in the block at byte {start}, {line[:60]!r} is no JSON object with a "
             f"{field!r} ({error!r})"

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from fmjax.data.files import raise_problems
+from fmjax.types import one_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,7 +91,7 @@ def train_tokenizer(
     extra = [f"<extra_id_{n}>" for n in range(count)] if kind == "unigram" else []
     roles = SPECIAL_TOKENS[kind]
     special = [*roles.values(), *special_tokens]
-    problems = [
+    problems = one_text("texts", texts) + [
         f"special token {token!r} is given twice" if token.strip() else "a special token is empty"
         for n, token in enumerate(special)
         if not token.strip() or token in special[:n] or token in extra

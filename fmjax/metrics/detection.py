@@ -41,10 +41,11 @@ def detection_metrics(
       What has no object to be found is NaN.
 
     Raises:
-      ValueError: parts of different lengths, or labels that are no classes.
+      ValueError: parts of different lengths, boxes that are none, labels that are no classes, or
+        classes of one name.
       ImportError: faster-coco-eval is not installed.
     """
-    problems = _problems(detections, truths, len(label_names))
+    problems = _problems(detections, truths, label_names)
     if problems:
         raise ValueError("; ".join(problems[:10]))
     coco: Any = optional_library("faster_coco_eval", "faster-coco-eval", "vision")
@@ -111,19 +112,38 @@ def _dataset(truths: Sequence[tuple[Any, ...]], label_names: Sequence[str]) -> d
     }
 
 
+def _are_boxes(boxes: np.ndarray) -> bool:
+    return (
+        boxes.shape[1:] == (4,)
+        and bool(np.isfinite(boxes).all())
+        and bool((boxes[:, 2:] >= boxes[:, :2]).all())
+    )
+
+
 def _problems(
-    detections: Sequence[tuple[Any, ...]], truths: Sequence[tuple[Any, ...]], classes: int
+    detections: Sequence[tuple[Any, ...]],
+    truths: Sequence[tuple[Any, ...]],
+    label_names: Sequence[str],
 ) -> list[str]:
     if len(detections) != len(truths):
         return [f"there are detections of {len(detections)} images and truths of {len(truths)}"]
-    problems = []
+    problems, classes = [], len(label_names)
+    if len(set(label_names)) != classes:
+        problems.append(f"label_names {list(label_names)} name a class twice")
     for kind, parts, at in (("detections", detections, 2), ("truths", truths, 1)):
         for image, part in enumerate(parts):
             if len({len(values) for values in part}) > 1:
                 problems.append(f"{kind} of image {image} differ in number: {[*map(len, part)]}")
             labels = np.asarray(part[at])
-            if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
+            if len(labels) and not (
+                labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < classes
+            ):
                 problems.append(
                     f"{kind} of image {image} have labels other than 0 to {classes - 1}"
+                )
+            if len(part[0]) and not _are_boxes(np.asarray(part[0])):
+                problems.append(
+                    f"{kind} of image {image} have boxes other than finite (left, top, right, "
+                    "bottom), right not below left and bottom not below top"
                 )
     return problems

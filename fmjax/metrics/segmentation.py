@@ -21,7 +21,7 @@ def segmentation_confusion(
       predictions: integers of any shape, each in 0..C-1 where the label is not ignored.
       labels: integers of the same shape, each in 0..C-1 or `ignored`.
       num_classes: C.
-      ignored: the label of pixels that do not count.
+      ignored: the label of pixels that do not count, none of the classes.
 
     Returns:
       int64 [C, C].
@@ -33,6 +33,10 @@ def segmentation_confusion(
     problems = []
     if num_classes < 1:
         problems.append(f"num_classes is {num_classes}; it must be positive")
+    if 0 <= ignored < num_classes:
+        problems.append(
+            f"ignored is {ignored}, one of {num_classes} classes; give another, such as -1"
+        )
     if predictions.shape != labels.shape:
         problems.append(
             f"predictions have shape {predictions.shape}, labels {labels.shape}; they must agree"
@@ -54,7 +58,7 @@ def segmentation_confusion(
                 )
     if problems:
         raise ValueError("cannot count these pixels: " + "; ".join(problems))
-    pairs = labels[counted].astype(np.int64) * num_classes + predictions[counted]
+    pairs = labels[counted].astype(np.int64) * num_classes + predictions[counted].astype(np.int64)
     counts = np.bincount(pairs, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 

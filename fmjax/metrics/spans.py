@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fmjax.types import one_text
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_SIGNS = str.maketrans("", "", string.punctuation)
 
@@ -51,8 +53,10 @@ def squad_scores(
       answers: the texts that are right for each question; none where it has no answer.
 
     Raises:
-      ValueError: different numbers of predictions and questions, or none.
+      ValueError: different numbers of predictions and questions, none, or a text in a list's place.
     """
+    if wrong := one_text("predictions", predictions) + one_text("answers", answers, rows=True):
+        raise ValueError("; ".join(wrong))
     if len(predictions) != len(answers) or not len(answers):
         raise ValueError(f"{len(predictions)} predictions for {len(answers)} questions")
     exact, f1 = np.zeros(len(answers)), np.zeros(len(answers))

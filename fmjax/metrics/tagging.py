@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fmjax.metrics.optional import text_library
+from fmjax.types import one_text
 
 Tags = Sequence[Sequence[str]]
 """A tag for each word of each sentence."""
@@ -44,7 +45,8 @@ def entity_metrics(predictions: Tags, labels: Tags, *, scheme: str | None = None
       predictions: tags such as "B-PER", "I-PER", "O".
       labels: the true ones.
       scheme: one of `SCHEMES` reads the tags strictly: a "I-" with nothing before it is no entity.
-        None is CoNLL 2003's script (conlleval), where it begins one.
+        None is CoNLL 2003's script (conlleval), where it begins one; the script knows no "L-" and
+        "U-", and tags that have some are read as "BILOU".
 
     Returns:
       "precision", "recall" and "f1" over all entities (micro), and "entities": {type: {"precision",
@@ -62,6 +64,8 @@ def entity_metrics(predictions: Tags, labels: Tags, *, scheme: str | None = None
         problems.append(f"scheme is {scheme!r}; it must be None or one of {SCHEMES}")
     if problems:
         raise ValueError("cannot find entities: " + "; ".join(problems))
+    if scheme is None and any(tag[:2] in ("L-", "U-") for tag in known):
+        scheme = "BILOU"
     strict = {}
     if scheme is not None:
         strict = {
@@ -88,7 +92,8 @@ def entity_metrics(predictions: Tags, labels: Tags, *, scheme: str | None = None
 
 
 def _check(predictions: Tags, labels: Tags) -> None:
-    problems = []
+    problems = one_text("predictions", predictions, rows=True)
+    problems += one_text("labels", labels, rows=True)
     if len(predictions) != len(labels):
         problems.append(f"{len(predictions)} predicted sentences for {len(labels)}")
     else:

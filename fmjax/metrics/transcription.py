@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from fmjax.metrics.optional import optional_library
+from fmjax.types import one_text
 
 
 def word_error_rate(references: Sequence[str], predictions: Sequence[str]) -> float:
@@ -28,10 +29,8 @@ def character_error_rate(references: Sequence[str], predictions: Sequence[str]) 
 
 
 def _rate(name: str, references: Sequence[str], predictions: Sequence[str]) -> float:
-    problems = []
-    if isinstance(references, str) or isinstance(predictions, str):
-        problems.append("one text was given where a list of texts is expected")
-    elif len(references) != len(predictions) or not len(references):
+    problems = one_text("references", references) + one_text("predictions", predictions)
+    if len(references) != len(predictions) or not len(references):
         problems.append(f"{len(predictions)} texts for {len(references)} references")
     elif not any(text.strip() for text in references):
         problems.append("all references are empty: there is nothing that errors are a share of")

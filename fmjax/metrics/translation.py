@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fmjax.metrics.optional import text_library
+from fmjax.types import one_text
 
 References = Sequence[str] | Sequence[Sequence[str]]
 """One reference for each text, or one or more (the same number for each)."""
@@ -28,11 +29,14 @@ def translation_metrics(
       were computed; "length_ratio", tokens of the hypotheses over tokens of the references.
 
     Raises:
-      ValueError: texts and references that do not match in number.
+      ValueError: texts and references that do not match in number, or an unknown tokenizer.
       ImportError: sacrebleu is not installed.
     """
     streams = reference_streams(hypotheses, references)
     sacrebleu = text_library("sacrebleu", "sacrebleu")
+    if tokenize not in sacrebleu.BLEU.TOKENIZERS:
+        known = sorted(sacrebleu.BLEU.TOKENIZERS)
+        raise ValueError(f"tokenize is {tokenize!r}; it must be one of sacrebleu's {known}")
     bleu = sacrebleu.BLEU(tokenize=tokenize)
     chrf = sacrebleu.CHRF()
     found = bleu.corpus_score(list(hypotheses), streams)
@@ -54,10 +58,8 @@ def reference_streams(hypotheses: Sequence[str], references: References) -> list
       ValueError: there are no texts, or texts and references do not match in number.
     """
     rows = [[row] if isinstance(row, str) else list(row) for row in references]
-    problems = []
-    if isinstance(hypotheses, str) or isinstance(references, str):
-        problems.append("one text was given where a list of texts is expected")
-    elif not len(hypotheses):
+    problems = one_text("texts", hypotheses) + one_text("references", references)
+    if not len(hypotheses):
         problems.append("there are no texts to score")
     elif len(hypotheses) != len(rows):
         problems.append(f"{len(hypotheses)} texts for {len(rows)} references")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from fmjax.types import one_text
+
 ENOUGH = 3  # people that must agree for an answer to be right
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_SIGNS = str.maketrans(dict.fromkeys(string.punctuation.replace("'", ""), " "))
+_ARTICLES = ("a", "an", "the")
+_SIGNS = '/\\,;?!@+-=_<>()[]{}"`'  # the evaluation's: others, such as $ and %, stay
+_DIGITS_APART = re.compile(r"\d,\d")
+_LAST_POINTS = re.compile(r"\.(?!\d)")
 _NUMBERS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
     "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
@@ -19,16 +22,24 @@ _NUMBERS = {
 
 
 def normalize_answer(text: str) -> str:
-    """An answer as it is compared: small letters, digits for numbers up to ten, no articles, no
-    signs but apostrophes.
+    """An answer as it is compared: small letters, digits for numbers up to ten, no articles, few
+    signs.
 
-    As the evaluation of Antol et al. 2015 does it, but for its list of misspelt contractions.
+    As the evaluation of Antol et al. 2015 does it, but for its list of misspelt contractions: a
+    sign becomes a space, or nothing where it has a space beside it somewhere or digits have a comma
+    between them; points go where no digit follows.
 
-    >>> normalize_answer("Two  red-ish cups.")
-    '2 red ish cups'
+    >>> normalize_answer("Two  red-ish cups, $2.50.")
+    '2 red ish cups $2.50'
+    >>> normalize_answer("1,000")
+    '1000'
     """
-    words = _ARTICLES.sub(" ", text.lower().translate(_SIGNS)).split()
-    return " ".join(_NUMBERS.get(word, word) for word in words)
+    text = " ".join(text.split())
+    apart = _DIGITS_APART.search(text) is not None
+    gone = [s for s in _SIGNS if apart or f"{s} " in text or f" {s}" in text]
+    plain = text.translate(str.maketrans(dict.fromkeys(_SIGNS, " ") | dict.fromkeys(gone, "")))
+    words = _LAST_POINTS.sub("", plain).lower().split()
+    return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def agreement(answers: Sequence[str], *, leave_one_out: bool = False) -> dict[str, float]:
@@ -42,8 +53,10 @@ def agreement(answers: Sequence[str], *, leave_one_out: bool = False) -> dict[st
             evaluation has it: of ten people who agree by one, two, three, four, 0.3, 0.6, 0.9, 1.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one text.
     """
+    if wrong := one_text("answers", answers):
+        raise ValueError("; ".join(wrong))
     if not answers:
         raise ValueError("a question has no answers")
     people, counts = len(answers), Counter(map(normalize_answer, answers))
@@ -77,8 +90,10 @@ def visual_question_answering_metrics(
         "accuracy", and "accuracy of KIND" for each.
 
     Raises:
-        ValueError: different numbers of each, or none.
+        ValueError: different numbers of each, none, or a text in a list's place.
     """
+    if wrong := one_text("predictions", predictions) + one_text("answers", answers, rows=True):
+        raise ValueError("; ".join(wrong))
     if len(predictions) != len(answers) or not len(answers):
         raise ValueError(f"{len(predictions)} predictions for {len(answers)} questions")
     if kinds is not None and len(kinds) != len(answers):

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import itertools
 import math
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,9 +43,8 @@ class WordNgram:
             before: the words before it, any number.
             word: "</s>" for the end of the text.
         """
-        context = tuple(map(self._known, before[len(before) - self.order + 1 :]))
-        if self.order == 1:
-            context = ()
+        first = max(0, len(before) - self.order + 1)  # fewer words stand at the start of a text
+        context = tuple(map(self._known, before[first:]))
         gram, total = (*context, self._known(word)), 0.0
         while gram not in self.logs:
             if len(gram) == 1:
@@ -78,7 +78,7 @@ class WordNgram:
         def score(text: str, piece: str) -> float:
             if piece not in (delimiter, ""):
                 return 0.0
-            words = text.split()
+            words = [word for word in text.split(delimiter) if word]
             total = 0.0
             if text and not text.endswith(delimiter):  # a word has ended
                 before = [START, *words[:-1]]
@@ -140,7 +140,7 @@ def read_arpa(path: str | Path) -> WordNgram:
     with opened(path, "rt", encoding="utf-8") as file:
         try:
             return _parse(path, enumerate((line.strip() for line in file), 1))
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path} is no ARPA file: {error}") from error
 
 

@@ -147,7 +147,8 @@ def load_speller(
     scorer = None
     if ngram is not None:
         file = Path(ngram).expanduser()
-        lines = None if file.suffix == ".arpa" else decode_utf8(file).splitlines()
+        counted = file.name.removesuffix(".gz").endswith(".arpa")
+        lines = None if counted else decode_utf8(file).splitlines()
         words = read_arpa(file) if lines is None else fit_word_ngram(filter(str.strip, lines))
         scorer = words.scorer(weight=weight, bonus=bonus)
     return Speller(loaded, variables, symbols, beams, scorer)

@@ -327,7 +327,9 @@ def _load_predictions(folder: Path, split: str, data: dict[str, Any]) -> Predict
     multi_label = data["problem_type"] == "multi_label_classification"
     if not problems and key == "probabilities":
         names = data["label_names"]
-        if arrays[key].shape[1] != len(names):
+        if names is None:
+            problems.append("run.json names no classes, which probabilities need")
+        elif arrays[key].shape[1] != len(names):
             problems.append(
                 f"{arrays[key].shape[1]} columns of probabilities for {len(names)} label names"
             )

@@ -119,13 +119,16 @@ def _tiles(run: Run) -> list[str]:
         }
         known = {name: value for name, value in rivals.items() if value is not None}
         if known:
-            name = max(known, key=lambda rival: known[rival])
-            gap = 100 * (scores[key] - known[name])
+            low = run.data["problem_type"] is None and run.data.get("mode") == "min"
+            name = (min if low else max)(known, key=lambda rival: known[rival])
+            gap = scores[key] - known[name]
+            # What is lower where it is better, an error or a distance, has units of its own.
+            shown = f"{gap:+.4f}" if low else f"{100 * gap:+.1f}"
             tiles.append(
                 _tile(
-                    "Over the best baseline",
-                    f"{gap:+.1f}".replace("-", "\N{MINUS SIGN}"),
-                    f"points; {name} has {score(known[name])}",
+                    "Against the best baseline" if low else "Over the best baseline",
+                    shown.replace("-", "\N{MINUS SIGN}"),
+                    f"{'lower is better' if low else 'points'}; {name} has {score(known[name])}",
                 )
             )
     if "expected_calibration_error" in scores:

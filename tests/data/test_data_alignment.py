@@ -155,6 +155,8 @@ def test_everything_wrong_is_listed_by_sentence():
         aligned([["a"], ["a"]], [np.array([2]), np.array([3])])
     with pytest.raises(ValueError, match="labels such as 2 are indices: give their label_names"):
         aligned([["a"]], [np.array([2])], label_names=None)
+    with pytest.raises(ValueError, match=r"words\[0\]: one text.*\n.*word_labels\[0\]: one"):
+        aligned(["a"], ["O"])
     with pytest.raises(ValueError, match="2 sentences and 1 rows of labels"):
         aligned([["a"], ["a"]], [["O"]])
     with pytest.raises(ValueError, match=r"token id 10 \(example 0: \['a'\]\).*vocabulary of 8"):

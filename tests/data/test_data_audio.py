@@ -109,6 +109,8 @@ WRONG = {
         "1 samples are no finite numbers, the first is number 1",
     ),
     "bytes as samples": ((np.zeros(9, np.uint8), RATE), "uint8"),
+    "a list": (([0.1, 0.2], RATE), "samples are a list; give a NumPy array"),
+    "half a rate": ((np.zeros(9), 8000.0), r"8000\.0 Hz is no rate of sounds; .* an integer"),
     "nothing known": (3, "a int is no sound"),
 }
 

@@ -1,5 +1,8 @@
 """Videos from files."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,9 +45,14 @@ def test_all_that_is_wrong_is_listed(tmp_path):
     (tmp_path / "dark" / "b.gif").write_bytes(b"GIF89a broken")
     (tmp_path / "odd" / "empty").mkdir(parents=True)
     Image.new("RGB", (5, 5)).save(tmp_path / "dark" / "c.png")
+    content = bytearray((tmp_path / "dark" / "c.png").read_bytes())
+    content[16:24] = struct.pack(">II", 60_000, 60_000)  # of its header
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "dark" / "large.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"b\.gif") as error:
         read_clips(tmp_path, frames=2, label_names=("dark",))
     assert "the folder odd is none of the classes" in str(error.value)
+    assert "dark/large.png: Image size (3600000000 pixels)" in str(error.value)
     assert "holds no pictures" in str(error.value)
     assert "the frames have 2 sizes" in str(error.value)
     with pytest.raises(ValueError, match="there are no videos"):

@@ -86,9 +86,27 @@ def test_bad_boxes_are_listed_or_cut(folder):
     assert cut.object_mask.tolist() == [[True, True], [False, False]]
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"width": "8"}, {"height": None}, {"id": 2**70}, {"iscrowd": "0"}, {"bbox": [10**400] * 4},
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_named(folder, entry):
+    first, second = images()
+    ours = entry if "width" in entry or "height" in entry or "id" in entry else {}
+    annotation = note(3, 7, [0, 0, 1, 1]) | ({} if ours else entry)
+    file = written(folder, [annotation], pictures=[first | ours, second])
+    with pytest.raises(ValueError, match=r"1 problem\n.*of another form"):
+        read_coco(file, folder, size=(8, 8))
+
+
 def test_files_of_another_form_are_refused(folder):
     file = folder / "annotations.json"
-    for text, message in (("[1", "is not JSON"), ('{"images": []}', "with the lists")):
+    for text, message in (
+        ("[1", "is not JSON"), ('{"images": []}', "with the lists"),
+        ("1" * 5000, r"annotations\.json is not JSON: .*digits"),
+    ):  # fmt: skip
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_coco(file, folder, size=(8, 8))

@@ -4,7 +4,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fmjax.data.batches import batches
-from fmjax.data.encoding import encode, encode_choices, encode_retrieval, encode_seq2seq
+from fmjax.data.encoding import (
+    encode,
+    encode_choices,
+    encode_retrieval,
+    encode_seq2seq,
+    encode_targets,
+)
 from fmjax.data.text import TextExamples
 
 WORDS = ["<pad>", "</s>", "[CLS]", "[SEP]", "a", "good", "bad", "film", "very", "ein", "Film"]
@@ -22,6 +28,11 @@ def tokenizer(kind="t5"):
     elif kind == "bert":
         fast.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
         named = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "<pad>"}
+    elif kind == "mbart":
+        fast.post_processor = processors.TemplateProcessing(
+            single="$A </s> [SEP]", special_tokens=[("</s>", EOS), ("[SEP]", SEP)]
+        )
+        named = {"eos_token": "</s>", "extra_special_tokens": ["[SEP]"]}
     else:
         named = {"eos_token": "</s>"}
     return PreTrainedTokenizerFast(
@@ -62,6 +73,15 @@ def test_seq2seq_ends_targets_of_tokenizers_that_do_not():
     assert rows(bert, "labels", 1) == [[CLS, 10, SEP]]
 
 
+def test_seq2seq_leaves_a_language_behind_the_end():
+    """mBART's targets, which `shift_right` begins with their last token."""
+    wrapped = tokenizer("mbart")
+    long = encode_seq2seq(wrapped, ["a"], ["ein Film"], max_length=8)
+    assert rows(long, "labels", 1) == [[9, 10, EOS, SEP]]
+    cut = encode_seq2seq(wrapped, ["a"], ["ein Film Film"], max_length=8, max_target_length=4)
+    assert rows(cut, "labels", 1) == [[9, 10, EOS, SEP]]
+
+
 def test_seq2seq_prefix_and_sources_alone():
     columns = encode_seq2seq(tokenizer(), ["film"], max_length=8, prefix="very good ")
     assert rows(columns, "input_ids") == [[8, 5, 7, EOS]]
@@ -78,6 +98,18 @@ def test_seq2seq_refuses():
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
     with pytest.raises(ValueError, match="has no eos token"):
         encode_seq2seq(fast, ["a"], ["a"], max_length=8)
+
+
+def test_one_text_is_no_list():
+    bert, said = tokenizer("bert"), "one text was given where a list of texts is expected"
+    with pytest.raises(ValueError, match=rf"sources: {said}\n  targets: {said}"):
+        encode_seq2seq(bert, "a", "a", max_length=8)
+    with pytest.raises(ValueError, match=f"targets: {said}"):
+        encode_targets(bert, "a", max_length=8)
+    with pytest.raises(ValueError, match=rf"contexts: {said}\n  choices\[0\]: {said}"):
+        encode_choices(bert, "a", ["good"], max_length=8)
+    with pytest.raises(ValueError, match=rf"queries: {said}\n  passages: {said}"):
+        encode_retrieval(bert, "a", "a", max_query_length=8, max_passage_length=8)
 
 
 def test_choices_are_a_group():

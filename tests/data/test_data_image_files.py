@@ -1,5 +1,6 @@
 """Pictures decoded as they are needed: which, in what order, by whom, and from where on."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -103,3 +104,6 @@ def test_what_cannot_be(folder, tmp_path):
         find_images(tmp_path)
     with pytest.raises(ValueError, match=r"batch_size=0 must be.*workers=-1 must be"):
         image_batches(find_images(folder), PROCESSOR, batch_size=0, workers=-1)
+    none = dataclasses.replace(find_images(folder), names=(), labels=np.zeros(0, np.int32))
+    with pytest.raises(ValueError, match="there are no examples"):
+        image_batches(none, PROCESSOR, batch_size=2)

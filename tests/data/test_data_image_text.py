@@ -33,6 +33,8 @@ def folder(tmp_path):
         Image.fromarray(shade).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f" {text}\n")
         rows.append({"image": f"{number}.png", "text": text})
+    for name in ("._0.png", "._0.txt"):
+        (tmp_path / name).write_bytes(b"of another system")
     lines = "\n".join(map(json.dumps, rows))
     (tmp_path / "pairs.jsonl").write_text(lines + "\n")
     return tmp_path

@@ -84,6 +84,20 @@ def test_a_folder_is_read_in_order(tmp_path):
     np.testing.assert_array_equal(small.images[0], np.asarray(middle))
 
 
+def test_hidden_and_empty_folders_are_no_classes(tmp_path):
+    picture = Image.fromarray(np.zeros((2, 2, 3), np.uint8))
+    for name in ("cat", "dog", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "1.png")
+    (tmp_path / "cat" / "._1.png").write_bytes(b"of another system")
+    read = read_images(tmp_path)
+    assert (read.label_names, read.labels.tolist()) == (("cat", "dog"), [0, 1])
+    (tmp_path / "__MACOSX").mkdir()
+    with pytest.raises(ValueError, match="1 problem\n  the folder __MACOSX holds no pictures"):
+        read_images(tmp_path)
+    assert len(read_images(tmp_path, label_names=("cat", "dog", "__MACOSX"))) == 2
+
+
 def test_transparency_is_white_and_cameras_are_turned(tmp_path):
     (tmp_path / "a").mkdir()
     clear = np.zeros((2, 3, 4), np.uint8)

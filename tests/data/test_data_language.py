@@ -220,6 +220,8 @@ def test_documents_are_encoded_whole_and_empty_ones_left_out():
     both = encode_documents(tokenizer(), texts, bos_id=1, end=False)
     assert both.tokens[:3].tolist() == [1, 2, 3]
     assert both.fingerprint != found.fingerprint
+    with pytest.raises(ValueError, match="texts: one text was given"):
+        encode_documents(tokenizer(), "a b")
     with pytest.raises(ValueError, match="none of 2 documents has a token"):
         encode_documents(tokenizer(), ["", " \n"])
     with pytest.raises(ValueError, match=r"token id 4 \(example 1: 'c c c .*vocabulary of 4"):

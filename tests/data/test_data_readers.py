@@ -175,6 +175,12 @@ def test_squad_without_answers(tmp_path):
         read(tmp_path, content)
 
 
+@pytest.mark.parametrize("text", ["[" * 200_000, "1" * 5000])
+def test_squad_of_too_much(tmp_path, text):
+    with pytest.raises(ValueError, match=r"a\.json: not JSON \(.*(nested too deeply|digits)"):
+        read_squad(write(tmp_path, "a.json", text))
+
+
 def test_squad_json_lines(tmp_path):
     rows = [
         {"id": "1", "question": "Where?", "context": CONTEXT, "title": "Tower"},

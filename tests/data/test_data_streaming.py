@@ -55,7 +55,7 @@ def stream_of(blocks, **options):
 @given(
     st.lists(st.text(st.sampled_from("ab é\u20ac"), max_size=60), min_size=1, max_size=12),
     st.integers(16, 90),
-    st.sampled_from(["\n", "\n\n", "\r\n"]),
+    st.sampled_from(["\n", "\n\n", "\r\n", "\r\n\r\n"]),
     st.booleans(),
 )
 def test_blocks_partition_any_file(tmp_path_factory, texts, block_bytes, separator, ended):
@@ -74,6 +74,18 @@ def test_blocks_partition_any_file(tmp_path_factory, texts, block_bytes, separat
     whole = [text for text in texts if text.strip()]
     if all(len((text + separator).encode()) <= block_bytes for text in texts):
         assert found == whole, "documents no longer than a block are never cut"
+
+
+@pytest.mark.parametrize("block_bytes", [16, 24, 1000])
+@pytest.mark.parametrize("end", ["\r\n", "\n"])
+def test_empty_lines_of_other_systems_separate_too(tmp_path, end, block_bytes):
+    lines = ["doc one line", "second", "", "doc two", " \t", "doc three", "", "", " four", ""]
+    (tmp_path / "a.txt").write_bytes(end.join(lines).encode())
+    blocks = TextBlocks.of(tmp_path / "a.txt", separator="\n\n", block_bytes=block_bytes)
+    found = [document for block in blocks for document in block]
+    if block_bytes > 16:  # the first document is longer than that
+        assert found == [f"doc one line{end}second", "doc two", "doc three", " four"]
+    assert "".join("".join(found).split()) == "doconelineseconddoctwodocthreefour"
 
 
 def test_an_endless_line_is_cut_between_words(corpus):

@@ -91,6 +91,14 @@ def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, texts, suffix
     assert read_text(path).texts == texts
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_long_cells(tmp_path, suffix):
+    limit, long = csv.field_size_limit(), "a" * 150_000
+    path = write(tmp_path, f"a.{suffix}", f"text\n{long}\n")
+    assert read_text(path, label=None).texts == [long]
+    assert csv.field_size_limit() == limit
+
+
 def test_columns_pairs_ids_and_unlabelled_texts(tmp_path):
     path = write(tmp_path, "pairs.csv", "id,one,two,same\r\n7,a,b,yes\r\n\r\n8,c,d,no\r\n")
     examples = read_text(path, text="one", text_pair="two", label="same")
@@ -164,6 +172,8 @@ def test_regression(tmp_path):
         ("a.tsv", 'text\tlabel\na\tx\n"b" c\tx\n', r"row 3 \(line 3\): .*double those inside"),
         ("a.tsv", 'text\tlabel\n"b\tx\nc\ty\n', r"row 2 \(line 3\): unexpected end of data"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text"\n', r"row 2: not JSON \(Expecting ':'"),
+        ("a.jsonl", '{"text": "a", "label": "x"}\n' + "[" * 200_000, r"row 2: .*nested too deeply"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", r"row 1: not JSON .*4300 digits"),
         ("a.jsonl", '["a", "x"]\n', "row 1: a JSON object was expected, found list"),
         ("a.jsonl", '{"text": "a"}\n', "row 1: 'label' is missing"),
         ("a.jsonl", '{"text": 3, "label": "x"}\n', "row 1: 'text' is 3, a text was expected"),

@@ -149,6 +149,7 @@ def test_further_special_tokens(kind):
         ({"kind": "unigram", "sentinels": -1}, "sentinels=-1 is negative"),
         ({"sentinels": 5}, "sentinels=5 with kind='bytebpe': only 'unigram' has some"),
         ({"kind": "unigram", "vocab_size": 103}, "103 special tokens and 1 characters"),
+        ({"texts": "corpus.txt"}, "texts: one text was given where a list"),
         ({"texts": []}, "no text to train a tokenizer on"),
         ({"texts": ["", " \n"], "kind": "wordpiece"}, "no text to train a tokenizer on"),
         ({"texts": ["a", None]}, "text 1 is None, a string was expected"),

@@ -57,3 +57,15 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="differ in number") as error:
         score([(BOXES, [0.5], [0])], [(BOXES[:1], [3])])
     assert "labels other than 0 to 2" in str(error.value)
+    with pytest.raises(ValueError, match="truths of image 0 have labels other"):
+        score([(BOXES[:1], [0.5], [0])], [(BOXES[:1], [0.7])])
+    with pytest.raises(ValueError, match="name a class twice"):
+        detection_metrics([], [], label_names=["a", "a"])
+
+
+@pytest.mark.parametrize("boxes", [BOXES * np.nan, BOXES[:, ::-1], BOXES[:, :3], BOXES[0, :3]])
+def test_boxes_that_are_none_are_refused(boxes):
+    labels = [0] * len(boxes)
+    with pytest.raises(ValueError, match="detections of image 0 have boxes other than") as error:
+        score([(boxes, labels, labels)], [(boxes, labels)])
+    assert "truths of image 0 have boxes" in str(error.value)

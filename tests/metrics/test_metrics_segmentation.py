@@ -64,6 +64,9 @@ def test_bad_input_is_named():
         assert words in str(error.value)
     with pytest.raises(ValueError, match=r"1 predictions are outside 0..1, the first is 2.*labels"):
         segmentation_confusion([2, 9, 0], [0, 255, -100], 2)
+    with pytest.raises(ValueError, match="ignored is 255, one of 300 classes"):
+        segmentation_confusion([255, 1], [255, 1], 300)
+    assert segmentation_confusion(np.array([1], np.uint64), [1], 2).sum() == 1
     with pytest.raises(ValueError, match=r"confusion is float64 \(2,\)"):
         segmentation_metrics([0.5, 1.0], ("a", "b"))
     with pytest.raises(ValueError, match="counts of some pixels") as error:

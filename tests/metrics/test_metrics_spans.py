@@ -48,6 +48,13 @@ def test_the_best_of_several_answers_counts():
     assert scores == {"exact_match": 50.0, "f1": pytest.approx(100 * (1 + 2 / 3) / 2), "total": 2}
 
 
+def test_one_text_is_no_list():
+    with pytest.raises(ValueError, match=r"answers\[1\]: one text was given where a list"):
+        squad_metrics(["Paris", "Rome"], [["Paris"], "Rome"])
+    with pytest.raises(ValueError, match="predictions: one text was given"):
+        squad_metrics("P", [["P"]])
+
+
 def test_questions_without_an_answer():
     scores = squad_metrics(["", "Paris", "", "in Paris"], [[], [], ["Rome"], ["Paris"]])
     assert scores["no_answer_exact_match"] == 50.0

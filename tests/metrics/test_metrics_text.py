@@ -52,9 +52,18 @@ def test_entity_tags_are_recognised():
     assert not are_entities(["O"])
 
 
+def test_tags_that_conlleval_does_not_know_are_read_by_their_scheme():
+    twice = [["U-PER", "U-PER"]]
+    assert entity_metrics(twice, twice)["entities"]["PER"]["support"] == 2
+    scores = entity_metrics([["B-PER", "L-PER", "U-PER"]], [["B-PER", "L-PER", "O"]])
+    assert (scores["precision"], scores["recall"]) == (0.5, 1)
+
+
 @pytest.mark.parametrize(
     ("found", "labels", "scheme", "message"),
     [
+        (["NN", "VB"], [["O"], ["O"]], None, r"predictions\[0\]: one text was given"),
+        ([["O"]], "O", None, "labels: one text was given"),
         ([["O"]], [["O"], ["O"]], None, "1 predicted sentences for 2"),
         ([["O"]], [["O", "O"]], None, "sentence 0: 1 predicted tags for 2 words"),
         ([[]], [[]], None, "no words"),
@@ -111,6 +120,11 @@ def test_bad_texts_are_named(texts, references, message):
     for metric in (translation_metrics, summarisation_metrics):
         with pytest.raises(ValueError, match=message):
             metric(texts, references)
+
+
+def test_an_unknown_tokenizer_is_named():
+    with pytest.raises(ValueError, match="tokenize is 'foo'; it must be one of"):
+        translation_metrics(["a"], ["a"], tokenize="foo")
 
 
 def test_a_missing_library_is_named():

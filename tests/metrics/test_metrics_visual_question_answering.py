@@ -10,7 +10,9 @@ from fmjax.metrics.visual_question_answering import agreement, normalize_answer
 def test_answers_are_compared_in_one_form():
     for text, same in (
         ("The two cups!", "2 cups"), ("None", "0"), ("it's a dog", "it's dog"),
-        ("red/blue", "red blue"),
+        ("red/blue", "red blue"), ("$5", "$5"), ("50 %", "50 %"), ("#1 & more", "#1 & more"),
+        ("1,000 a-b", "1000 ab"), ("red-ish - blue", "redish blue"), ("2.5", "2.5"),
+        ("U.S. dollars.", "us dollars"), ("yes, no", "yes no"), ("a\tcat", "cat"),
     ):  # fmt: skip
         assert normalize_answer(text) == same
 
@@ -43,3 +45,7 @@ def test_accuracy_whole_and_by_kind():
         visual_question_answering_metrics(["yes"] * 3, answers, ["other"])
     with pytest.raises(ValueError, match="a question has no answers"):
         visual_question_answering_metrics(["yes"], [[]])
+    with pytest.raises(ValueError, match=r"answers\[0\]: one text was given"):
+        visual_question_answering_metrics(["yes"], ["yes"])
+    with pytest.raises(ValueError, match="answers: one text was given"):
+        agreement("yes")

@@ -30,11 +30,11 @@ ngram 2=2
 """
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
 def test_probabilities_of_the_next_word_sum_to_one(order):
     model = fit_word_ngram(TEXTS, order)
     words = {word for text in TEXTS for word in text.split()} | {END, UNKNOWN}
-    for before in ([START], [START, "the"], ["the", "cat"], ["never", "seen"]):
+    for before in ([START], [START, "the"], [START, "the", "cat"], ["the", "cat"], ["never"]):
         total = sum(math.exp(model.log_probability(before, word)) for word in words)
         assert total == pytest.approx(1.0)
 
@@ -47,6 +47,22 @@ def test_by_hand():
     assert model.log_probability([START, "a"], END) == pytest.approx(math.log(after_a))
     unknown = 3 * even / (6 + 3)
     assert model.log_probability(["b"], "z") == pytest.approx(math.log(unknown / (1 + 1)))
+
+
+@pytest.mark.parametrize("order", [4, 5])
+def test_long_ngrams_know_where_a_text_begins(order, tmp_path):
+    model = fit_word_ngram(["a b c d", "a b c d", "x b c e"], order)
+    assert model.log_probability([START, "a"], "b") == model.logs[START, "a", "b"]
+    grams = ["-1 <unk>", "-99 <s>", "-1 </s>", "-1 a", "-1 b", "-0.9 <s> a", "-0.8 a b"]
+    grams += ["-0.1 <s> a b", "-0.05 <s> a b </s>", "-0.3 a b a b a"]
+    lines, sizes = ["\\data\\"], range(1, order + 1)
+    lists = {k: [gram for gram in grams if len(gram.split()) == k + 1] for k in sizes}
+    lines += [f"ngram {k}={len(lists[k])}" for k in sizes]
+    for k in sizes:
+        lines += [f"\\{k}-grams:", *lists[k]]
+    (tmp_path / "lm.arpa").write_text("\n".join([*lines, "\\end\\"]))
+    nats = read_arpa(tmp_path / "lm.arpa").nats("a b")
+    assert nats == pytest.approx((0.9 + 0.1 + 0.05) * math.log(10))
 
 
 def test_an_arpa_file_backs_off(tmp_path):
@@ -77,6 +93,14 @@ def test_damaged_files_are_refused(old, new, words, tmp_path):
         read_arpa(tmp_path / "lm.arpa")
 
 
+def test_a_damaged_archive_is_refused(tmp_path):
+    content = bytearray(gzip.compress(ARPA.encode()))
+    content[20] ^= 255
+    (tmp_path / "lm.arpa.gz").write_bytes(content)
+    with pytest.raises(ValueError, match="is no ARPA file"):
+        read_arpa(tmp_path / "lm.arpa.gz")
+
+
 def test_a_search_follows_the_model():
     """The sounds of "cat" and "kat" are alike; one of them is a word."""
     symbols = ["", " ", "c", "k", "a", "t"]
@@ -93,6 +117,13 @@ def test_a_search_follows_the_model():
 
     assert said(None) == "kat at"
     assert said(fit_word_ngram(["cat at", "a cat"], 2).scorer()) == "cat at"
+
+
+@pytest.mark.parametrize("piece", ["", "|", "a"])
+def test_words_end_at_the_delimiter(piece):
+    model = fit_word_ngram(["cat at", "a cat"], 2)
+    spaced = model.scorer()("cat at", piece.replace("|", " "))
+    assert model.scorer(delimiter="|")("cat|at", piece) == spaced
 
 
 def test_refusals():

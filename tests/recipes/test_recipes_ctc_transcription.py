@@ -1,6 +1,7 @@
 """`fmjax transcribe` by models of CTC: chunks that are the whole, searches, times, bad input."""
 
 import dataclasses
+import gzip
 import json
 
 import jax
@@ -134,6 +135,9 @@ def test_a_search_finds_words_and_their_times(waves, tmp_path):
     assert [(span.start, span.end) for span in spans] == [(1, 3), (4, 5), (5, 6), (6, 7), (7, 8)]
     with pytest.raises(ValueError, match="beams above 1"):
         load_speller(waves, ngram=text)
+    (tmp_path / "lm.arpa.gz").write_bytes(gzip.compress(b"nothing"))
+    with pytest.raises(ValueError, match=r"lm\.arpa\.gz: its header"):
+        load_speller(waves, beams=8, ngram=tmp_path / "lm.arpa.gz")
 
 
 def test_alignments_are_the_likeliest_of_all():

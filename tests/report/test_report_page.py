@@ -263,6 +263,26 @@ def test_a_loss_that_broke_is_announced(make_run, broken):
     assert "The training loss stopped being finite at step 2." in page.words
 
 
+@pytest.mark.parametrize(
+    ("metric", "mode", "said"),
+    [
+        ("wer", "min", f"Against the best baseline {MINUS}0.1000 lower is better; good has 0.2000"),
+        ("bleu", "max", f"Over the best baseline {MINUS}80.0 points; awful has 0.9000"),
+    ],
+)
+def test_the_best_baseline_is_the_lowest_of_errors(make_run, metric, mode, said):
+    folder = make_run()
+    for name in ("predictions_test.npz", "predictions_test.texts.json"):
+        (folder / name).unlink()
+    info = json.loads((folder / "run.json").read_text())
+    info["data"] |= {"problem_type": None, "label_names": None, "metric": metric, "mode": mode}
+    (folder / "run.json").write_text(json.dumps(info))
+    rivals = {"good": {"test": {metric: 0.2}}, "awful": {"test": {metric: 0.9}}}
+    results = {"test": {metric: 0.1}, "baselines": rivals, "seconds": {}}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert said in Page(write_report(folder)).words
+
+
 def test_predictions_of_another_evaluation_are_announced(make_run):
     folder = make_run()
     assert "different evaluations" not in Page(write_report(folder)).words

@@ -209,6 +209,10 @@ def test_predictions_that_do_not_fit_the_run(make_run):
     edit(folder / "run.json", lambda info: info["data"].update(label_names=["a", "b", "c"]))
     with pytest.raises(ValueError, match="2 columns of probabilities for 3 label names"):
         load_run(folder)
+    none = {"problem_type": None, "label_names": None}
+    edit(folder / "run.json", lambda info: info["data"].update(none))
+    with pytest.raises(ValueError, match=r"predictions_test\.npz.*\n.*names no classes"):
+        load_run(folder)
     edit(folder / "run.json", lambda info: info["data"].update(problem_type="regression"))
     with pytest.raises(ValueError, match=r"lacks \['predictions'\], needed for regression"):
         load_run(folder)
