@@ -46,10 +46,10 @@ def mean_teacher(grad_fn: GradFn, decay: float = 0.999) -> GradFn:
     ) -> tuple[Variables, Array, Aux]:
         teacher = flatten(non_trainable.get(TEACHER, {}))
         own = flatten(trainable) | flatten(non_trainable)
-        read = {f"{TEACHER}/{path}": x.astype(own.get(path, x).dtype) for path, x in teacher.items()}
-        grads, loss, aux = grad_fn(
-            trainable, override(non_trainable, unflatten(read)), batch, rng
-        )
+        read = {
+            f"{TEACHER}/{path}": x.astype(own.get(path, x).dtype) for path, x in teacher.items()
+        }
+        grads, loss, aux = grad_fn(trainable, override(non_trainable, unflatten(read)), batch, rng)
         student = flatten(merge(trainable, aux.updates))
         moving = {path: leaf for path, leaf in student.items() if path in teacher}
         if not moving or any(leaf.shape != teacher[path].shape for path, leaf in moving.items()):

@@ -363,9 +363,7 @@ def carry_out(
 def averages(state: TrainState) -> TrainState:
     """The state with the moving averages as its weights; what is not trained stays, so the running
     statistics of batch normalisation are those of the weights themselves."""
-    return dataclasses.replace(
-        state, trainable=cast_as(ema_of(state.opt_state), state.trainable)
-    )
+    return dataclasses.replace(state, trainable=cast_as(ema_of(state.opt_state), state.trainable))
 
 
 def finish(

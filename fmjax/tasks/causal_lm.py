@@ -22,7 +22,6 @@ from fmjax.tasks.vocabulary_loss import (
 )
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
-
 # What a batch has for each token.
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "labels")
 

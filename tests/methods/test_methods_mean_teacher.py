@@ -98,7 +98,7 @@ def test_the_average_of_bfloat16_moves():
 
     rest, _ = jax.lax.scan(step, rest, None, length=2000)
     np.testing.assert_allclose(rest["teacher"]["params"]["x"], 2 - 0.999**2000, rtol=1e-4)
-    with pytest.raises(ValueError, match="bfloat16.*average stands still"):
+    with pytest.raises(ValueError, match=r"bfloat16.*average stands still"):
         grad_fn(student, {"teacher": student}, {}, jax.random.key(0))
 
 
