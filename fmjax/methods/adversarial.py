@@ -319,22 +319,13 @@ def free_lb(
         if table not in leaves:
             tables = [path for path in leaves if path.endswith("embedding")]
             raise ValueError(f"table={table!r} is not a leaf; embedding tables are {tables}")
-        # Here, because whoever has a model has already loaded Flax.
-        from flax import linen as nn
+        # Here, because it imports Flax, which whoever has a model has already loaded.
+        from fmjax.nn.embed import moved_vectors
 
-        ids, found = jnp.asarray(batch["input_ids"]), []
-
-        def look_up(lookup, args, options, context):
-            vectors = lookup(*args, **options)
-            path = "/".join(("params", *context.module.path, "embedding"))
-            if context.method_name != "__call__" or path != table or args[0] is not ids:
-                return vectors
-            found.append(path)
-            return vectors + move.astype(vectors.dtype)
-
-        with nn.intercept_methods(look_up):
+        ids = jnp.asarray(batch["input_ids"])
+        with moved_vectors(table, ids, move) as places:
             result = loss_fn(variables, {**batch, "input_ids": ids}, rng)
-        if not found:
+        if not places:
             raise ValueError(
                 f"the model does not look up the batch's input_ids in {table!r}, so nothing moves; "
                 "give the table of words, and a loss that neither changes them nor is compiled"
