@@ -41,7 +41,7 @@ from turns import draw_curves, keep_curves
 
 import fmjax
 from fmjax.methods.grpo import grpo_loss, grpo_prepare
-from fmjax.methods.ppo_language import critic, is_trained, ppo_loss, ppo_prepare, with_critic
+from fmjax.methods.ppo_language import critic, ppo_loss, ppo_prepare, trained_of, with_critic
 from fmjax.methods.preference import with_reference
 from fmjax.methods.sampled_responses import (
     Prepared,
@@ -271,7 +271,7 @@ def run_arm(settings: Settings, name: str, seed: int) -> dict[str, float]:
     is_trainable, variables = is_param, with_reference(before)
     if name == "PPO":
         variables = with_critic(model, before, kl_coefficient=settings.kl_weight)
-        is_trainable = is_trained
+        is_trainable = trained_of(variables)
     state = init_state(variables, tx, jax.random.key(seed), is_trainable)
     right: list[float] = []
     state = learn(

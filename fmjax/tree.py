@@ -81,6 +81,11 @@ def part(variables: Variables, name: str) -> Variables:
     }  # fmt: skip
 
 
+def cast_as(tree: PyTree, like: PyTree) -> PyTree:
+    """The leaves in the dtypes of another tree's."""
+    return jax.tree.map(lambda leaf, model: leaf.astype(model.dtype), tree, like)
+
+
 def map_with_path(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """`fn(path, leaf)` over any pytree, its dataclass fields and indices joined into the path."""
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: fn(path_of(keys), leaf), tree)

@@ -48,7 +48,7 @@ from fmjax.methods.mean_teacher import mean_teacher
 from fmjax.methods.multitask import by_uncertainty, join, mix, mix_gradients, with_uncertainty
 from fmjax.methods.optimizers import adafactor, lamb, lion, muon
 from fmjax.methods.policies import network
-from fmjax.methods.ppo_language import is_trained, ppo_loss, with_critic
+from fmjax.methods.ppo_language import ppo_loss, trained_of, with_critic
 from fmjax.methods.preference import dpo_loss, orpo_loss
 from fmjax.methods.privacy import private_gradient
 from fmjax.methods.selection import bitfit, layerwise_decay, matching
@@ -429,7 +429,7 @@ def _():
         "loss": ppo_loss(model),
         "tx": adafactor(0.05),
         "batch": batch,
-        "is_trainable": is_trained,
+        "is_trainable": trained_of(variables),
         "falls_to": None,
     }
 
@@ -444,7 +444,7 @@ def _():
         "loss": ppo_loss(model),
         "tx": optax.adam(1e-2),
         "batch": batch,
-        "is_trainable": is_trained,
+        "is_trainable": trained_of(variables),
         "differentiate": lambda loss: sharpness_aware(gradient(loss)),
         "mesh": make_mesh(data=2),
         "falls_to": None,

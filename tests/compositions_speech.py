@@ -27,7 +27,7 @@ from fmjax.methods.low_rank import factorise
 from fmjax.methods.mean_teacher import mean_teacher
 from fmjax.methods.multitask import join, mix
 from fmjax.methods.optimizers import lion
-from fmjax.methods.ppo_language import is_trained, ppo_loss, with_critic
+from fmjax.methods.ppo_language import ppo_loss, trained_of, with_critic
 from fmjax.methods.preference import dpo_loss
 from fmjax.methods.privacy import private_gradient
 from fmjax.methods.pruning import cubic, gradually
@@ -329,7 +329,7 @@ def _():
         "loss": ppo_loss(model),
         "tx": skip_spikes(optax.adam(1e-2)),
         "batch": batch | {name: np.ones((B, 4), np.float32) for name in ("values", "returns")},
-        "is_trainable": is_trained,
+        "is_trainable": trained_of(variables),
         "falls_to": None,
     }
 

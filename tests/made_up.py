@@ -39,6 +39,7 @@ def made(family, head, layers=2, scan=False):
     sizes = {
         "bert": text,
         "llama": text | {"num_key_value_heads": 1},
+        "gemma": text | {"num_key_value_heads": 1, "head_dim": 4},
         "gpt2": {"vocab_size": V, "n_embd": 8, "n_layer": layers, "n_head": 2, "n_positions": 16,
                  "initializer_range": 0.3},
         "t5": {"vocab_size": V, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1,

@@ -285,25 +285,27 @@ def free_lb(
     step_size: float = 0.1,
     steps: int = 3,
     initial: float = 0.1,
-    padding_index: int | None = None,
 ) -> GradFn:
     """FreeLB (Zhu et al. 2020, arXiv:1909.11764, algorithm 1): embedded tokens are moved uphill,
     and the mean of the gradients met on the way is the step's.
 
     Each example's move has its own length, all its tokens together; padding is not moved. Every
-    pass draws the same dropout (section 3.3). The loss and metrics are means over the passes.
+    pass draws the same dropout (section 3.3). The loss and metrics are means over the passes. What
+    moves is what the table gives for the batch's ``input_ids``: a family that scales its vectors
+    scales the moves, too.
 
     Args:
-        loss_fn: of batches with ``inputs_embeds`` [B, T, D] in place of ``input_ids``.
+        loss_fn: of batches with ``input_ids`` [B, T], which the model looks up as they are; not
+            compiled by itself.
         table: path of the embedding table [V, D], as "params/embed/word/embedding".
         epsilon: the longest move; 0 is no limit.
         step_size: alpha, the length of each step.
         steps: K passes.
         initial: the first move is drawn with this length at most.
-        padding_index: a row of the table that lookups do not train, as the model has it.
 
     Raises:
-        ValueError: settings that do not fit, or a table that the variables do not have.
+        ValueError: settings that do not fit; when called, a table that the variables do not have,
+            or one in which the batch's ids are not looked up.
     """
     if steps < 1 or min(epsilon, step_size, initial) < 0:
         raise ValueError(
@@ -317,14 +319,18 @@ def free_lb(
         if table not in leaves:
             tables = [path for path in leaves if path.endswith("embedding")]
             raise ValueError(f"table={table!r} is not a leaf; embedding tables are {tables}")
+        # Here, because it imports Flax, which whoever has a model has already loaded.
+        from fmjax.nn.embed import moved_vectors
+
         ids = jnp.asarray(batch["input_ids"])
-        vectors = jnp.take(leaves[table], ids, axis=0)
-        if padding_index is not None:
-            fixed = (ids == padding_index)[..., None]
-            vectors = jnp.where(fixed, jax.lax.stop_gradient(vectors), vectors)
-        vectors = vectors + move
-        inputs = {name: value for name, value in batch.items() if name != "input_ids"}
-        return loss_fn(variables, {**inputs, "inputs_embeds": vectors}, rng)
+        with moved_vectors(table, ids, move) as places:
+            result = loss_fn(variables, {**batch, "input_ids": ids}, rng)
+        if not places:
+            raise ValueError(
+                f"the model does not look up the batch's input_ids in {table!r}, so nothing moves; "
+                "give the table of words, and a loss that neither changes them nor is compiled"
+            )
+        return result
 
     def grad_fn(
         trainable: Variables, non_trainable: Variables, batch: Batch, rng: Array | None

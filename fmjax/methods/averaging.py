@@ -28,7 +28,7 @@ import optax
 from jax import Array
 
 from fmjax.train.optim import tracked, tracking
-from fmjax.tree import flatten, is_running, override, unflatten
+from fmjax.tree import cast_as, flatten, is_running, override, unflatten
 from fmjax.types import Batch, LossFn, PyTree, TrainState, Variables
 
 ATTACHES = ("update", "variables")
@@ -93,8 +93,7 @@ def averaged(state: TrainState) -> TrainState:
         ValueError: the optimizer tracks no such mean, or several.
     """
     mean = tracked(state.opt_state, SwaState, "means of weights", "track_swa").mean
-    weights = jax.tree.map(lambda p, m: m.astype(p.dtype), state.trainable, mean)
-    return dataclasses.replace(state, trainable=weights)
+    return dataclasses.replace(state, trainable=cast_as(mean, state.trainable))
 
 
 def cyclical_rate(

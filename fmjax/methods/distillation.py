@@ -26,6 +26,7 @@ from jax import Array
 
 from fmjax.methods.distillation_terms import Both, Term
 from fmjax.tasks.apply import apply_fn, row_weights
+from fmjax.tasks.causal_lm import padded_behind
 from fmjax.tasks.vocabulary_loss import unembed_fn
 from fmjax.tasks.watched import Watched, run
 from fmjax.train import is_param
@@ -92,6 +93,8 @@ def distilled(
             )
         given = {name: tree for name, tree in variables.items() if name != TEACHER}
         taught = jax.lax.stop_gradient(variables[TEACHER])
+        if student.head == "causal_lm":
+            batch = padded_behind(batch)  # as its loss does: terms weigh tokens where it has them
         watched = Watched(student, asks, values)
         value, aux = task_loss(watched)(given, batch, rng)
         passed = watched.passed()

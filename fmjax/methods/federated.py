@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fmjax.methods.privacy import Clip, add_noise, clip_by_norm, sum_over
+from fmjax.methods.privacy import Clip, add_noise, clip_by_norm, noise_problems, sum_over
 from fmjax.train.step import gradient, make_train_step
 from fmjax.tree import flatten, is_running, split
 from fmjax.types import Aux, Batch, GradFn, LossFn, Mean, TrainState, Variables
@@ -198,6 +198,7 @@ def private_pseudo_gradient(
         ]
         if not right
     ]
+    problems += noise_problems(noise_multiplier, clip_norm)
     if problems:
         raise ValueError("; ".join(problems))
 

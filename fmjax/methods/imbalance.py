@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array
 
 from fmjax.tasks.apply import apply_fn
+from fmjax.tasks.masking import weigh
+from fmjax.tasks.vocabulary_loss import is_known
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 ATTACHES = ("loss",)
@@ -46,11 +48,12 @@ def class_weighted(loss_fn: LossFn, weights: Sequence[float] | np.ndarray) -> Lo
     The mean is over the weights' sum, as in PyTorch's cross-entropy with weights.
 
     Args:
-        loss_fn: of batches with ``labels`` int [B] and ``weight`` float [B].
+        loss_fn: of batches with ``labels`` int [B] and ``weight`` float [B]. A label that has no
+            weight makes the loss nan, but for -100, which does not count, and in rows of weight 0.
         weights: [C], such as `effective_number_weights`.
 
     Raises:
-        ValueError: weights that are negative or not finite, or labels that are not classes.
+        ValueError: weights that are negative or not finite; when called, labels not int [B].
     """
     table = np.asarray(weights, np.float32)
     if table.ndim != 1 or not np.isfinite(table).all() or (table < 0).any():
@@ -62,7 +65,10 @@ def class_weighted(loss_fn: LossFn, weights: Sequence[float] | np.ndarray) -> Lo
             raise ValueError(
                 f"labels are {labels.dtype} {labels.shape}; classes int [B] have weights"
             )
-        weight = batch["weight"] * jnp.asarray(table)[labels]
+        known = is_known(labels, len(table))
+        own = jnp.where(known, jnp.asarray(table)[jnp.where(known, labels, 0)], jnp.nan)
+        rows = weigh(batch, labels)
+        weight = jnp.where(rows == 0, 0.0, rows * own)
         return loss_fn(variables, {**batch, "weight": weight}, rng)
 
     return weighted

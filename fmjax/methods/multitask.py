@@ -189,7 +189,9 @@ def mix_gradients(
             loss, weight = loss + scales[task] * value, weight + aux.weight
             metrics |= aux.metrics
             updates = unflatten(flatten(updates) | flatten(aux.updates))
-        return combine(gradients, rng), loss, Aux(weight, metrics, updates)
+        # The tasks have the keys of 0 to K - 1.
+        order = None if rng is None else jax.random.fold_in(rng, len(parts))
+        return combine(gradients, order), loss, Aux(weight, metrics, updates)
 
     return mixed
 

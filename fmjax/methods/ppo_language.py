@@ -8,6 +8,7 @@ state is the critic. The loop is in `fmjax.methods.sampled_responses`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ VALUE_FILE = "value_head.safetensors"
 def with_critic(model: Any, variables: Variables, *, kl_coefficient: float = 0.2) -> Variables:
     """The variables with a reference, a value head of zeros and the penalty's coefficient.
 
-    Train them by ``init_state(..., is_trainable=is_trained)``.
+    Train them by ``init_state(..., is_trainable=trained_of(variables))``.
 
     Args:
         model: as `response_scores` takes it.
@@ -71,9 +72,11 @@ def with_critic(model: Any, variables: Variables, *, kl_coefficient: float = 0.2
     }
 
 
-def is_trained(path: str) -> bool:
-    """Whether a leaf trains where the whole model does: it, and the value head."""
-    return path.startswith(("params/", f"{VALUE_HEAD}/"))
+def trained_of(variables: Variables) -> Callable[[str], bool]:
+    """``path -> bool``, whether a leaf trains: the value head and the model, of a model with
+    adapters these alone: without them it is the reference, and must stay."""
+    own = "adapters" if "adapters" in variables else "params"
+    return lambda path: path.startswith((f"{own}/", f"{VALUE_HEAD}/"))
 
 
 def save(path: str | Path, model: Any, variables: Variables, tokenizer: Any = None) -> Path:

@@ -119,17 +119,13 @@ def private_gradient(
         f"{name}={value} must be {rule}"
         for name, value, rule, right in [
             ("clip_norm", clip_norm, "above 0", clip_norm > 0),
-            ("noise_multiplier", noise_multiplier, "at least 0", 0 <= noise_multiplier < math.inf),
+            ("noise_multiplier", noise_multiplier, "at least 0", noise_multiplier >= 0),
             ("expected_batch_size", expected_batch_size, "above 0", expected_batch_size > 0),
             ("microbatch_size", microbatch_size, "at least 1", microbatch_size >= 1),
         ]
         if not right
     ]
-    if noise_multiplier and math.isinf(clip_norm):
-        problems.append(
-            f"noise_multiplier={noise_multiplier} with clip_norm={clip_norm}: noise is relative to "
-            "the bound, so give a finite one"
-        )
+    problems += noise_problems(noise_multiplier, clip_norm)
     if problems:
         raise ValueError("; ".join(problems))
     summed = clipped_sum(loss_fn, clip_norm=clip_norm, microbatch_size=microbatch_size, clip=clip)
@@ -168,6 +164,16 @@ def private_gradient(
         return grads, loss / jnp.where(aux.weight == 0, 1.0, aux.weight), aux
 
     return grad_fn
+
+
+def noise_problems(noise_multiplier: float, clip_norm: float) -> list[str]:
+    """What is wrong with noise of so many bounds."""
+    if noise_multiplier and not (math.isfinite(noise_multiplier) and math.isfinite(clip_norm)):
+        return [
+            f"noise_multiplier={noise_multiplier} with clip_norm={clip_norm}: noise is relative to "
+            "the bound, so both must be finite"
+        ]
+    return []
 
 
 def _check_axes(axis_name: str | None) -> None:

@@ -44,6 +44,8 @@ Result = TypeVar("Result")
 
 # Of the heads whose labels are those of tokens.
 _BY_TOKEN = ("causal_lm", "masked_lm", "pretraining", "token_classification")
+# Of the heads whose losses may mask tokens.
+_MASKED = ("masked_lm", "pretraining")
 # What a batch has for each token, and what stands there for a virtual one.
 _FILLED = {"attention_mask": 1, "token_type_ids": 0, "special_tokens_mask": 1}
 _PLACES = ("start_positions", "end_positions")
@@ -184,6 +186,8 @@ def _add(batch: Batch, ids: Array, head: str, both: bool, after: int) -> Batch:
             batch.setdefault("labels", tokens)  # as the task does, before they are joined
         if "labels" in batch:
             batch["labels"] = joined(batch["labels"], IGNORED)
+    if head in _MASKED and not both:
+        batch.setdefault("special_tokens_mask", jnp.zeros_like(tokens))
     for name, fill in _FILLED.items():
         if name in batch:
             batch[name] = joined(batch[name], fill)

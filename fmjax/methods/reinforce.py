@@ -35,7 +35,8 @@ def loss(
 
     Args:
         policy: gives logits and values; the values are the baseline.
-        baseline: whether it is used; without one the values do not train.
+        baseline: whether it is used; without one the values do not train, and `iteration` is to
+            take none either (``bootstrap=False``).
         value_coefficient: of half the squared error of the baseline.
         entropy_coefficient: of the policy's entropy, taken from the loss (Williams & Peng 1991).
         normalise: whether advantages are standardised over the batch.
@@ -87,10 +88,11 @@ def iteration(
     *,
     steps: int,
     discount: float = 0.99,
+    bootstrap: bool = True,
 ) -> Callable[[Learner], tuple[Learner, dict[str, Mean]]]:
     """One episode in each environment, from its beginning, and one train step on all of them.
 
-    An episode that is cut off, or longer than `steps`, is followed by its last value.
+    An episode that is cut off, or longer than `steps`, is followed by its last value, or by none.
 
     Args:
         environment: B copies.
@@ -98,6 +100,8 @@ def iteration(
         step: from `make_train_step` over `loss`.
         steps: T, the most steps of an episode; those after its end do not count.
         discount: gamma.
+        bootstrap: whether the last value follows; False belongs to ``loss(..., baseline=False)``,
+            whose values do not train.
 
     Returns:
         ``(learner) -> (learner, metrics)``, to be compiled; see `fmjax.methods.rollouts.learner`.
@@ -114,7 +118,9 @@ def iteration(
         worlds, done, _ = collect(environment, act, worlds, later, steps)
         ends = (~done.continues).astype(jnp.int32)
         counts = (jnp.cumsum(ends, axis=0) - ends == 0).astype(jnp.float32)
-        final_values = jax.vmap(lambda x: policy(variables, x)[1])(done.final_observations)
+        final_values = jnp.zeros_like(done.rewards)
+        if bootstrap:
+            final_values = jax.vmap(lambda x: policy(variables, x)[1])(done.final_observations)
         # Of an episode longer than T the last row is a cut, too.
         goes_on = done.continues.at[-1].set(False)
         returns = discounted_returns(

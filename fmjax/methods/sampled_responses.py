@@ -90,7 +90,8 @@ class Prompts(NamedTuple):
         input_ids: int [B, P'], padded on the left, P' at most `Sampling.prompt_length`; what an
             encoder reads is padded on the right, and None where it reads none.
         attention_mask: [B, P'], 1 = token; None is everything but the padding token.
-        examples: B things that the reward reads beside a response, such as the right answer.
+        examples: B things that the reward reads beside a response, such as the right answer, or
+            none.
         sources: what an encoder reads that reads no tokens, such as ``pixel_values``, by name.
         decoder_input_ids: int [B, P], what the decoder of an encoder-decoder starts with; None is
             the config's ``decoder_start_token_id``.
@@ -101,6 +102,17 @@ class Prompts(NamedTuple):
     examples: Sequence[Any] = ()
     sources: Mapping[str, Any] = MappingProxyType({})
     decoder_input_ids: Any = None
+
+    def check(self) -> None:
+        """Refuses examples that are not one for each prompt.
+
+        Raises:
+            ValueError: there are some, and not B.
+        """
+        given = (self.input_ids, *self.sources.values())
+        rows = len(next((x for x in given if x is not None), self.examples))
+        if len(self.examples) not in (0, rows):
+            raise ValueError(f"there are {len(self.examples)} examples for {rows} prompts")
 
 
 Rollout = Callable[[Variables, Prompts, Array], dict[str, Array]]
@@ -149,7 +161,7 @@ def make_rollout(
 
     Raises:
         ValueError: a model that does not generate, or too few positions; when called, prompts that
-            are too long or that generation refuses.
+            are too long or that generation refuses, or examples that are not one for each.
     """
     both = is_encoder_decoder(model)
     length, count = sampling.prompt_length, sampling.max_new_tokens
@@ -214,6 +226,7 @@ def make_rollout(
         return batch
 
     def rollout(variables: Variables, prompts: Prompts, rng: Array) -> dict[str, Array]:
+        prompts.check()
         plan = make_plan(
             model,
             policy_of(variables),
@@ -347,13 +360,14 @@ def learn(
         hook: called after each turn.
 
     Raises:
-        ValueError: rewards that are not finite or not one for each response, named by row; no
-            more prompts.
+        ValueError: rewards that are not finite or not one for each response, named by row;
+            examples that are not one for each prompt; no more prompts.
     """
     for number in range(1, iterations + 1):
         batch = next(prompts, None)
         if batch is None:
             raise ValueError(f"the prompts ended before turn {number} of {iterations}")
+        batch.check()
         variables = merge(state.trainable, state.non_trainable)
         drawn = rollout(variables, batch, turn_key(state, 0))
         texts = response_texts(drawn, decode)

@@ -13,6 +13,9 @@ from fmjax.types import PyTree
 
 ATTACHES = ("update",)
 
+LEAST_SPREAD = 1e-3
+"""The least standard deviation that is reckoned with, as a share of the mean."""
+
 
 class SpikeState(NamedTuple):
     """What is remembered.
@@ -38,8 +41,10 @@ def skip_spikes(
 
     A step is left out, weights and optimizer state as they were, where either number is more than
     `deviations` standard deviations above its mean over the last `window` steps, or not finite
-    (OLMo Team 2025, arXiv:2501.00656, section 3; OLMo-core's defaults). Until half the window is
-    known only what is not finite is left out. `make_train_step` gives the loss.
+    (OLMo Team 2025, arXiv:2501.00656, section 3; OLMo-core's defaults). A deviation counts as a
+    thousandth of the mean at least, so that after steps that are all alike not every rise is a
+    spike. Until half the window is known only what is not finite is left out. `make_train_step`
+    gives the loss.
 
     Args:
         tx: the whole chain; clipping belongs inside, or norms would never jump.
@@ -73,7 +78,7 @@ def skip_spikes(
         spike = ~finite
         for now, before in ((value, state.losses), (norm, state.norms)):
             mean = jnp.mean(before, where=known)
-            spread = jnp.std(before, where=known)
+            spread = jnp.maximum(jnp.std(before, where=known), LEAST_SPREAD * jnp.abs(mean))
             jump = now - mean > deviations * spread
             spike = spike | (jump & (state.count >= window // 2))
 

@@ -167,11 +167,12 @@ def begin(
 ) -> Learnt:
     """Nothing learnt yet; an `initial` value above all true ones makes learning try everything."""
     first, later = jax.random.split(rng)
-    place, _ = environment.reset(first)
+    start, choice = jax.random.split(first)
+    place, _ = environment.reset(start)
     shape = environment.mdp.rewards.shape
     q_values = jnp.where(environment.mdp.terminal[:, None], 0.0, jnp.full(shape, initial))
     visits, step = jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32)
-    action = explore(q_values[place.number], step, first).astype(jnp.int32)
+    action = explore(q_values[place.number], step, choice).astype(jnp.int32)
     return Learnt(q_values, visits, place, action, step, later)
 
 

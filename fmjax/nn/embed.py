@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,3 +108,30 @@ class Embed(nn.Module):
 
     def attend(self, x: Array) -> Array:  # [..., D] -> [..., V] float32
         return matmul(x, self.embedding, transposed=True)
+
+
+@contextlib.contextmanager
+def moved_vectors(table: str, ids: Array, move: Array) -> Iterator[list[str]]:
+    """Models that are run within it have a move added to the vectors of these ids.
+
+    Args:
+        table: path of an `Embed`'s table, as "params/embed/word/embedding".
+        ids: [...]; this very array, so that what else is looked up in the table does not move.
+        move: [..., D], differentiable.
+
+    Yields:
+        The modules whose vectors have moved so far, to which they are added.
+    """
+    places: list[str] = []
+
+    def look_up(lookup: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
+        found = lookup(*args, **options)
+        place = "/".join(context.module.path)
+        called = isinstance(context.module, Embed) and context.method_name == "__call__"
+        if not called or f"params/{place}/embedding" != table or args[0] is not ids:
+            return found
+        places.append(place)
+        return found + move.astype(found.dtype)
+
+    with nn.intercept_methods(look_up):
+        yield places

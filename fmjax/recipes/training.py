@@ -50,7 +50,7 @@ from fmjax.train.quantized_products import Quantized
 from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.sharding import placed
 from fmjax.train.signals import stop_signals
-from fmjax.tree import count, count_parameters, map_with_path, merge
+from fmjax.tree import cast_as, count, count_parameters, map_with_path, merge
 from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables
 
 Schedule = Literal["linear", "cosine", "inverse_sqrt", "stable"]
@@ -373,7 +373,7 @@ def carry_out(
 def averages(state: TrainState) -> TrainState:
     """The state with the moving averages as its weights; what is not trained stays, so the running
     statistics of batch normalisation are those of the weights themselves."""
-    return dataclasses.replace(state, trainable=ema_of(state.opt_state))
+    return dataclasses.replace(state, trainable=cast_as(ema_of(state.opt_state), state.trainable))
 
 
 def finish(

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from fmjax.tasks import sequence_classification, token_classification
-from fmjax.tasks.apply import apply_fn, row_weights
+from fmjax.tasks.apply import apply_fn
+from fmjax.tasks.masking import weigh
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 CLIPS, FRAMES, SPEAKERS = "sequence_classification", "audio_frame_classification", "xvector"
@@ -36,7 +36,7 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
     """Cross-entropy (nats), a mean over clips or frames; of speakers, see `speaker_loss`.
 
     A batch has ``labels``: as `sequence_classification.loss` has them for clips; int [B, T], -100
-    for frames that do not count, for frames; int [B] for speakers.
+    for frames that do not count, for frames; int [B], -100 for rows that do not, for speakers.
 
     Args:
         model: with one of the three heads.
@@ -77,8 +77,8 @@ def speaker_loss(
         if cosines is None:
             raise ValueError(f"the loss of speakers needs the head {SPEAKERS!r}")
         own = jax.nn.one_hot(labels, cosines.shape[-1])
-        losses = optax.softmax_cross_entropy(scale * (cosines - margin * own), own)
-        weights = row_weights(batch, len(labels))
+        losses = sequence_classification.class_losses(scale * (cosines - margin * own), labels)
+        weights = weigh(batch, labels)
         mean = Mean.of(losses, weights)
         accuracy = Mean.of(jnp.argmax(cosines, axis=-1) == labels, weights)
         return mean.value, Aux(mean.weight, {"accuracy": accuracy}, updates)

@@ -22,6 +22,9 @@ from fmjax.tasks.vocabulary_loss import (
 )
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
+# What a batch has for each token.
+_BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "labels")
+
 
 def loss(
     model: Any,
@@ -36,7 +39,8 @@ def loss(
 
     A batch has ``input_ids`` [B, T] and, where they apply, ``attention_mask`` [B, T];
     ``labels`` int [B, T] (not shifted; -100 is not predicted, such as a prompt; the ids without
-    them); ``segment_ids`` int [B, T], see `unpack`; ``weight`` [B].
+    them); ``segment_ids`` int [B, T], see `unpack`; ``weight`` [B]. Rows may be padded on either
+    side, see `padded_behind`.
 
     Args:
         model: with the head ``causal_lm``.
@@ -50,6 +54,7 @@ def loss(
     apply = apply_fn(model, output_logits=False, **routed)
 
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
+        batch = padded_behind(batch)
         labels = next_tokens(batch)
         output, updates = apply(variables, unpack(batch), rng, train=train)
         assert output.last_hidden_state is not None
@@ -80,8 +85,8 @@ def loss(
 def next_tokens(batch: Batch) -> Array:
     """int [B, T]: at position t the label of position t + 1, -100 where there is none to predict.
 
-    That is at the last position, where the next token is padding, and where it begins another
-    document.
+    That is at the last position, where the next token is padding or this one is, and where the next
+    begins another document.
 
     Raises:
         ValueError: labels that are not [B, T].
@@ -92,12 +97,47 @@ def next_tokens(batch: Batch) -> Array:
         raise ValueError(
             f"labels have shape {labels.shape}, input_ids {ids.shape}; they must agree"
         )
-    keep = _tokens(batch)[:, 1:]
+    tokens = _tokens(batch)
+    keep = tokens[:, 1:] & tokens[:, :-1]
     if "segment_ids" in batch:
         segments = jnp.asarray(batch["segment_ids"])
         keep &= segments[:, 1:] == segments[:, :-1]
     following = jnp.where(keep, labels[:, 1:], IGNORED)
     return jnp.pad(following, ((0, 0), (0, 1)), constant_values=IGNORED)
+
+
+def padded_behind(batch: Batch) -> Batch:
+    """A batch whose rows begin with their first token: padding before it goes to the row's end.
+
+    So positions count from the first token in every family, also where a family takes none. Rows
+    that begin with a token stay as they are.
+
+    Returns:
+        The batch with these rows; as it is, where no ``attention_mask`` [B, T] tells what padding
+        is, or where it says positions itself.
+    """
+    by = _padding_before(batch)
+    if by is None:
+        return batch
+    whole = [n for n in _BY_TOKEN if n in batch and batch[n].shape == batch["input_ids"].shape]
+    return {**batch, **{name: _turned(batch[name], by) for name in whole}}
+
+
+def _padding_before(batch: Batch) -> Array | None:
+    """int [B, 1], or None: what `padded_behind` turns each row by."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape != batch["input_ids"].shape:
+        return None
+    if "segment_ids" in batch or "position_ids" in batch:
+        return None
+    return jnp.argmax(jnp.asarray(mask) != 0, axis=1, keepdims=True)
+
+
+def _turned(values: Array | np.ndarray, by: Array) -> Array:
+    """[B, T]: each row from column `by` [B, 1] on, and then what was before it."""
+    length = values.shape[1]
+    places = (jnp.arange(length) + by) % length
+    return jnp.take_along_axis(jnp.asarray(values), places, axis=1)
 
 
 def unpack(batch: Batch) -> Batch:
@@ -187,6 +227,7 @@ def token_log_probs(
     apply = apply_fn(model, output_logits=False)
 
     def score(variables: Variables, batch: Batch, rng: Array | None) -> Scored:
+        by, batch = _padding_before(batch), padded_behind(batch)
         labels = next_tokens(batch)
         output, updates = apply(variables, unpack(batch), rng, train=train)
         assert output.last_hidden_state is not None
@@ -195,7 +236,10 @@ def token_log_probs(
         scores = log_likelihood(
             unembed, output.last_hidden_state, jnp.where(mask, labels, 0), chunk_size=chunk_size
         )
-        return Scored(jnp.where(mask, scores, 0.0), mask, updates)
+        scores = jnp.where(mask, scores, 0.0)
+        if by is not None:
+            scores, mask = _turned(scores, -by), _turned(mask, -by)
+        return Scored(scores, mask, updates)
 
     return score
 

@@ -15,6 +15,8 @@ from jax import Array
 from fmjax.metrics.classification import classification_metrics, multi_label_metrics
 from fmjax.metrics.regression import regression_metrics
 from fmjax.tasks.apply import apply_fn, collect, once
+from fmjax.tasks.masking import weigh
+from fmjax.tasks.vocabulary_loss import is_known
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 SINGLE, MULTI, REGRESSION = (
@@ -47,9 +49,9 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
     As Hugging Face's ``problem_type`` has it. In training, classifiers at earlier layers count too,
     by the config's ``auxiliary_weight`` (Szegedy et al. 2014, arXiv:1409.4842, section 5).
 
-    Batches have ``labels``: int [B] (or the classes' shares, float [B, C], where examples are
-    blended), float [B, C] of 0 and 1, or float [B] (or [B, C]); and ``weight`` float [B], 0 for
-    padding rows.
+    Batches have ``labels``: int [B], -100 where a row does not count (or the classes' shares, float
+    [B, C], where examples are blended), float [B, C] of 0 and 1, or float [B] (or [B, C]); and
+    ``weight`` float [B], 0 for padding rows. Another label that is no class makes the loss nan.
 
     Args:
         model: with the head ``sequence_classification`` or ``image_classification``.
@@ -64,10 +66,11 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         raise ValueError(f"label_smoothing={label_smoothing} is for single labels, not for {kind}")
     apply = apply_fn(model)
 
-    def losses_of(logits: Array, labels: Array | np.ndarray) -> Array:  # [B, C] -> [B]
+    def losses_of(logits: Array, labels: Array) -> Array:  # [B, C] -> [B]
         if kind == SINGLE:
-            targets = optax.smooth_labels(_shares(logits, labels), label_smoothing)
-            return optax.softmax_cross_entropy(logits, targets)
+            if labels.ndim == 1:
+                return class_losses(logits, labels, label_smoothing)
+            return optax.softmax_cross_entropy(logits, optax.smooth_labels(labels, label_smoothing))
         if kind == MULTI:
             return optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=-1)
         labels = labels.reshape(logits.shape).astype(jnp.float32)
@@ -75,27 +78,36 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
 
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         output, updates = apply(variables, batch, rng, train=train)
-        logits, labels = output.logits, batch["labels"]  # [B, C]
-        assert logits is not None
+        logits, labels, weights = output.logits, jnp.asarray(batch["labels"]), batch["weight"]
+        assert logits is not None  # [B, C]
         metrics = {}
         if kind == SINGLE:
-            right = jnp.argmax(logits, -1) == jnp.argmax(_shares(logits, labels), -1)
-            metrics["accuracy"] = Mean.of(right, batch["weight"])
+            if labels.ndim == 1:
+                true, weights = labels, weigh(batch, labels)
+            else:
+                true = jnp.argmax(labels, -1)
+            metrics["accuracy"] = Mean.of(jnp.argmax(logits, -1) == true, weights)
         elif kind == MULTI:
             right = ((logits > 0) == (labels > 0.5)).all(axis=-1)
-            metrics["accuracy"] = Mean.of(right, batch["weight"])
+            metrics["accuracy"] = Mean.of(right, weights)
         losses = losses_of(logits, labels)
         for earlier in output.auxiliary_logits or ():
             losses = losses + model.config.auxiliary_weight * losses_of(earlier, labels)
-        mean = Mean.of(losses, batch["weight"])
+        mean = Mean.of(losses, weights)
         return mean.value, Aux(mean.weight, metrics, updates)
 
     return loss_fn
 
 
-def _shares(logits: Array, labels: Array | np.ndarray) -> Array | np.ndarray:
-    """Each class's share of an example, [B, C], from classes [B] or already so."""
-    return jax.nn.one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels
+def class_losses(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:
+    """Cross-entropy in nats of classes, [..., C] and int [...] -> [...]; nan where a label is none.
+
+    There it has no gradient, so that rows of weight 0 may have any label.
+    """
+    classes = logits.shape[-1]
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), label_smoothing)
+    losses = optax.softmax_cross_entropy(logits, targets)
+    return jnp.where(is_known(labels, classes), losses, jnp.nan)
 
 
 Predict = Callable[[Variables, Batch], Array]

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from fmjax.metrics.tagging import are_entities, entity_metrics, tag_accuracy
 from fmjax.tasks.apply import apply_fn, collect_ragged, once
 from fmjax.tasks.masking import weigh
+from fmjax.tasks.sequence_classification import class_losses
 from fmjax.tasks.vocabulary_loss import IGNORED
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
@@ -43,8 +43,7 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
                 f"labels have shape {labels.shape}; token classification needs one for each of "
                 f"{logits.shape[:-1]} tokens"
             )
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-        losses = optax.softmax_cross_entropy(logits, targets)  # [B, T]
+        losses = class_losses(logits, labels, label_smoothing)  # [B, T]
         weights = weigh(batch, labels)
         mean = Mean.of(losses, weights)
         accuracy = Mean.of(jnp.argmax(logits, -1) == labels, weights)

@@ -196,9 +196,14 @@ def _words(logits: Array) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
+def is_known(labels: Array, size: int) -> Array:
+    """bool [...]: which labels are among 0 to `size` - 1, so many words or classes."""
+    return (labels >= 0) & (labels < size)
+
+
 def _label_logit(logits: Array, labels: Array) -> Array:
     """[..., V], [...] -> [...]: the labels' logits, nan for a label outside the vocabulary."""
-    known = (labels >= 0) & (labels < logits.shape[-1])
+    known = is_known(labels, logits.shape[-1])
     at = jnp.where(known, labels, 0)[..., None]
     return jnp.where(known, jnp.take_along_axis(logits, at, axis=-1)[..., 0], jnp.nan)
 

@@ -15,7 +15,7 @@ from fmjax.types import PyTree, Variables
 
 
 class EmaState(NamedTuple):
-    """The averaged trainable leaves."""
+    """The averaged trainable leaves, float32."""
 
     ema: Variables
 
@@ -45,10 +45,11 @@ def tracking(
 
 
 def track_ema(decay: float) -> optax.GradientTransformation:
-    """An exponential moving average of the weights, kept in ``opt_state``.
+    """An exponential moving average of the weights, kept in ``opt_state``, in float32.
 
     ``ema <- decay * ema + (1 - decay) * params`` after each update. It must come last in the
-    chain; it changes nothing itself.
+    chain; it changes nothing itself. In bfloat16, whatever the weights are in, it would stand
+    still: a step of less than 2^-9 is lost there.
 
     Raises:
         ValueError: `decay` is outside [0, 1).
@@ -63,11 +64,16 @@ def track_ema(decay: float) -> optax.GradientTransformation:
             )
         )
 
-    return tracking(lambda params: EmaState(jax.tree.map(jnp.copy, params)), moved)
+    def init(params: PyTree) -> EmaState:
+        return EmaState(jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
+
+    return tracking(init, moved)
 
 
 def ema_of(opt_state: optax.OptState) -> Variables:
-    """The averaged leaves inside an optimizer state that has `track_ema` in its chain.
+    """The averaged leaves, float32, inside an optimizer state that has `track_ema` in its chain.
+
+    `fmjax.tree.cast_as` gives them the weights' own dtypes.
 
     Raises:
         ValueError: there is none, or more than one.

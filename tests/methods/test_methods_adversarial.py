@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from composition import check_trains
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up import made
@@ -14,6 +15,7 @@ from made_up import made
 import fmjax
 from fmjax.methods.adversarial import Ball, attacked, fgsm, free_lb, pgd, trades
 from fmjax.methods.sharpness_aware import sharpness_aware
+from fmjax.nn.embed import Embed
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.pixels import normalised
 from fmjax.train import gradient
@@ -131,8 +133,8 @@ def test_trades():
     assert aux.metrics["divergence"].weight == 7
 
 
-def sentences():
-    model, variables = made("bert", "sequence_classification")
+def sentences(family="bert"):
+    model, variables = made(family, "sequence_classification")
     rng = np.random.default_rng(0)
     batch = {
         "input_ids": rng.integers(0, 10, (6, 5)) + 9 * (np.arange(6) % 2)[:, None],
@@ -146,13 +148,40 @@ def sentences():
 TABLE = "params/embed/word/embedding"
 
 
+class Words(nn.Module):
+    """Word vectors, scaled as some families do it, and three numbers made of them."""
+
+    @nn.compact
+    def __call__(self, ids):
+        return jnp.sin(3.0 * Embed(19, 3, name="word")(ids)).sum(axis=1)
+
+
+def test_moves_are_of_scaled_vectors_too():
+    model, batch = Words(), {"input_ids": np.arange(6).reshape(2, 3), "weight": np.ones(2)}
+    variables = model.init(jax.random.key(0), batch["input_ids"])
+
+    def loss(variables, batch, rng):
+        pixels = model.apply(variables, batch["input_ids"])
+        return linear(LINEAR, {**batch, "pixel_values": pixels}, rng)
+
+    def passes(**options):
+        moving = free_lb(loss, table="params/word/embedding", steps=1, **options)
+        return jax.jit(moving)(variables, {}, batch, jax.random.key(0))
+
+    plain, still = gradient(loss)(variables, {}, batch, None), passes(step_size=0.0, initial=0.0)
+    chex.assert_trees_all_close(plain[:2], still[:2], rtol=1e-5)
+    assert abs(passes(initial=0.1)[1] - plain[1]) > 1e-3
+
+
 @pytest.mark.slow
-def test_unmoved_embeddings_have_the_plain_gradient():
-    model, variables, batch = sentences()
+@pytest.mark.parametrize("family", ["gemma", "bert"])
+def test_unmoved_embeddings_have_the_plain_gradient(family):
+    """Where word vectors are scaled, as Gemma's, and where they are not."""
+    model, variables, batch = sentences(family)
     loss = task.loss(model, train=False)
     rng = jax.random.key(0)
     plain = gradient(loss)(variables, {}, batch, rng)
-    still = free_lb(loss, table=TABLE, step_size=0.0, initial=0.0, steps=2, padding_index=0)
+    still = free_lb(loss, table=TABLE, step_size=0.0, initial=0.0, steps=2)
     same = jax.jit(still)(variables, {}, batch, rng)
     chex.assert_trees_all_close(plain[0], same[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(plain[1], same[1], rtol=1e-6)
@@ -207,6 +236,12 @@ def test_moved_embeddings_train(tmp_path):
                 LINEAR, {}, {"input_ids": np.zeros((1, 2), int)}, jax.random.key(0)
             ),
             "params/none",
+        ),
+        (
+            lambda: free_lb(linear, table="params/w")(
+                LINEAR, {}, INPUTS | {"input_ids": np.zeros((2, 3), int)}, jax.random.key(0)
+            ),
+            "nothing moves",
         ),
     ],
 )  # fmt: skip

@@ -233,6 +233,11 @@ def test_over_a_vocabulary(batch):
     weights = torch.tensor((words["labels"][:, 1:] != -100) * words["weight"][:, None])
     np.testing.assert_allclose(loss, ((kl * weights).sum() / weights.sum()).item(), rtol=1e-5)
     assert float(aux.weight) == weights.sum().item()
+    by = T - batch["attention_mask"].sum(axis=1)[:, None]
+    places = (np.arange(T) - by) % T
+    before = {n: np.take_along_axis(x, places, axis=1) for n, x in words.items() if x.ndim == 2}
+    same, _ = loss_fn(with_teacher(student, teacher), words | before, None)
+    np.testing.assert_allclose(same, loss, rtol=1e-6)  # padded in front
 
 
 def test_masked_words_from_itself(batch):

@@ -241,6 +241,11 @@ def test_rounds_that_do_not_fit_are_refused():
         pseudo_gradient(client)(params, {}, make_round(), None)
     with pytest.raises(ValueError, match=r"clip_norm=0 .*expected_weight=-1"):
         private_pseudo_gradient(client, clip_norm=0, noise_multiplier=1.0, expected_weight=-1)
+    for bound, noise in ((np.inf, 1.0), (1.0, np.inf)):
+        with pytest.raises(ValueError, match=rf"noise_multiplier={noise} .*clip_norm={bound}"):
+            private_pseudo_gradient(
+                client, clip_norm=bound, noise_multiplier=noise, expected_weight=1
+            )
     with pytest.raises(ValueError, match="mu=-1"):
         proximal(-1)
 

@@ -38,6 +38,14 @@ def test_weighted_classes_are_pytorchs():
     np.testing.assert_allclose(aux.weight, weights[batch["labels"][:7]].sum(), rtol=1e-6)
 
 
+def test_what_is_no_class_has_no_weight():
+    labels = np.array([0, 1, 2, 7, -1, -100, 7])
+    seen = class_weighted(lambda variables, batch, rng: batch["weight"], [1.0, 5.0])(
+        {}, {"labels": labels, "weight": np.array([1.0] * 6 + [0.0])}, None
+    )
+    np.testing.assert_array_equal(seen, [1, 5, np.nan, np.nan, np.nan, 0, 0])
+
+
 def test_effective_numbers():
     counts = [1, 10, 1000]
     np.testing.assert_allclose(effective_number_weights(counts, 0.0), 1)

@@ -14,6 +14,7 @@ from fmjax.models import vgg
 from fmjax.tasks import sequence_classification as task
 from fmjax.train import accumulate, gradient, init_state, jit_step, make_train_step
 from fmjax.tree import flatten
+from fmjax.types import Aux
 
 CONFIG = vgg.Config(
     num_channels=1, image_size=8, hidden_sizes=(4,), depths=(1,), pooled_size=2, dense_sizes=(6,),
@@ -78,6 +79,27 @@ def test_limits(setting):
         updates = aux.updates["teacher"]["params"]
         expected = (student if decay == 0 else other)["params"]
         jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+def test_the_average_of_bfloat16_moves():
+    """It is float32, and the loss reads it in the student's dtype."""
+
+    def loss(variables, batch, rng):
+        read = variables["teacher"]["params"]["x"]
+        assert read.dtype == jnp.bfloat16
+        return (0 * variables["params"]["x"] * read).sum(), Aux(jnp.ones(()), {}, {})
+
+    grad_fn = mean_teacher(gradient(loss), decay=0.999)
+    student = {"params": {"x": jnp.full(1, 2.0, jnp.bfloat16)}}
+    rest = {"teacher": {"params": {"x": jnp.ones(1)}}}
+
+    def step(rest, _):
+        return grad_fn(student, rest, {}, jax.random.key(0))[2].updates, None
+
+    rest, _ = jax.lax.scan(step, rest, None, length=2000)
+    np.testing.assert_allclose(rest["teacher"]["params"]["x"], 2 - 0.999**2000, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"bfloat16.*average stands still"):
+        grad_fn(student, {"teacher": student}, {}, jax.random.key(0))
 
 
 def test_refusals(setting):

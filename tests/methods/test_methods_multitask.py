@@ -228,6 +228,24 @@ def test_conflicts():
     np.testing.assert_allclose(kept, [3.0, 2.1], rtol=1e-6)
 
 
+def test_orders_have_keys_of_their_own():
+    """None is a task's."""
+    keys = []
+
+    def loss(variables, batch, rng):
+        keys.append(rng)
+        return jnp.sum(variables["params"]["x"]), Aux(jnp.ones(()), {}, {})
+
+    def combine(grads, rng):
+        keys.extend(jax.random.fold_in(rng, index) for index in range(len(grads)))
+        return grads[0]
+
+    grad_fn = mix_gradients({"a": loss, "b": loss}, combine=combine)
+    batch = {"a/x": np.ones(2), "b/x": np.ones(2)}
+    grad_fn({"params": {"x": jnp.ones(1)}}, {}, batch, jax.random.key(0))
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 4
+
+
 @pytest.mark.slow
 def test_all_of_it_trains(models):
     """Joint batches, uncertainties, no conflicts."""

@@ -223,7 +223,9 @@ def test_prompts_that_do_not_fit():
         prompt_tuning.create(images, jax.random.key(0), length=1)
 
 
-def test_masked_tokens_are_real_ones():
+@pytest.mark.parametrize("given", [{}, {"special_tokens_mask": np.zeros_like(IDS)}])
+def test_masked_tokens_are_real_ones(given):
+    """Whether or not the batch says which tokens are special."""
     model, variables = made("bert", "masked_lm")
     tuned = prompt_tuning.create(variables, jax.random.key(0), length=3, tokens=[WORDS])
     seen = []
@@ -232,8 +234,7 @@ def test_masked_tokens_are_real_ones():
         seen.append(batch)
         return jnp.zeros(()), None
 
-    batch = {"input_ids": IDS, "special_tokens_mask": np.zeros_like(IDS)}
-    prompt_tuning.prompted(loss_fn, model, after=1)(tuned, batch, None)
+    prompt_tuning.prompted(loss_fn, model, after=1)(tuned, {"input_ids": IDS, **given}, None)
     np.testing.assert_array_equal(seen[0]["special_tokens_mask"], [[0, 1, 1, 1, 0, 0, 0, 0, 0]] * 2)
 
 

@@ -240,6 +240,26 @@ def test_what_does_not_fit_is_refused(case):
         both(variables, jnp.zeros((1, 4)))
 
 
+@pytest.mark.parametrize(("bootstrap", "last"), [(True, 101.0), (False, 1.0)])
+def test_a_critic_that_does_not_train_is_left_out(bootstrap, last):
+    """The returns of three steps of episodes that go on."""
+
+    def policy(variables, observations):
+        size = observations.shape[:1]
+        return jnp.zeros((*size, 2)), jnp.full(size, 100.0)
+
+    def step(state, batch):
+        return state, {"returns": batch["returns"]}
+
+    worlds = Vectorised(CartPole(), 2)
+    state = init_state({"params": {"x": jnp.zeros(1)}}, optax.sgd(0.1), jax.random.key(0))
+    start = learner(worlds, state, jax.random.key(1))
+    options = {"steps": 3, "discount": 1.0, "bootstrap": bootstrap}
+    _, metrics = jax.jit(reinforce.iteration(worlds, policy, step, **options))(start)
+    expected = last + np.array([[2.0], [1.0], [0.0]]) + np.zeros((3, 2))
+    np.testing.assert_allclose(metrics["returns"].reshape(3, 2), expected, rtol=1e-6)
+
+
 def test_returns_are_rewards_to_go():
     np.testing.assert_allclose(
         discounted_returns(jnp.ones((4, 1)), jnp.full((4, 1), 0.5)),

@@ -11,15 +11,16 @@ import pytest
 from safetensors.numpy import load_file
 
 import fmjax
+from fmjax.methods import lora
 from fmjax.methods.grpo import grpo_loss, grpo_prepare
 from fmjax.methods.policy_gradient import response_scores
 from fmjax.methods.ppo_language import (
     CONTROL,
     critic,
-    is_trained,
     ppo_loss,
     ppo_prepare,
     save,
+    trained_of,
     with_critic,
 )
 from fmjax.methods.preference import with_reference
@@ -35,6 +36,7 @@ from fmjax.methods.sampled_responses import (
 from fmjax.models import gpt2
 from fmjax.perf.timing import compile_events
 from fmjax.train import gradient, init_state, make_train_step
+from fmjax.tree import flatten
 
 V, EOS = 19, 3
 CONFIG = gpt2.Config(
@@ -200,7 +202,7 @@ def test_ppo_learns_and_saves_its_critic(policy, tmp_path):
     update = make_update(
         chex.assert_max_traces(step, 1), ppo_prepare(target_kl=3.0), epochs=2, minibatches=2
     )
-    state = init_state(variables, tx, jax.random.key(0), is_trained)
+    state = init_state(variables, tx, jax.random.key(0), trained_of(variables))
     state, found = run_turns(state, make_rollout(model, SAMPLING, beside=critic), update, 8)
     rewards = [round(turn.metrics["reward"], 3) for turn in found]
     assert np.mean(rewards[-3:]) > rewards[0] + 0.2, rewards
@@ -215,6 +217,20 @@ def test_ppo_learns_and_saves_its_critic(policy, tmp_path):
     head = load_file(folder / "value_head.safetensors")
     assert head["kernel"].shape == (16, 1)
     np.testing.assert_array_equal(head["kernel"], state.trainable["value_head"]["kernel"])
+
+
+@pytest.mark.parametrize("own", ["params", "adapters"])
+def test_what_ppo_trains(own):
+    """Adapters alone where there are some: the model without them is the reference."""
+    model = gpt2.Model(CONFIG, head="causal_lm")
+    inputs = gpt2.inputs(CONFIG, "causal_lm")
+    variables = jax.eval_shape(model.init, jax.random.key(0), **inputs)
+    plain = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)
+    if own == "adapters":
+        plain = lora.add(plain, jax.random.key(0), rank=1, alpha=1.0)
+    variables = with_critic(model, plain)
+    trained = filter(trained_of(variables), flatten(variables))
+    assert {path.partition("/")[0] for path in trained} == {own, "value_head"}
 
 
 def test_ppo_losses_are_their_formulas(policy, drawn):
@@ -263,6 +279,10 @@ def test_what_does_not_fit_is_refused(policy, drawn):
     long = Prompts(np.ones((2, 7), int), np.array([[0] * 4 + [1] * 3, [1] * 7]))
     with pytest.raises(ValueError, match=r"the prompts \[1\] have up to 7 tokens"):
         rollout(variables, long, jax.random.key(0))
+    for rows in (PROMPTS, Prompts(sources={"pixel_values": np.zeros((3, 2))})):
+        few = rows._replace(examples=["a"])
+        with pytest.raises(ValueError, match="1 examples for 3 prompts"):
+            rollout(variables, few, jax.random.key(0))
     with pytest.raises(ValueError, match=r"response 1 \('x'\) has nan"):
         checked_rewards([1.0, np.nan], ["a", "x"])
     with pytest.raises(ValueError, match=r"an array \(1,\) for 2 responses"):
@@ -282,6 +302,11 @@ def test_what_does_not_fit_is_refused(policy, drawn):
         learn(
             state, iter([]), rollout=rollout, reward=large_numbers,
             update=lambda *_: (state, {}), decode=decode, iterations=2,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="1 examples for 3 prompts"):
+        learn(
+            state, iter([few._replace(input_ids=IDS)]), rollout=lambda *_: drawn,
+            reward=large_numbers, update=lambda *_: (state, {}), decode=decode, iterations=1,
         )  # fmt: skip
     step = make_train_step(gradient(grpo_loss(model)), optax.sgd(0.1))
     update = make_update(step, grpo_prepare(4), minibatches=5)

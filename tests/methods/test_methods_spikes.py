@@ -61,6 +61,12 @@ def test_early_jumps_and_falls_are_none():
     assert steps[-1] != 0
 
 
+def test_a_small_rise_after_steps_all_alike_is_none():
+    steps, _ = run([1.0] * 8 + [1.0001, 1.1])
+    assert all(steps[:9])
+    assert steps[9] == 0
+
+
 def test_a_new_level_is_learnt():
     steps, _ = run([*(2 + NOISE[:8]), 4.0, 4.1, 3.9, 4.0, 4.1, 3.9])
     assert steps[8] == 0

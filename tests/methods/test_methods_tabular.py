@@ -116,6 +116,24 @@ def test_sarsa_learns_what_it_does(environment):
     assert float(jnp.abs(learnt.q_values - best).max()) > 0.2 * scale
 
 
+def test_the_first_action_has_a_key_of_its_own(environment):
+    """Not that of the state where it begins."""
+    keys = []
+
+    class Watched(FiniteEnvironment):
+        def reset(self, rng):
+            keys.append(rng)
+            return super().reset(rng)
+
+    def explore(values, step, rng):
+        keys.append(rng)
+        return jnp.zeros((), jnp.int32)
+
+    watched = Watched(environment.mdp, environment.starts, max_steps=7)
+    learnt = tabular.begin(watched, explore, jax.random.key(0))
+    assert len({jax.random.key_data(key).tobytes() for key in [*keys, learnt.rng]}) == 3
+
+
 def test_policies_have_their_probabilities():
     values = jnp.tile(jnp.array([1.0, 3.0, 3.0, 2.0]), (40_000, 1))
     rng, margin = jax.random.key(0), 5 * 0.5 / 200

@@ -1,6 +1,9 @@
 """Losses of the three heads against PyTorch's; speakers told from each other."""
 
+import types
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,8 @@ import fmjax
 from fmjax.metrics.verification import equal_error_rate
 from fmjax.models import wav2vec2
 from fmjax.tasks import audio_classification
+from fmjax.train import gradient
+from fmjax.types import Output
 
 CONFIG = wav2vec2.Config(**SIZES | {"id2label": ("a", "b", "c"), "xvector_output_dim": 8})
 
@@ -42,6 +47,21 @@ def test_losses_equal_pytorch(head, tmp_path):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, rtol=1e-5)
         cosine = torch.nn.functional.cosine_similarity(*out.embeddings.detach(), dim=0)
         assert float(vectors[0] @ vectors[1]) == pytest.approx(float(cosine), abs=1e-5)
+
+
+def test_speakers_that_are_none():
+    """-100 does not count; others make the loss nan, but in padding."""
+    cosines = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 3)), jnp.float32)
+    model = types.SimpleNamespace(apply=lambda v, **options: (Output(cosines=v["cosines"]), {}))
+    loss_fn = audio_classification.speaker_loss(model)
+    batch = {"labels": np.array([2, 0, -100, 9]), "weight": np.array([1.0, 1.0, 1.0, 0.0])}
+    grads, loss, aux = gradient(loss_fn)({"cosines": cosines}, {}, batch, None)
+    kept = {name: value[:2] for name, value in batch.items()}
+    assert float(loss) == pytest.approx(float(loss_fn({"cosines": cosines[:2]}, kept, None)[0]))
+    assert aux.weight == 2
+    assert np.isfinite(grads["cosines"]).all()
+    wrong = batch | {"labels": np.array([2, 3, -100, 9])}
+    assert np.isnan(loss_fn({"cosines": cosines}, wrong, None)[0])
 
 
 def test_equal_error_rate_by_hand():

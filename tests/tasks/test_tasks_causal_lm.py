@@ -192,7 +192,8 @@ def test_predict_and_evaluate(model_and_variables):
     log_p = jax.nn.log_softmax(jax.jit(model.apply)(variables, **inputs).logits)
     expected = np.take_along_axis(np.asarray(log_p)[:, :-1], batch["input_ids"][:, 1:, None], -1)
     real = batch["attention_mask"][:, 1:] == 1
-    ours = jax.jit(causal_lm.predict(model, chunk_size=16))(variables, batch)
+    predict = jax.jit(causal_lm.predict(model, chunk_size=16))
+    ours = predict(variables, batch)
     np.testing.assert_allclose(ours[:, 1:], np.where(real, expected[..., 0], 0.0), atol=1e-5)
     assert not np.asarray(ours[:, 0]).any()
     halves = [{name: value[part] for name, value in batch.items()} for part in ([2, 0], [1, 3])]
@@ -204,6 +205,15 @@ def test_predict_and_evaluate(model_and_variables):
     assert scores["bits_per_byte"] == pytest.approx(total / math.log(2) / 100, rel=1e-5)
     right = np.asarray(log_p).argmax(-1)[:, :-1] == batch["input_ids"][:, 1:]
     assert scores["accuracy"] == pytest.approx(right[real].mean(), rel=1e-5)
+
+    def padded_before(rows):
+        by = (T - batch["attention_mask"].sum(axis=1))[:, None]
+        return np.take_along_axis(np.asarray(rows), (np.arange(T) - by) % T, axis=1)
+
+    before = batch | {name: padded_before(batch[name]) for name in ("input_ids", "attention_mask")}
+    np.testing.assert_array_equal(predict(variables, before), padded_before(ours))
+    same = causal_lm.evaluate(model, variables, [before])
+    assert same == pytest.approx({name: scores[name] for name in same}, rel=1e-5)
 
 
 def test_load_balance_equals_transformers():

@@ -85,6 +85,23 @@ def test_padding_rows_do_not_count(kind):
         np.testing.assert_allclose(mean, kept_aux.metrics[name])
 
 
+def test_labels_that_are_no_class():
+    """-100 does not count, as in PyTorch; others make the loss nan, but in padding."""
+    model, variables = make_model(task.SINGLE)
+    batch = make_batch(task.SINGLE, (1, 1, 1, 0)) | {"labels": np.array([0, -100, 1, 7])}
+    run = jax.jit(gradient(task.loss(model, train=False)))
+    grads, loss, aux = run(variables, {}, batch, None)
+    logits = np.array(model.apply(variables, input_ids=batch["input_ids"][:3]).logits)
+    wanted = torch.nn.functional.cross_entropy(
+        torch.tensor(logits), torch.tensor(batch["labels"][:3])
+    )
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    assert aux.weight == aux.metrics["accuracy"].weight == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    for wrong in (3, -1):
+        assert np.isnan(run(variables, {}, batch | {"labels": np.array([0, wrong, 1, 7])}, None)[1])
+
+
 def test_label_smoothing_equals_pytorch():
     model, variables = make_model(task.SINGLE)
     batch = make_batch(task.SINGLE)

@@ -71,6 +71,8 @@ def test_loss_and_gradient_equal_pytorch(model_and_variables, tmp_path):
     part, whole = (jax.jit(loss_fn)(variables, b, None) for b in (batch, kept))
     np.testing.assert_allclose(part[0], whole[0], rtol=1e-5)
     np.testing.assert_allclose(part[1].metrics["accuracy"], whole[1].metrics["accuracy"])
+    kept["labels"] = np.where(kept["labels"] == 3, 4, kept["labels"])  # no class
+    assert np.isnan(jax.jit(loss_fn)(variables, kept, None)[0])
 
 
 def test_evaluate_scores_words_by_their_first_piece(model_and_variables):

@@ -223,6 +223,15 @@ def test_ema_follows_the_weights_and_shares_no_buffer():
     assert_trees_all_close(jax.device_get(ema_of(state.opt_state)), expected, atol=1e-6)
 
 
+def test_the_ema_of_bfloat16_moves():
+    params = {"x": jnp.full(1, 2.0, jnp.bfloat16)}
+    tx = track_ema(0.999)
+    start = tx.init(jax.tree.map(jnp.ones_like, params))
+    follow = lambda state, _: (tx.update({"x": jnp.zeros(1)}, state, params)[1], None)  # noqa: E731
+    state, _ = jax.lax.scan(follow, start, None, length=2000)
+    np.testing.assert_allclose(ema_of(state)["x"], 2 - 0.999**2000, rtol=1e-4)
+
+
 def test_a_leaf_given_twice_survives_donation():
     shared = jnp.ones((6, 6))
     variables = {"params": {"a": shared, "b": shared}}
