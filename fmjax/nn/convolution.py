@@ -190,7 +190,7 @@ def _backward(
         dx = _by_rows(g, turned, stride, (rows, columns), dilation)
     else:
         of_x = partial(_convolution, kernel=kernel, stride=stride, around=around, dilation=dilation)
-        (dx,) = jax.vjp(of_x, x)[1](g)
+        (dx,) = jax.linear_transpose(of_x, x)(g)
     padded = jnp.pad(x, ((0, 0), *around, (0, 0)))
     if low and x.shape[-1] > THIN and pair(stride) == (1, 1) and 2 * padded.size < 3 * x.size:
         dkernel = _transposed_once(padded, g, size, dilation)
