@@ -123,9 +123,7 @@ class ConvTranspose(nn.Module):
             (0, max(first + wanted - there, 0))
             for wanted, there in zip((rows, columns), y.shape[1:3], strict=True)
         ]
-        y = jnp.pad(y, ((0, 0), *beyond, (0, 0)))[
-            :, first : first + rows, first : first + columns
-        ]
+        y = jnp.pad(y, ((0, 0), *beyond, (0, 0)))[:, first : first + rows, first : first + columns]
         if self.use_bias:
             y = add_bias(
                 y.astype(jnp.float32),
