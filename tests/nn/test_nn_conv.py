@@ -193,5 +193,5 @@ def test_transposed_convolution_equals_pytorch(size, stride, padding, more, side
     ],
 )
 def test_images_smaller_than_a_window_are_refused(of):
-    with pytest.raises(ValueError, match="images of 3 x 9.*smaller than a window of 4 x .*larger"):
+    with pytest.raises(ValueError, match=r"images of 3 x 9.*smaller than a window of 4 x .*larger"):
         of(jnp.ones((1, 3, 9, 2)))
