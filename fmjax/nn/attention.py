@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.core import Tracer
 
 from fmjax.nn.dropout import dropout
 from fmjax.nn.fused_attention import fused, fused_attention
@@ -87,7 +88,7 @@ def cache_room(cache: dict[str, Any], length: int) -> tuple[Array, int]:
     if isinstance(layer, dict):  # of an encoder-decoder, beside the cross-attention's
         layer = layer["self"]
     start, capacity = cache["length"], layer.key.shape[-2]
-    if not isinstance(start, jax.core.Tracer) and (needed := int(start) + length) > capacity:
+    if not isinstance(start, Tracer) and (needed := int(start) + length) > capacity:
         raise ValueError(
             f"{length} more positions behind the {start} that the cache holds are more than the "
             f"{capacity} it has room for; make it with init_cache(..., length={needed})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from numbers import Real
 
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +97,7 @@ class RopeScaling:
         problems += [
             f"{name}={value!r} must be a positive number"
             for name, value in numbers.items()
-            if not (isinstance(value, Real) and value > 0)
+            if not (isinstance(value, int | float | np.number) and value > 0)
         ]
         if kind == "yarn" and not given.keys() & {"factor", "original_max_position_embeddings"}:
             problems.append("yarn needs factor or original_max_position_embeddings")
