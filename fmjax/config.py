@@ -270,11 +270,16 @@ def _written(value: Any) -> Any:
     return value
 
 
+def json_text(data: Any) -> str:
+    """JSON as it is written to files."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON under a temporary name and renames it, so that no reader sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(json_text(data), "utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from fmjax.config import config_to_json, default_labels, parse_config, read_config, write_json
+from fmjax.config import config_to_json, default_labels, json_text, parse_config, read_config
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import families, family_for, family_of
 from fmjax.nn.compact import Compact
@@ -541,7 +541,6 @@ def save(
         raise ValueError("the variables are not this model's:\n  " + "\n  ".join(wrong))
     tensors = export_params(family.rules(model.config, model.head), leaves)
     folder.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(folder, tensors, max_shard_size=max_shard_size)
     dtypes = {
         str(leaf.dtype) for leaf in leaves.values() if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
@@ -551,7 +550,8 @@ def save(
     }
     if len(dtypes) == 1:
         extra["dtype"] = dtypes.pop()
-    write_json(folder / "config.json", config_to_json(model.config, extra))
+    described = {"config.json": json_text(config_to_json(model.config, extra))}
+    write_checkpoint(folder, tensors, max_shard_size=max_shard_size, described=described)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder

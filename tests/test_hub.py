@@ -1,6 +1,8 @@
 """Finding folders, hub ids without a network, and what loading costs in memory."""
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +141,25 @@ def test_saving_leaves_a_folder_that_says_what_it_is(tmp_path, rng):
         "config.json",
         "model.safetensors",
     ]
+
+
+def test_a_save_over_another_that_is_cut_off_is_no_model(tmp_path, monkeypatch):
+    """Not new weights beside the old config, which have the same shapes."""
+    model, variables = fmjax.load(FIXTURES / "bert-seqcls")
+    fmjax.save(tmp_path, model, variables)
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target).name == "config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    other = model.clone(config=dataclasses.replace(model.config, hidden_act="relu"))
+    with pytest.raises(KeyboardInterrupt):
+        fmjax.save(tmp_path, other, variables)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        fmjax.load(tmp_path)
 
 
 @pytest.mark.slow

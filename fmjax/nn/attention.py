@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.core import Tracer
 
 from fmjax.nn.dropout import dropout
 from fmjax.nn.fused_attention import fused, fused_attention
@@ -72,12 +73,27 @@ def write_positions(buffer: Array, new: Array, start: Array | int) -> Array:
     return jax.lax.dynamic_update_slice(flat, new, at).reshape(buffer.shape)
 
 
-def cache_capacity(cache: dict[str, Any]) -> int:
-    """How many positions a cache has room for."""
+def cache_room(cache: dict[str, Any], length: int) -> tuple[Array, int]:
+    """How many positions a cache holds, and how many it has room for.
+
+    Args:
+        cache: of a model.
+        length: T, the positions that are to be written.
+
+    Raises:
+        ValueError: it has no room for them. In a compiled function, where what it holds is not
+            known, nobody can say, and the last positions would be overwritten.
+    """
     layer = next(value for name, value in cache.items() if name.startswith("layers"))
     if isinstance(layer, dict):  # of an encoder-decoder, beside the cross-attention's
         layer = layer["self"]
-    return layer.key.shape[-2]
+    start, capacity = cache["length"], layer.key.shape[-2]
+    if not isinstance(start, Tracer) and (needed := int(start) + length) > capacity:
+        raise ValueError(
+            f"{length} more positions behind the {start} that the cache holds are more than the "
+            f"{capacity} it has room for; make it with init_cache(..., length={needed})"
+        )
+    return start, capacity
 
 
 def prefix_length(variables: Mapping[str, Any]) -> int:

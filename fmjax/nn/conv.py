@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.activation import activation
-from fmjax.nn.convolution import Around, convolution, shifts, window
+from fmjax.nn.convolution import Around, check_fit, convolution, shifts, window
 from fmjax.nn.norm import BatchNorm
 from fmjax.nn.parameter import parameter
 from fmjax.nn.product import add_bias, affine, matmul
@@ -54,7 +54,7 @@ class Conv(nn.Module):
         shape = (*size, x.shape[-1] // self.groups, self.features)
         kernel = parameter(self, "kernel", self.kernel_init, shape)
         x = x.astype(kernel.dtype)  # pixels are float32 whatever the weights are
-        if size == (1, 1) and self.groups == 1:
+        if size == (1, 1) and self.groups == 1 and self.around in (None, ((0, 0), (0, 0))):
             # XLA's CPU convolutions are slow, and this one is a product.
             down, across = pair(self.stride)
             rows = x[:, ::down, ::across]
@@ -118,7 +118,12 @@ class ConvTranspose(nn.Module):
             for length in x.shape[1:3]
         )
         first = self.padding
-        y = y[:, first : first + rows, first : first + columns]
+        # Pixels at the end may lie beyond all windows.
+        beyond = [
+            (0, max(first + wanted - there, 0))
+            for wanted, there in zip((rows, columns), y.shape[1:3], strict=True)
+        ]
+        y = jnp.pad(y, ((0, 0), *beyond, (0, 0)))[:, first : first + rows, first : first + columns]
         if self.use_bias:
             y = add_bias(
                 y.astype(jnp.float32),
@@ -240,8 +245,12 @@ def max_pool(x: Array, size: int, stride: int, padding: int | Around = 0) -> Arr
         size: of the window.
         stride: between windows.
         padding: on all sides, or as a convolution's.
+
+    Raises:
+        ValueError: images are smaller than a window.
     """
     around = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+    check_fit(x.shape[1:3], (size, size), around)
 
     def along_both(x: Array) -> Array:
         for axis, ends in ((2, around[1]), (1, around[0])):
@@ -276,8 +285,13 @@ def average_pool(
         stride: between windows.
         padding: zeros on all sides.
         count_padding: whether they count, as in PyTorch; TensorFlow takes the mean of the rest.
+
+    Raises:
+        ValueError: images are smaller than a window.
     """
-    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    ends = (padding, padding)
+    check_fit(x.shape[1:3], (size, size), (ends, ends))
+    around = ((0, 0), ends, ends, (0, 0))
     total = reduce(jnp.add, shifts(jnp.pad(x.astype(jnp.float32), around), size, stride))
     count: Any = size**2
     if not count_padding:

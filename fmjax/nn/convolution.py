@@ -37,10 +37,15 @@ def convolution(
         x: images.
         kernel: [X, Y, I / groups, O], in x's dtype.
         stride: pixels between windows, one number or along rows and columns.
-        around: zeros put before and after the rows, and the columns.
+        around: zeros put before and after the rows, and the columns; of a negative number, pixels
+            are left out.
         groups: I and O fall into as many parts, each convolved by itself.
         dilation: pixels from one place of a window to the next.
+
+    Raises:
+        ValueError: images are smaller than a window.
     """
+    check_fit(x.shape[1:3], window(kernel.shape[:2], dilation), around)
     options: dict[str, Any] = {
         "stride": stride, "around": around, "groups": groups, "dilation": dilation
     }  # fmt: skip
@@ -93,7 +98,7 @@ def _shifted_products(
     Its gradients are written out, the kernel's as a loop: 49 sums side by side take XLA five times
     as long to compile and to run (measured: 404 ms against 57 ms for [8, 14, 14, 384]).
     """
-    x = jnp.pad(x, ((0, 0), *around, (0, 0)))
+    x = _padded(x, around)
     rows = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)  # [X * Y, C]
     total = jnp.zeros((), jnp.float32)
     for part, row in zip(shifts(x, kernel.shape[:2], stride, dilation), rows, strict=True):
@@ -125,7 +130,7 @@ def _products_backward(
     spread = jax.lax.pad(g, jnp.zeros((), g.dtype), [nothing, *edges, nothing])
     dx: Array = _shifted_products(spread, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)), dilation)
     # Of the kernel: the sum over what each of its places saw.
-    padded = jnp.pad(x, ((0, 0), *around, (0, 0)))
+    padded = _padded(x, around)
     seen = (x.shape[0], *spans, x.shape[-1])
 
     columns = kernel.shape[1]
@@ -158,7 +163,7 @@ def _convolution_on_cpu(
 
 def _by_rows(x: Array, kernel: Array, stride: Stride, around: Around, dilation: int) -> Array:
     """A product for each row of the window, whose columns are put side by side."""
-    x = jnp.pad(x, ((0, 0), *around, (0, 0)))
+    x = _padded(x, around)
     columns = list(shifts(x, (1, kernel.shape[1]), (1, pair(stride)[1]), dilation))
     beside = jnp.stack(columns, -2).reshape(*columns[0].shape[:3], -1)  # [B, X, Y', Y * I]
     parts = shifts(beside, (kernel.shape[0], 1), (pair(stride)[0], 1), dilation)
@@ -190,8 +195,8 @@ def _backward(
         dx = _by_rows(g, turned, stride, (rows, columns), dilation)
     else:
         of_x = partial(_convolution, kernel=kernel, stride=stride, around=around, dilation=dilation)
-        (dx,) = jax.vjp(of_x, x)[1](g)
-    padded = jnp.pad(x, ((0, 0), *around, (0, 0)))
+        (dx,) = jax.linear_transpose(of_x, x)(g)
+    padded = _padded(x, around)
     if low and x.shape[-1] > THIN and pair(stride) == (1, 1) and 2 * padded.size < 3 * x.size:
         dkernel = _transposed_once(padded, g, size, dilation)
     else:
@@ -228,6 +233,28 @@ def _transposed_once(padded: Array, g: Array, size: tuple[int, ...], dilation: i
 
 
 _convolution_on_cpu.defvjp(_forward, _backward)
+
+
+def _padded(x: Array, around: Around) -> Array:
+    """x with zeros around it; of a negative number, pixels are left out."""
+    sides = [(before, after, 0) for before, after in around]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+
+
+def check_fit(image: tuple[int, ...], whole: tuple[int, int], around: Around) -> None:
+    """Refuses images in which there is no window.
+
+    Args:
+        image: its rows and columns.
+        whole: those of a window, from one side to the other.
+        around: see `convolution`.
+    """
+    sides = [length + sum(ends) for length, ends in zip(image, around, strict=True)]
+    if any(length < seen for length, seen in zip(sides, whole, strict=True)):
+        raise ValueError(
+            f"images of {image[0]} x {image[1]}, with zeros around them {sides[0]} x {sides[1]}, "
+            f"are smaller than a window of {whole[0]} x {whole[1]}; give larger images"
+        )
 
 
 def window(size: int | tuple[int, ...], dilation: int) -> tuple[int, int]:

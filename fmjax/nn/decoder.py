@@ -12,12 +12,12 @@ from flax import linen as nn
 from jax import Array
 
 from fmjax.nn.activation import ACTIVATIONS
-from fmjax.nn.attention import cache_capacity, empty_cache, prefix_length
+from fmjax.nn.attention import cache_room, empty_cache, prefix_length
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.heads import Unembedding
 from fmjax.nn.linear import Dense
-from fmjax.nn.mask import Mask, make_attention_mask
+from fmjax.nn.mask import Mask, check_mask, make_attention_mask
 from fmjax.nn.sides import empty_seq2seq_cache
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output, PyTree, Remat
@@ -288,7 +288,8 @@ class Decoder(nn.Module):
             raise ValueError(f"{self.head} takes [B, T]; got token ids of shape {shape}")
         length, start, capacity = shape[-1], 0, shape[-1]
         if cache is not None:
-            start, capacity = cache["length"], cache_capacity(cache)
+            start, capacity = cache_room(cache, length)
+        check_mask(attention_mask, length, capacity, shape[0])
         # A cache may have columns to spare, for padding, where positions are given.
         spare = cache is not None and position_ids is not None
         before = prefix_length(self.variables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.attention import cache_capacity, empty_cache, prefix_length
+from fmjax.nn.attention import cache_room, empty_cache, prefix_length
 from fmjax.nn.checks import check_head
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.embed import Embed, token_shape
 from fmjax.nn.linear import Dense
-from fmjax.nn.mask import Mask, make_attention_mask
+from fmjax.nn.mask import Mask, check_mask, make_attention_mask
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import StackOutput, run_stack
 from fmjax.types import Output, PyTree, Remat
@@ -344,7 +345,8 @@ class Encoder(nn.Module):
             )  # [B, N, T] -> [B * N, T]
         start, capacity = 0, batch_shape[-1]
         if cache is not None:
-            start, capacity = cache["length"], cache_capacity(cache)
+            start, capacity = cache_room(cache, batch_shape[-1])
+        check_mask(attention_mask, batch_shape[-1], capacity, math.prod(batch_shape[:-1]))
         # A cache may have columns to spare, for padding, where positions are given.
         spare = cache is not None and position_ids is not None
         before = prefix_length(self.variables)

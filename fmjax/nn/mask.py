@@ -37,6 +37,30 @@ def keep_of(mask: Mask | Array | None) -> Array | None:
     return mask.keep if isinstance(mask, Mask) else mask
 
 
+def check_mask(
+    mask: Array | None, query_length: int, key_length: int, batch: int | None = None
+) -> None:
+    """Refuses a mask that does not fit.
+
+    Args:
+        mask, query_length, key_length: see `make_attention_mask`.
+        batch: B; None where it is not known.
+    """
+    if mask is None:
+        return
+    if (
+        mask.ndim not in (2, 3)
+        or mask.shape[-1] != key_length
+        or (mask.ndim == 3 and mask.shape[1] not in (1, query_length))
+        or (batch is not None and mask.shape[0] not in (1, batch))
+    ):
+        rows = "B" if batch is None else batch
+        raise ValueError(
+            f"attention_mask has shape {mask.shape}; it must be [{rows}, {key_length}] or "
+            f"[{rows}, {query_length}, {key_length}] (with a cache, its whole length)"
+        )
+
+
 def make_attention_mask(
     mask: Array | None,
     *,
@@ -60,13 +84,9 @@ def make_attention_mask(
     Raises:
         ValueError: the mask does not fit T and S.
     """
+    check_mask(mask, query_length, key_length)
     padding = None
     if mask is not None:
-        if mask.shape[-1] != key_length or mask.ndim not in (2, 3):
-            raise ValueError(
-                f"attention_mask has shape {mask.shape}; it must be [B, {key_length}] or "
-                f"[B, {query_length}, {key_length}] (with a cache, its whole length)"
-            )
         padding = mask.astype(bool)
         padding = padding[:, None, None, :] if mask.ndim == 2 else padding[:, None]
     if not causal and window is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +19,21 @@ from fmjax.nn.linear import Dense
 from fmjax.nn.parameter import parameter
 from fmjax.nn.placement import BATCH, EXPERT, axis_size, divided_over, nearest_parts, parts_over
 from fmjax.nn.product import matmul
+
+_SENT: ContextVar[bool] = ContextVar("sent_to_experts", default=False)
+
+
+@contextlib.contextmanager
+def sent_to_experts() -> Iterator[None]:
+    """Sends each token to its own experts alone, in what is traced in the ``with`` block.
+
+    It is what `mix_experts` computes, without what it computes in vain or twice: for counting.
+    """
+    token = _SENT.set(True)
+    try:
+        yield
+    finally:
+        _SENT.reset(token)
 
 
 class ExpertKernels(NamedTuple):
@@ -37,11 +54,16 @@ def route(logits: Array, top_k: int) -> Array:
     Returns:
         float32 [N, E], zero but for the `top_k` largest, which sum to 1.
     """
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    largest, chosen = jax.lax.top_k(probabilities, top_k)  # [N, top_k]
-    shares = largest / jnp.sum(largest, axis=-1, keepdims=True)
+    shares, chosen = _likeliest(logits, top_k)
     one_hot = jax.nn.one_hot(chosen, logits.shape[-1], dtype=jnp.float32)  # [N, top_k, E]
     return jnp.einsum("nke,nk->ne", one_hot, shares)
+
+
+def _likeliest(logits: Array, top_k: int) -> tuple[Array, Array]:
+    """The shares [N, top_k] of a token's experts, and which they are."""
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    largest, chosen = jax.lax.top_k(probabilities, top_k)  # [N, top_k]
+    return largest / jnp.sum(largest, axis=-1, keepdims=True), chosen
 
 
 def _expert(act: str, x: Array, shares: Array, kernels: ExpertKernels) -> Array:
@@ -125,6 +147,18 @@ def _backward(act: str, residuals: Residuals, g: Array) -> tuple[Array, Array, E
 mix_experts.defvjp(_forward, _backward)
 
 
+def _send(act: str, x: Array, logits: Array, top_k: int, kernels: ExpertKernels) -> Array:
+    """`mix_experts` of routed tokens, each of which passes its own experts alone."""
+    shares, chosen = (part.reshape(-1) for part in _likeliest(logits, top_k))  # [N * top_k]
+    order = jnp.argsort(chosen)  # expert by expert
+    sizes = jnp.bincount(chosen, length=logits.shape[1])
+    product = partial(jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=jnp.float32)
+    rows = x[order // top_k]
+    gate, up = (product(rows, kernel).astype(x.dtype) for kernel in (kernels.gate, kernels.up))
+    y = product(activation(act)(gate) * up, kernels.down) * shares[order][:, None]
+    return jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(y).astype(x.dtype)
+
+
 def spread_experts(act: str, x: Array, logits: Array, top_k: int, kernels: ExpertKernels) -> Array:
     """`mix_experts` of routed tokens: each part of a mesh's axis "expert" computes its experts.
 
@@ -140,6 +174,8 @@ def spread_experts(act: str, x: Array, logits: Array, top_k: int, kernels: Exper
     Raises:
         ValueError: the experts do not divide by the axis.
     """
+    if _SENT.get():
+        return _send(act, x, logits, top_k, kernels)
     parts, experts = axis_size(EXPERT), logits.shape[1]
     if experts % parts:
         raise ValueError(

@@ -245,15 +245,17 @@ def _batch_normalised(
         if mask is None:
             y, *statistics = _whitened(x, scale, bias, module.epsilon)
             mean, variance = jax.lax.stop_gradient(statistics)
+            correction = values / (values - 1)
         else:
             kept = mask.astype(jnp.float32).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
-            values = jnp.maximum(jnp.sum(kept) * (values // mask.size), 2)
+            values = jnp.maximum(jnp.sum(kept) * (values // mask.size), 1)
             axes, x32 = tuple(range(x.ndim - 1)), x.astype(jnp.float32)
             mean = jnp.sum(x32 * kept, axes) / values
             variance = jnp.sum(jnp.square((x32 - mean) * kept), axes) / values
             y = _by_statistics(x, scale, bias, mean, variance, module.epsilon)
+            correction = values / jnp.maximum(values - 1, 1)
         if _moves(module):
-            unbiased = variance * (values / (values - 1))
+            unbiased = variance * correction
             for running, value in ((running_mean, mean), (running_variance, unbiased)):
                 old = running.value.astype(jnp.float32)
                 new = (1 - module.momentum) * old + module.momentum * value

@@ -88,12 +88,17 @@ class RopeScaling:
         problems += [
             f"{kind} does not read {name}" for name in given if name not in needed + allowed
         ]
+        numbers = {
+            name: given[name]
+            for name in ("factor", "original_max_position_embeddings", "attention_factor",
+                         "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+            if name in given
+        }  # fmt: skip
         problems += [
-            f"{name}={given[name]} must be positive"
-            for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
-                         "low_freq_factor", "high_freq_factor")
-            if name in given and given[name] <= 0
-        ]  # fmt: skip
+            f"{name}={value!r} must be a positive number"
+            for name, value in numbers.items()
+            if not (isinstance(value, int | float | np.number) and value > 0)
+        ]
         if kind == "yarn" and not given.keys() & {"factor", "original_max_position_embeddings"}:
             problems.append("yarn needs factor or original_max_position_embeddings")
         if kind == "llama3" and not problems and self.low_freq_factor == self.high_freq_factor:
@@ -103,7 +108,7 @@ class RopeScaling:
 
     def size_problems(self, size: int) -> list[str]:
         """What does not fit `size` rotated features a head."""
-        return [
+        problems = [
             f"rope_scaling.{name} has {len(factors)} numbers; {size} rotated features of a head "
             f"need {(size + 1) // 2}"
             for name, factors in (
@@ -111,6 +116,11 @@ class RopeScaling:
             )
             if factors is not None and len(factors) != (size + 1) // 2
         ]  # fmt: skip
+        if self.rope_type == "dynamic" and size < 3:
+            problems.append(
+                f"dynamic rope_scaling needs more than the {size} rotated features of a head"
+            )
+        return problems
 
 
 def inverse_frequencies(size: int, theta: float) -> np.ndarray:
@@ -152,6 +162,9 @@ def scaled_frequencies(
 
     Returns:
         (radians per position, float32 [R / 2]; the factor of cosines and sines).
+
+    Raises:
+        ValueError: the scaling does not fit these numbers.
     """
     kind = "default" if scaling is None else scaling.rope_type
     plain = inverse_frequencies(size, theta)
@@ -159,6 +172,13 @@ def scaled_frequencies(
         return plain, 1.0
     original = scaling.original_max_position_embeddings or max_positions
     factor = scaling.factor
+    problems = scaling.size_problems(size)
+    if kind == "yarn" and theta <= 1:
+        problems.append(f"theta={theta} must be above 1 for yarn")
+    if kind == "longrope" and original < 2:
+        problems.append(f"longrope needs an original context above {original} position")
+    if problems:
+        raise ValueError("; ".join(problems))
     match kind:
         case "linear":
             assert factor is not None
@@ -344,7 +364,12 @@ def sinusoids_of(positions: Array, width: int) -> Array:
 
     Returns:
         float32 [..., D].
+
+    Raises:
+        ValueError: there is no shortest and longest wavelength in so few features.
     """
+    if width < 4:
+        raise ValueError(f"width={width} must be at least 4: a sine and a cosine of two waves")
     half = width // 2
     steps = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / (half - 1))
     angles = positions[..., None].astype(jnp.float32) * np.exp(steps)  # [..., D / 2]

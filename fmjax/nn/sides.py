@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fmjax.nn.attention import Attention, Cache, cache_capacity
+from fmjax.nn.attention import Attention, Cache, cache_room
 from fmjax.nn.embed import Embed, token_shape
-from fmjax.nn.mask import Mask, make_attention_mask
+from fmjax.nn.mask import Mask, check_mask, make_attention_mask
 from fmjax.nn.stack import StackOutput
 from fmjax.types import Output, PyTree
 
@@ -109,12 +109,13 @@ def tokens(
         raise ValueError(f"{prefix}input_ids must be [B, T]; got token ids of shape {shape}")
     length, capacity, start = shape[-1], shape[-1], 0
     if cache is not None:
-        start, capacity = cache["length"], cache_capacity(cache)
+        start, capacity = cache_room(cache, length)
     if max_positions is not None and capacity > max_positions:
         raise ValueError(
             f"{capacity} positions of {prefix}input_ids are more than the model's {max_positions}; "
             "truncate the input"
         )
+    check_mask(attention_mask, length, capacity, shape[0])
     mask = make_attention_mask(
         attention_mask, query_length=length, key_length=capacity, causal=causal, start=start
     )

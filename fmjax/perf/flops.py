@@ -52,8 +52,8 @@ class FlopCount:
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> FlopCount:
     """Count the FLOPs of `fn(*args, **kwargs)` without running it.
 
-    A scan counts its body times its length, a `cond` its most expensive branch, a `shard_map`
-    its body once for each device that runs it.
+    A scan counts its body times its length, a `cond` its most expensive branch, a
+    `platform_dependent` its default, a `shard_map` its body once for each device that runs it.
 
     Args:
         fn: a function of arrays. Close over everything that is not an array.
@@ -137,7 +137,7 @@ def _walk(jaxpr: core.Jaxpr) -> _Tally:
         elif name in _OPAQUE:
             tally.opaque[name] += 1
         elif name == "cond":
-            branches = [_walk(branch.jaxpr) for branch in eqn.params["branches"]]
+            branches = [_walk(branch.jaxpr) for branch in _branches(eqn)]
             tally.add(max(branches, key=_Tally.total), 1)
         elif name == "while":
             loop = _Tally()
@@ -159,6 +159,16 @@ def _subprograms(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
                 yield item.jaxpr
             elif isinstance(item, core.Jaxpr):
                 yield item
+
+
+def _branches(eqn: core.JaxprEqn) -> Sequence[core.ClosedJaxpr]:
+    """The branches that a `cond` may take; of a choice by platform the default, which is the
+    mathematics, where others may compute more (zeros around an image) to be faster."""
+    branches = eqn.params["branches"]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None or None not in platforms:
+        return branches
+    return [branches[platforms.index(None)]]
 
 
 def _times(eqn: core.JaxprEqn) -> int:

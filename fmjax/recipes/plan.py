@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import tyro
@@ -58,6 +58,13 @@ class Settings(Work):
     """A file for a picture of the plans' memory and time: .png, .svg or .pdf."""
 
 
+class Flops(NamedTuple):
+    """Of a step over all chips: what it needs, and what it executes by what it recomputes."""
+
+    model: int
+    executed: dict[Remat, int]
+
+
 def plan(settings: Settings) -> dict[str, Any]:
     """Plans a training step.
 
@@ -95,8 +102,8 @@ def plan(settings: Settings) -> dict[str, Any]:
     step = describe(settings.model, settings)
     devices = target.devices()
     found, undivided = candidates(step, target, devices, axes, settings.remat)
-    policies: set[Remat] = {"none", *(one.remat for one in found)}
-    flops: dict[Remat, int] = {remat: step.flops(remat) for remat in policies}
+    policies: set[Remat] = {one.remat for one in found}
+    flops = Flops(step.model_flops(), {remat: step.flops(remat) for remat in policies})
     plans, best = _search(step, target, devices, found, settings, flops)
     rest = [one for one in found if all(one is not done for done, _, _ in plans)]
     rows = [row for _, row, _ in plans]
@@ -111,7 +118,7 @@ def plan(settings: Settings) -> dict[str, Any]:
             "jax": jax.__version__,
         },
         "settings": plain_settings(settings) | {"head": step.head},
-        "counted": step.sizes() | {"model_flops": flops["none"], "tokens": step.tokens},
+        "counted": step.sizes() | {"model_flops": flops.model, "tokens": step.tokens},
         "plans": rows + [_row(one, "refused", why) for one, why in undivided],
         "best": best,
     }
@@ -146,7 +153,7 @@ def _search(
     devices: list[Any],
     found: list[Candidate],
     settings: Settings,
-    flops: dict[Remat, int],
+    flops: Flops,
 ) -> tuple[list[tuple[Candidate, dict[str, Any], Compiled | None]], int | None]:
     """What was tried, and the place of the best in it.
 
@@ -255,13 +262,13 @@ def _compiled_row(
     step: Step,
     target: Target,
     settings: Settings,
-    flops: dict[Remat, int],
+    flops: Flops,
 ) -> dict[str, Any]:
     memory, traffic = compiled.memory, compiled.traffic
     fits = memory.total <= target.memory
     why = None if fits else f"{memory.total / 1e9:.1f} of {target.memory / 1e9:.1f} GB"
     row = _row(one, "fits" if fits else "too large", why)
-    row["counted"] = {"executed_flops": flops[one.remat]}
+    row["counted"] = {"executed_flops": flops.executed[one.remat]}
     row["compiled"] = {
         "compile_seconds": compiled.seconds,
         "peak_bytes": memory.total,
@@ -276,8 +283,8 @@ def _compiled_row(
         bound = roofline(
             target.peak,
             chips=target.chips,
-            model_flops=flops["none"],
-            executed_flops=flops[one.remat],
+            model_flops=flops.model,
+            executed_flops=flops.executed[one.remat],
             moved=traffic.moved,
             sent=traffic.sent,
             tokens=step.tokens,

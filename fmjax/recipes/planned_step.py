@@ -20,6 +20,7 @@ from fmjax.config import parse_config, read_config
 from fmjax.methods import lora
 from fmjax.methods.adapted_layers import is_adapter
 from fmjax.nn.fused_attention import attention_kernel
+from fmjax.nn.moe import sent_to_experts
 from fmjax.perf.flops import count_needed_flops
 from fmjax.perf.memory import MemoryUse, host_bytes, memory_use
 from fmjax.perf.program import Traffic, read_program
@@ -124,7 +125,7 @@ class Step(NamedTuple):
         return cast(loss, jnp.bfloat16) if self.work.precision == "bfloat16" else loss
 
     def flops(self, remat: Remat) -> int:
-        """FLOPs of a step's gradient over all chips, counted in the program as traced."""
+        """FLOPs that a step's gradient executes over all chips, in the program as traced."""
         # By the products themselves, whatever kernel will compute them.
         with attention_kernel("plain"):
             state = self.state
@@ -133,6 +134,11 @@ class Step(NamedTuple):
                 state.trainable, state.non_trainable, self.batch, state.rng,
             )  # fmt: skip
         return counted.total
+
+    def model_flops(self) -> int:
+        """FLOPs that it needs: nothing is recomputed, and a token passes its own experts alone."""
+        with sent_to_experts():
+            return self.flops("none")
 
     def sizes(self) -> dict[str, int]:
         """How many numbers there are, and how many of them train."""

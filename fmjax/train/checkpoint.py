@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmjax.config import write_json
 from fmjax.train.loop import Event, Hook, Memory
 from fmjax.train.recording import writable_folder
 from fmjax.tree import flatten, map_with_path
@@ -57,6 +58,7 @@ class Checkpoints:
         self.folder = writable_folder(folder)
         self._settings = None if settings is None else json.loads(json.dumps(dict(settings)))
         self._keep = _NewestAndBest()
+        self._remembered: dict[str, Any] | None = None  # in the newest, if it was saved from here
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -71,7 +73,8 @@ class Checkpoints:
         from the buffers themselves; JAX leaves those that are being read alone and gives the next
         step new ones, so that for a moment there are two states in memory.
 
-        Nothing is done if the newest checkpoint is of this very step.
+        If the newest checkpoint is of this very step, what the loop remembers is renewed in it, if
+        hooks have changed that since.
 
         Args:
             data: the position from ``batches.get_state()``, as JSON values.
@@ -81,8 +84,10 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
+        remembered = json.loads(json.dumps(dataclasses.asdict(memory)))
         step, newest = int(state.step), self._manager.latest_step()
         if newest == step:
+            self._remember(step, remembered)
             return
         if newest is not None and newest > step:
             raise ValueError(
@@ -93,7 +98,7 @@ class Checkpoints:
             "leaves": _leaves(state),
             "settings": self._settings,
             "data": data,
-            "memory": dataclasses.asdict(memory),
+            "memory": remembered,
         }
         self._keep.best = memory.best_step
         self._manager.save(
@@ -104,6 +109,18 @@ class Checkpoints:
                 run=ocp.args.JsonSave(json.loads(json.dumps(run))),
             ),
         )
+        self._remembered = remembered
+
+    def _remember(self, step: int, remembered: dict[str, Any]) -> None:
+        """Puts this in place of the memory that the newest checkpoint has, by a single rename."""
+        if remembered == self._remembered:
+            return
+        self.wait()
+        run = self._read_run(step)
+        if remembered != run["memory"] and jax.process_index() == 0:
+            write_json(self.folder / str(step) / "run" / "metadata", run | {"memory": remembered})
+        self._keep.best = remembered["best_step"]
+        self._remembered = remembered
 
     def restore_last(self, abstract_state: TrainState) -> Restored | None:
         """The newest checkpoint, or None if there is none.

@@ -44,7 +44,8 @@ def keep_moments(
     alone: a run that is resumed draws the same.
 
     Args:
-        tx: any optimizer. What of its state is no array of floats is kept as it is.
+        tx: any optimizer. What of its state is no array of floats, or a single number, is kept as
+            it is.
         moments: "float32" is `tx` itself.
 
     Raises:
@@ -59,12 +60,14 @@ def keep_moments(
         count = jnp.zeros((), jnp.int32)
         return RoundedState(count, _rounded(tx.init(params), count))
 
-    def update(updates, state, params=None):
-        updates, inner = tx.update(updates, _widened(state.inner), params)
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, **extra):
+        updates, inner = tx.update(updates, _widened(state.inner), params, **extra)
         count = state.count + 1
         return updates, RoundedState(count, _rounded(inner, count))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _widened(state: PyTree) -> PyTree:
@@ -76,7 +79,7 @@ def _rounded(state: PyTree, count: Array) -> PyTree:
     leaves, structure = jax.tree.flatten_with_path(state)
     done: list[Any] = [
         rounded_at_random(x, jax.random.fold_in(key, place))
-        if x.dtype == jnp.float32 and path[-1:] != COEFFICIENTS
+        if x.dtype == jnp.float32 and x.ndim > 0 and path[-1:] != COEFFICIENTS
         else x
         for place, (path, x) in enumerate(leaves)
     ]

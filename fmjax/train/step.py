@@ -15,7 +15,17 @@ import optax
 from jax import Array
 
 from fmjax.tree import flatten, is_running, merge, override, split, unflatten
-from fmjax.types import Aux, Batch, GradFn, LossFn, Mean, StepFn, TrainState, Variables
+from fmjax.types import (
+    Aux,
+    Batch,
+    GradFn,
+    LossFn,
+    Mean,
+    PyTree,
+    StepFn,
+    TrainState,
+    Variables,
+)
 
 
 def is_param(path: str) -> bool:
@@ -94,11 +104,12 @@ def accumulate(grad_fn: GradFn, num_microbatches: int) -> GradFn:
     """The same gradient from `num_microbatches` smaller passes, averaged by ``Aux.weight``.
 
     Piece j takes examples j, j + n, j + 2n, ..., so that each piece stays spread over the devices
-    that hold the batch. Mutable collections are threaded from piece to piece. One piece is
-    `grad_fn` itself.
+    that hold the batch. Sums are of float32 at the least. Mutable collections are threaded from
+    piece to piece. One piece is `grad_fn` itself.
 
     Raises:
-        ValueError: the batch size is not a multiple of `num_microbatches`.
+        ValueError: the batch size is not a multiple of `num_microbatches`, a leaf of the batch has
+            no examples, or the loss updates leaves that the variables do not have.
     """
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches is {num_microbatches}; it must be at least 1")
@@ -108,6 +119,10 @@ def accumulate(grad_fn: GradFn, num_microbatches: int) -> GradFn:
     def accumulated(
         trainable: Variables, non_trainable: Variables, batch: Batch, rng: Array | None
     ) -> tuple[Variables, Array, Aux]:
+        if scalars := [name for name, leaf in batch.items() if not jnp.ndim(leaf)]:
+            raise ValueError(
+                f"batch {scalars} have no axis of examples to divide; give every leaf one"
+            )
         sizes = {name: leaf.shape[0] for name, leaf in batch.items()}
         if uneven := {name: b for name, b in sizes.items() if b % num_microbatches}:
             raise ValueError(
@@ -126,29 +141,30 @@ def accumulate(grad_fn: GradFn, num_microbatches: int) -> GradFn:
             grads, loss, aux = grad_fn(
                 trainable, override(non_trainable, updates), piece, piece_rng
             )
-            weighted = jax.tree.map(lambda g: _scaled(g, aux.weight), grads)
-            return weighted, loss * aux.weight, aux
+            return (grads, loss), aux
 
         def body(carry, xs):
             sums, updates = carry
-            grads, loss, aux = one_piece(updates, *xs)
-            sums = jax.tree.map(jnp.add, sums, (grads, loss, aux.weight, aux.metrics))
+            values, aux = one_piece(updates, *xs)
+            weighted = _scaled(values, aux.weight)
+            sums = jax.tree.map(jnp.add, sums, (weighted, aux.weight, aux.metrics))
             return (sums, aux.updates), None
 
         first = jax.tree.map(lambda x: x[0], pieces)
-        abstract = jax.eval_shape(lambda piece: one_piece({}, jnp.int32(0), piece), first)
-        grads, loss, aux = abstract
+        values, aux = jax.eval_shape(lambda piece: one_piece({}, jnp.int32(0), piece), first)
+        weighted = jax.eval_shape(_scaled, values, aux.weight)
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, aux.weight, aux.metrics)
+            lambda x: jnp.zeros(x.shape, x.dtype), (weighted, aux.weight, aux.metrics)
         )
+        override(non_trainable, aux.updates)  # refuses what is not there
         flat = flatten(non_trainable)
         start = unflatten({path: flat[path] for path in flatten(aux.updates)})
         (sums, updates), _ = jax.lax.scan(
             body, (zeros, start), (jnp.arange(num_microbatches), pieces)
         )
-        grads, loss, weight, metrics = sums
-        grads = jax.tree.map(lambda g: _divided(g, weight), grads)
-        return grads, _divided(loss, weight), Aux(weight, metrics, updates)
+        weighted, weight, metrics = sums
+        grads, loss = _divided(weighted, weight, values)
+        return grads, loss, Aux(weight, metrics, updates)
 
     return accumulated
 
@@ -166,13 +182,13 @@ def all_reduce(grad_fn: GradFn, axis_name: str) -> GradFn:
     ) -> tuple[Variables, Array, Aux]:
         device_rng = None if rng is None else jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         grads, loss, aux = grad_fn(trainable, non_trainable, batch, device_rng)
-        weighted = jax.tree.map(lambda g: _scaled(g, aux.weight), grads)
-        grads, loss, weight, metrics = jax.lax.psum(
-            (weighted, loss * aux.weight, aux.weight, aux.metrics), axis_name
+        values = (grads, loss)
+        weighted, weight, metrics = jax.lax.psum(
+            (_scaled(values, aux.weight), aux.weight, aux.metrics), axis_name
         )
         updates = jax.tree.map(lambda x: _shared(x, axis_name), aux.updates)
-        grads = jax.tree.map(lambda g: _divided(g, weight), grads)
-        return grads, _divided(loss, weight), Aux(weight, metrics, updates)
+        grads, loss = _divided(weighted, weight, values)
+        return grads, loss, Aux(weight, metrics, updates)
 
     return reduced
 
@@ -182,13 +198,20 @@ def _shared(x: Array, axis_name: str) -> Array:
     return jax.lax.pmean(x, axis_name) if floating else jax.lax.pmax(x, axis_name)
 
 
-def _scaled(x: Array, weight: Array) -> Array:
-    return x * weight.astype(x.dtype)
+def _scaled(values: PyTree, weight: Array) -> PyTree:
+    """values * weight, of float32 at the least: below it, sums of many pieces stop growing."""
+
+    def scaled(x: Array) -> Array:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return x * weight.astype(x.dtype)
+
+    return jax.tree.map(scaled, values)
 
 
-def _divided(x: Array, weight: Array) -> Array:
-    """x / weight, and 0 for a batch in which nothing counts."""
-    return x / jnp.where(weight == 0, 1, weight).astype(x.dtype)
+def _divided(sums: PyTree, weight: Array, like: PyTree) -> PyTree:
+    """sums / weight in the dtypes of `like`, and 0 for a batch in which nothing counts."""
+    weight = jnp.where(weight == 0, 1, weight)
+    return jax.tree.map(lambda x, y: (x / weight.astype(x.dtype)).astype(y.dtype), sums, like)
 
 
 def make_train_step(grad_fn: GradFn, tx: optax.GradientTransformation) -> StepFn:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from fmjax.weights import strict_json
 from fmjax.weights.flax_file import has_flax_names, open_flax, to_torch_names
@@ -245,18 +245,21 @@ def write_checkpoint(
     *,
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, str] | None = None,
+    described: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Path]:
     """Writes model.safetensors, or shards and their index, as Hugging Face names them.
 
     Everything is written under temporary names first and renamed at the end, the index last; an
     earlier export in the folder is then removed. However it ends, the folder never holds a mixture
-    of two exports that `open_checkpoint` would open, and no temporary file stays.
+    of two exports that `open_checkpoint` would open, nor weights beside what describes others.
 
     Args:
         folder: made if missing.
         tensors: with distinct names; read one at a time, in no particular order within a shard.
         max_shard_size: bytes, or text for `parse_size`; one tensor may exceed it.
         metadata: of each file; None is {"format": "pt"}, which PyTorch's loader asks for.
+        described: by name, the texts of files without which the weights mean nothing, such as
+            config.json. Another one is removed before the first weights appear; these come last.
 
     Returns:
         The files that were written.
@@ -276,6 +279,7 @@ def write_checkpoint(
     temporary = {name: target / f".{name}.{os.getpid()}.tmp" for name in names}
     if len(shards) > 1:
         temporary[INDEX] = target / f".{INDEX}.{os.getpid()}.tmp"
+    temporary |= {name: target / f".{name}.{os.getpid()}.tmp" for name in described}
     try:
         for name, shard in zip(names, shards, strict=True):
             write_safetensors(temporary[name], shard, metadata=metadata or {"format": "pt"})
@@ -284,6 +288,11 @@ def write_checkpoint(
             if any((target / name).exists() for name in names):
                 # An older index over shards of the same names must not outlive the first of them.
                 (target / INDEX).unlink(missing_ok=True)
+        for name, text in described.items():
+            temporary[name].write_text(text, encoding="utf-8")
+            old = target / name
+            if old.is_file() and old.read_bytes() != text.encode():
+                old.unlink()
         for name, path in temporary.items():
             os.replace(path, target / name)
     finally:

@@ -183,6 +183,8 @@ def test_bad_caches_are_refused():
     )
     with pytest.raises(ValueError, match="for 5 encoder positions and got 4"):
         run(model.init_cache(1, 6, 5))
+    with pytest.raises(ValueError, match=r"the 0 that the cache holds .* length=4\)"):
+        run(model.init_cache(1, 3, 4))
     with pytest.raises(ValueError, match="encoder_length=None"):
         model.init_cache(1, 6)
     with pytest.raises(ValueError, match="does not decode"):

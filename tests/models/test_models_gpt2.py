@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -99,6 +100,17 @@ def test_bad_inputs_are_refused():
             "add_cross_attention",
         ),
         ({"input_ids": np.zeros((1, 3), int), "mc_token_ids": np.zeros((1, 2))}, "double_heads"),
+        (
+            {
+                "input_ids": np.zeros((1, 3), int),
+                "cache": model.init_cache(1, 4) | {"length": jnp.int32(3)},
+            },
+            r"3 more positions behind the 3 .* than the 4 .* length=6\)",
+        ),
+        (
+            {"input_ids": np.zeros((2, 3), int), "attention_mask": np.ones((3, 3), int)},
+            r"attention_mask has shape \(3, 3\); it must be \[2, 3\] or \[2, 3, 3\]",
+        ),
     ]:
         with pytest.raises(ValueError, match=words):
             model.apply(variables, **inputs)

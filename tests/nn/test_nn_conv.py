@@ -9,12 +9,15 @@ from parity import assert_near
 
 from fmjax.nn.conv import (
     Conv,
+    ConvTranspose,
     _window_maxima,
+    average_pool,
     half_a_window,
     max_pool,
     same_padding,
 )
 from fmjax.nn.convolution import BROAD, _convolution, convolution, window
+from fmjax.nn.vision import pair
 
 KINDS = {  # I, O, size, stride, groups, dilation
     "plain": (8, 6, 3, 2, 1, 1),
@@ -126,3 +129,69 @@ def test_largest_of_windows_equals_pytorch(size, stride, padding):
     around = ((padding, padding), (padding, padding))
     elsewhere = _window_maxima(x, size=size, stride=stride, around=around)
     np.testing.assert_array_equal(ours, elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "features", "groups", "around", "dtype"),
+    [
+        ((1, 3), BROAD, BROAD, 1, ((1, 1), (1, 1)), jnp.bfloat16),  # more than a window reaches
+        (3, BROAD, BROAD, 1, ((-1, 2), (0, -2)), jnp.bfloat16),  # pixels left out
+        (3, 4, 6, 1, ((-1, 2), (0, -2)), jnp.float32),
+        (3, 4, 4, 4, ((-1, 2), (0, -2)), jnp.float32),
+        (1, 4, 6, 1, ((1, 1), (1, 1)), jnp.float32),
+    ],
+)
+def test_whatever_is_put_around_is_xlas(size, width, features, groups, around, dtype):
+    rng = np.random.default_rng(2)
+    conv = Conv(features, size, around=around, groups=groups)
+    x = jnp.asarray(rng.normal(size=(1, 5, 6, width)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(*pair(size), width // groups, features)), dtype)
+
+    def plain(x, kernel):
+        return _convolution(x, kernel, stride=1, around=around, groups=groups)
+
+    g = jnp.asarray(rng.normal(size=jax.eval_shape(plain, x, kernel).shape), dtype)
+
+    def both(fn, *args):
+        y, pull = jax.vjp(fn, *args)
+        return y, *pull(g.astype(y.dtype))
+
+    run = jax.jit(both, static_argnums=0)
+    low = run(lambda x, k: conv.apply({"params": {"kernel": k}}, x), x, kernel)
+    high = run(plain, *(array.astype(jnp.float32) for array in (x, kernel)))
+    tolerance = 2**-8 if dtype == jnp.bfloat16 else 1e-5
+    for one, other in zip(low, high, strict=True):
+        assert one.shape == other.shape
+        assert jnp.abs(one - other).max() < tolerance * jnp.abs(other).max()
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "more", "side"),
+    [(2, 2, 0, 1, 3), (4, 2, 0, 1, 1), (3, 2, 1, 1, 3), (2, 3, 1, 2, 4)],
+)
+def test_transposed_convolution_equals_pytorch(size, stride, padding, more, side):
+    """Also where pixels are added beyond all windows."""
+    rng = np.random.default_rng(3)
+    x, kernel = rng.normal(size=(2, side, side, 3)), rng.normal(size=(size, size, 3, 5))
+    bias = rng.normal(size=5)
+    y = ConvTranspose(5, size, stride, padding, more, use_bias=True).apply(
+        {"params": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}, x
+    )
+    expected = torch.nn.functional.conv_transpose2d(
+        torch.tensor(x).movedim(-1, 1), torch.tensor(kernel).permute(2, 3, 0, 1),
+        torch.tensor(bias), stride, padding, more,
+    )  # fmt: skip
+    assert_near(y, expected.movedim(1, -1), "output")
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x: max_pool(x, 4, 2),
+        lambda x: average_pool(x, 4, 2),
+        lambda x: convolution(x, jnp.ones((4, 1, 2, 2)), stride=1, around=((0, 0), (0, 0))),
+    ],
+)
+def test_images_smaller_than_a_window_are_refused(of):
+    with pytest.raises(ValueError, match=r"images of 3 x 9.*smaller than a window of 4 x .*larger"):
+        of(jnp.ones((1, 3, 9, 2)))

@@ -130,3 +130,10 @@ def test_a_model_says_that_it_is_causal(monkeypatch: pytest.MonkeyPatch) -> None
         composed = model.apply(variables, ids).logits
     assert [(call["is_causal"], call["mask"]) for call in calls] == [(True, None)] * 2
     chex.assert_trees_all_close(plain, composed, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 5), (4,)])
+def test_a_mask_that_does_not_fit_is_refused(shape, causal):
+    with pytest.raises(ValueError, match=r"must be \[B, 4\] or \[B, 4, 4\]"):
+        make_attention_mask(jnp.ones(shape), query_length=4, key_length=4, causal=causal)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from chex import assert_trees_all_close
 
-from fmjax.nn.moe import ExpertKernels, mix_experts, route
+from fmjax.nn.moe import (
+    ExpertKernels,
+    Experts,
+    mix_experts,
+    route,
+    sent_to_experts,
+    spread_experts,
+)
+from fmjax.perf.flops import count_flops
 
 N, D, F, E = 11, 6, 10, 5
 
@@ -58,10 +66,14 @@ def test_value_and_gradient_are_exact(top_k):
         def grads(fn):
             return jax.jit(jax.grad(lambda *a: jnp.vdot(fn(*a), g), argnums=(0, 1, 2)))
 
-        np.testing.assert_allclose(jax.jit(ours)(x, logits, kernels), value, rtol=2e-4, atol=1e-4)
-        assert_trees_all_close(
-            grads(ours)(x, logits, kernels), grads(theirs)(x, logits, kernels), rtol=1e-4, atol=1e-4
-        )
+        def sent(x, logits, kernels):
+            with sent_to_experts():
+                return spread_experts("silu", x, logits, top_k, kernels)
+
+        expected = grads(theirs)(x, logits, kernels)
+        for fn in (ours, sent):
+            np.testing.assert_allclose(jax.jit(fn)(x, logits, kernels), value, rtol=2e-4, atol=1e-4)
+            assert_trees_all_close(grads(fn)(x, logits, kernels), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_expert_that_nobody_chose_is_not_read():
@@ -136,3 +148,15 @@ def test_shares_sum_to_one_over_the_largest():
     shares = np.asarray(route(logits, 2))
     assert ((shares > 0).sum(axis=1) == 2).all()
     np.testing.assert_allclose(shares.sum(axis=1), 1.0, rtol=1e-6)
+
+
+def test_sent_tokens_cost_their_own_experts_alone():
+    layer, x = Experts(8, 2, F, "silu"), jax.ShapeDtypeStruct((2, N, D), jnp.float32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    needed = 2 * 2 * N * (2 * 3 * D * F + D * 8)  # of two experts, and of the router
+    with sent_to_experts():
+        run = lambda v, x: layer.apply(v, x)[0].sum()  # noqa: E731
+        assert count_flops(run, variables, x).total == needed
+        grad = jax.value_and_grad(run, argnums=(0, 1))
+        assert count_flops(grad, variables, x).total == 3 * needed
+    assert count_flops(lambda v, x: layer.apply(v, x)[0].sum(), variables, x).total > 3 * needed

@@ -106,3 +106,12 @@ def test_batch_norm_below_float32_has_float32s_gradients_but_for_rounding():
     wide = np.asarray(x, np.float64).reshape(-1, 8)
     np.testing.assert_allclose(moved["mean"], 0.1 * wide.mean(0), rtol=1e-5)
     np.testing.assert_allclose(moved["variance"], 0.9 + 0.1 * wide.var(0, ddof=1), rtol=1e-5)
+
+
+def test_batch_norm_of_one_value_a_channel_that_a_mask_leaves():
+    x, norm = jnp.array([[4.0], [100.0]]), BatchNorm(train=True)
+    variables = norm.init(jax.random.key(0), x)
+    y, moved = norm.apply(variables, x, jnp.array([1, 0]), mutable=["batch_stats"])
+    assert float(y[0, 0]) == 0.0
+    np.testing.assert_allclose(moved["batch_stats"]["mean"], 0.4, rtol=1e-6)
+    np.testing.assert_allclose(moved["batch_stats"]["variance"], 0.9, rtol=1e-6)

@@ -17,6 +17,7 @@ from fmjax.nn.position import (
     rotary_tables,
     scaled_frequencies,
     scaled_rotary,
+    sinusoids_of,
 )
 
 SHORT, LONG = tuple(1.0 + 0.1 * i for i in range(8)), tuple(1.0 + 2.5 * i for i in range(8))
@@ -110,7 +111,9 @@ def test_both_spellings_are_one():
         ({"rope_type": "mrope"}, "rope_type 'mrope'; known are"),
         ({"rope_type": "linear"}, "linear needs factor"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3}, "linear does not read beta_fast"),
-        ({"rope_type": "dynamic", "factor": 0.0}, "factor=0.0 must be positive"),
+        ({"rope_type": "dynamic", "factor": 0.0}, "factor=0.0 must be a positive"),
+        ({"rope_type": "linear", "factor": "2"}, "factor='2' must be a positive number"),
+        ({"rope_type": "yarn", "factor": 2, "attention_factor": -1}, "attention_factor=-1 must be"),
         ({"rope_type": "yarn"}, "yarn needs factor or original_max_position_embeddings"),
         ({"rope_type": "longrope", "factor": 2.0}, "needs short_factor; longrope needs long_fac"),
         (
@@ -128,3 +131,21 @@ def test_factors_must_fit_the_head():
     scaling = RopeScaling("longrope", short_factor=SHORT, long_factor=LONG)
     assert scaling.size_problems(16) == []
     assert "long_factor has 8 numbers; 18 rotated" in scaling.size_problems(18)[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: rotated(2, 1e4, RopeScaling("dynamic", factor=2.0)), "more than the 2 rotated"),
+        (lambda: rotated(16, 1.0, RopeScaling("yarn", factor=2.0)), "theta=1.0 must be above 1"),
+        (lambda: rotated(16, 1e4, CASES[7], 1), "an original context above 1 position"),
+        (lambda: sinusoids_of(jnp.arange(3), 3), "width=3 must be at least 4"),
+    ],
+)
+def test_what_would_divide_by_zero_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def rotated(size, theta, scaling, max_positions=64):
+    return scaled_frequencies(size, theta, scaling, max_positions=max_positions, length=70)

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from fmjax.nn.conv import Conv
+from fmjax.nn.convolution import _convolution_on_cpu
 from fmjax.perf.flops import count_flops
 
 
@@ -258,3 +260,27 @@ def test_one_dimensional_batch_grouped_conv() -> None:
 
     # [N=4, I=3, 8] with [O=6, I=3, 3] in two batch groups: output [2, 6, 6]
     assert count_flops(fn, shape(4, 3, 8), shape(6, 3, 3)).total == 2 * 2 * 6 * 6 * 3 * 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_convolution_costs_what_xlas_does(dtype) -> None:
+    """Also where this machine multiplies zeros, to be faster."""
+
+    def ours(x, w):
+        return Conv(64, 3).apply({"params": {"kernel": w}}, x).sum()
+
+    def plain(x, w):
+        return conv(x, w, window_strides=(1, 1), padding="SAME").sum()
+
+    args = shape(2, 14, 14, 64, dtype=dtype), shape(3, 3, 64, 64, dtype=dtype)
+    for of in (lambda fn: fn, lambda fn: jax.value_and_grad(fn, argnums=(0, 1))):
+        assert count_flops(of(ours), *args).total == count_flops(of(plain), *args).total
+
+
+def test_an_images_gradient_has_no_forward_convolution_in_it() -> None:
+    args = shape(2, 9, 9, 8), shape(3, 3, 8, 16)
+    around = ((1, 1), (1, 1))
+    forward = count_flops(lambda x, w: _convolution_on_cpu(x, w, 2, around, 1), *args).total
+    of_x = jax.grad(lambda x, w: _convolution_on_cpu(x, w, 2, around, 1).sum())
+    # Forward, and of the image; the kernel's are products.
+    assert count_flops(of_x, *args).by_primitive["conv_general_dilated"] == 2 * forward

@@ -54,8 +54,22 @@ def test_flops_and_sizes_are_the_models():
     batch = {"input_ids": jax.numpy.zeros((8, 16), "int32"), "weight": jax.numpy.ones(8)}
     args = (variables, {}, batch, jax.random.key(0))
     assert step.flops("none") == count_flops(gradient(causal_lm.loss(model)), *args).total
+    assert step.model_flops() == step.flops("none")
     assert step.sizes()["trained"] == sum(x.size for x in jax.tree.leaves(variables["params"]))
     assert step.tokens == 128
+
+
+def test_a_mixture_needs_less_than_it_executes():
+    """Its tokens pass all experts, and its gradient computes their products anew."""
+    step = describe("mixtral/tiny", Work(batch=2, length=8))
+    needed, executed = step.model_flops(), step.flops("none")
+    config = step.config
+    products = 3 * config.hidden_size * config.intermediate_size * 2 * config.num_hidden_layers
+    # Forward once and backward twice; of all experts, forward once more.
+    own = 3 * config.num_experts_per_tok
+    assert executed - needed == pytest.approx(
+        step.tokens * products * (4 * config.num_local_experts - own), rel=0.01
+    )
 
 
 def test_what_trains_is_the_methods():

@@ -115,7 +115,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             checkpoints.save(state_of(step=step), {"position": step}, Memory(best_step=best))
             checkpoints.wait()
             assert steps() == kept
-        checkpoints.save(state_of(step=8), {"position": -1}, Memory(best_step=1))  # is there
+        checkpoints.save(state_of(step=8), {"position": -1}, Memory(best_step=7))  # is there
         best, last = checkpoints.restore_best(abstract()), checkpoints.restore_last(abstract())
     same(best.state, state_of(step=7))
     same(last.state, state_of(step=8))
@@ -272,3 +272,28 @@ def test_in_a_run_the_best_is_what_was_evaluated(tmp_path):
     assert best.memory.best_value == 1.0
     same(last.state, state)
     assert last.memory == memory
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_run_that_a_hook_ended_stays_ended(tmp_path, last):
+    """Also if this step was saved before that hook was asked."""
+    memory = Memory()
+
+    def step(state, batch):
+        return dataclasses.replace(state, step=state.step + 1), {}
+
+    batches = iter([{"x": np.ones((8, 4), np.float32)}] * 8)
+    with Checkpoints(tmp_path) as checkpoints:
+        save = saving(checkpoints, lambda: {"left": 0}, memory)
+        better = evaluation(lambda state: {"loss": -float(state.step)}, memory, save=save)
+        hooks = [(2, better), (4, lambda event: True), *([(4, save)] if last else [])]
+        state = fit(state_of(step=0), step, batches, steps=8, hooks=hooks, memory=memory)
+        if not last:
+            checkpoints.save(state, {"left": 0}, memory)
+        restored = checkpoints.restore_last(abstract())
+    assert restored.memory == memory
+    assert (memory.stopped, memory.best_step, int(restored.state.step)) == (True, 4, 4)
+    with Checkpoints(tmp_path) as checkpoints:  # which has saved nothing itself
+        memory.stale = 7
+        checkpoints.save(state, {"left": 0}, memory)
+        assert checkpoints.restore_best(abstract()).memory == memory

@@ -176,6 +176,18 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
+def test_what_an_optimizer_asks_of_a_step_reaches_it():
+    """The loss, by which this one lowers its rate; its single numbers are no moments."""
+    tx = keep_moments(
+        optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau(0.3, patience=1)), "bfloat16"
+    )
+    params = {"kernel": jnp.ones(4)}
+    _, state = tx.update(params, tx.init(params), params, value=jnp.inf)  # no improvement
+    (adam, *_), plateau = state.inner
+    assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert float(plateau.scale) == np.float32(0.3)
+
+
 def test_a_plan_counts_them():
     sizes = [
         plan(Settings(model="bert/tiny", target="cpu", batch=8, length=16, moments=moments,

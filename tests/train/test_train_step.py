@@ -49,6 +49,11 @@ def loss_with_statistics(variables, batch, rng):
     return loss, aux._replace(updates={"batch_stats": {"mean": new}})
 
 
+def loss_with_a_new_leaf(variables, batch, rng):
+    loss, aux = loss_fn(variables, batch, rng)
+    return loss, aux._replace(updates={"batch_stats": {"loss": loss}})
+
+
 def make_variables():
     rng = np.random.default_rng(0)
     return {
@@ -168,6 +173,29 @@ def test_weights_make_parts_exact(seed, pieces):
     parts = PARTS[pieces](variables, {}, batch, None)
     assert_trees_all_close(parts, whole, rtol=1e-4, atol=1e-6)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parts))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pieces", "weight"),
+    [(jnp.bfloat16, 512, 1.0), (jnp.bfloat16, 64, 1000.0), (jnp.float16, 4, 7e4)],
+)
+def test_sums_below_float32_are_exact(dtype, pieces, weight):
+    """Of pieces and of devices: every gradient is 1, and so is their mean."""
+
+    def ones(variables, batch, rng):
+        loss = jnp.sum(variables["params"]["w"])
+        return loss, Aux(jnp.float32(weight), {}, {})
+
+    params, batch = {"params": {"w": jnp.ones(2, dtype)}}, {"x": jnp.zeros((pieces, 1))}
+    over = jax.vmap(
+        lambda batch: all_reduce(gradient(ones), "data")(params, {}, batch, None),
+        axis_name="data",
+    )
+    for run_all in (lambda b: accumulate(gradient(ones), pieces)(params, {}, b, None), over):
+        grads, loss, aux = jax.jit(run_all)(batch)
+        assert (grads["params"]["w"].dtype, loss.dtype) == (dtype, dtype)
+        np.testing.assert_array_equal(np.asarray(grads["params"]["w"], np.float32), 1.0)
+        np.testing.assert_allclose(aux.weight, pieces * weight, rtol=1e-5)
 
 
 def test_mutable_collections_are_threaded_through_pieces():
@@ -300,6 +328,16 @@ def test_warmup_linear():
         (lambda: init_state(make_variables(), TX, jax.random.key(0), lambda p: False), "none of"),
         (lambda: accumulate(gradient(loss_fn), 0), "num_microbatches is 0"),
         (lambda: run(jit_step(make_train_step(accumulate(gradient(loss_fn), 3), TX))), "16"),
+        (
+            lambda: accumulate(gradient(loss_fn), 2)({}, {}, {"x": jnp.float32(1)}, None),
+            r"\['x'\] have no axis of examples",
+        ),
+        (
+            lambda: accumulate(gradient(loss_with_a_new_leaf), 2)(
+                make_variables(), {}, make_batch(), None
+            ),
+            r"updates for \['batch_stats/loss'\]",
+        ),
         (lambda: track_ema(1.0), "decay is 1.0"),
         (lambda: ema_of(optax.sgd(0.1).init({})), "0 moving averages"),
         (lambda: warmup_linear(1.0, steps=3, warmup=3), "warmup=3"),

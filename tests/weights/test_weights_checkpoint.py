@@ -316,10 +316,12 @@ def test_a_failing_export_leaves_everything_as_it_was(tmp_path):
         write_checkpoint(tmp_path, tensors_of(ARRAYS) * 2)
 
 
-@pytest.mark.parametrize("fail_at", range(1, 8))
+@pytest.mark.parametrize("fail_at", range(1, 11))
 def test_an_export_killed_while_renaming_is_never_a_mixture(tmp_path, monkeypatch, fail_at):
     """Shards of the same names: without care, an old index would name new shards."""
-    write_checkpoint(tmp_path, tensors_of(ARRAYS), max_shard_size=32)
+    write_checkpoint(
+        tmp_path, tensors_of(ARRAYS), max_shard_size=32, described={"config.json": "old"}
+    )
     old = read_all(tmp_path)
     arrays = {name: np.asarray(array) + np.ones((), array.dtype) for name, array in ARRAYS.items()}
     calls = 0
@@ -337,7 +339,9 @@ def test_an_export_killed_while_renaming_is_never_a_mixture(tmp_path, monkeypatc
     monkeypatch.setattr(os, "replace", counted(os.replace))
     monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
     with contextlib.suppress(KeyboardInterrupt):
-        write_checkpoint(tmp_path, tensors_of(arrays), max_shard_size=32)
+        write_checkpoint(
+            tmp_path, tensors_of(arrays), max_shard_size=32, described={"config.json": "new"}
+        )
     monkeypatch.undo()
     try:
         found = read_all(tmp_path)
@@ -346,6 +350,8 @@ def test_an_export_killed_while_renaming_is_never_a_mixture(tmp_path, monkeypatc
     assert found["a"].tobytes() in (old["a"].tobytes(), np.asarray(arrays["a"]).tobytes())
     new = found["a"].tobytes() != old["a"].tobytes()
     same(found, {k: np.asarray(v) for k, v in arrays.items()} if new else old)
+    config = tmp_path / "config.json"
+    assert not config.exists() or config.read_text() == ("new" if new else "old")
 
 
 def test_a_checkpoint_can_be_written_over_itself(tmp_path):
