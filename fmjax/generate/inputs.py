@@ -13,6 +13,7 @@ from jax import Array
 
 from fmjax.generate.forward import Prompt
 from fmjax.generation_config import GenerationConfig
+from fmjax.models import fields_of, width_of
 from fmjax.types import Variables
 
 # What encoders read, with its axes.
@@ -266,11 +267,16 @@ def _encoder_inputs(
     if encoder_outputs is not None:
         if not isinstance(encoder_outputs, Array):
             encoder_outputs = np.asarray(encoder_outputs, np.float32)
+        width = _state_width(model)
         if encoder_outputs.ndim != 3 or 0 in encoder_outputs.shape:
             problems.append(
                 f"encoder_outputs has shape {encoder_outputs.shape}; it must be [B, S, D]"
             )
             return 1
+        if encoder_outputs.shape[2] != width:
+            problems.append(
+                f"encoder_outputs has D={encoder_outputs.shape[2]}; the encoder's is {width}"
+            )
         shape = encoder_outputs.shape[:2]
         mask = np.ones(shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
         if mask.shape != shape:
@@ -302,6 +308,12 @@ def _encoder_inputs(
         "encoder_mask": np.pad(mask, grow),
     }
     return ids.shape[0]
+
+
+def _state_width(model: Any) -> int:
+    """D of the encoder's states."""
+    pair = {"encoder", "decoder"} <= fields_of(model.config).keys()  # any pair of models
+    return model.config.widths[0] if pair else width_of(model.config)
 
 
 def _continuous_inputs(

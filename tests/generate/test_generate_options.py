@@ -182,10 +182,10 @@ def test_bad_texts_of_an_encoder_are_refused():
         (
             {
                 "input_ids": None,
-                "encoder_outputs": np.ones((2, 3, 16)),
+                "encoder_outputs": np.ones((2, 3, 15)),
                 "attention_mask": [[1, 0, 0], [0] * 3],
             },
-            r"encoder_outputs of the rows \[1\]",
+            r"D=15; the encoder's is 16\n.*encoder_outputs of the rows \[1\]",
         ),
         (
             {"decoder_start_token_id": None, "bos_token_id": 47},
@@ -289,9 +289,18 @@ def test_convert_carries_the_options(decoder, tmp_path):
     convert_checkpoint(str(tmp_path / "a"), tmp_path / "c")
     expected = GenerationConfig(eos_token_id=5, num_beams=2)
     assert fmjax.load_generation_config(tmp_path / "c") == expected
+    write(tmp_path / "a", "config.json", config | {"num_beam_groups": 2})
+    with pytest.raises(ValueError, match="num_beam_groups=2 is not supported"):
+        convert_checkpoint(str(tmp_path / "a"), tmp_path / "e")
+    assert not (tmp_path / "e").exists()
     # And a file as it is, with what only others read.
     data = {"eos_token_id": 6, "transformers_version": "4.40.0"}
     write(tmp_path / "a", "generation_config.json", data)
+    others = {"chat_template.jinja", "source.spm", "special_tokens_map.json"}
+    for name in (*others, "flax_model.msgpack.index.json"):
+        write(tmp_path / "a", name, {})
     lines = convert_checkpoint(str(tmp_path / "a"), tmp_path / "d")
     assert "generation_config.json" in lines[-1]
     assert json.loads((tmp_path / "d" / "generation_config.json").read_text()) == data
+    files = {path.name for path in (tmp_path / "d").iterdir()}
+    assert files == {"config.json", "model.safetensors", "generation_config.json"} | others

@@ -334,6 +334,8 @@ def test_times_of_tokens_equal_pytorch(pair):
             np.testing.assert_allclose(one.times, times, atol=1e-5)
             seen += len(set(times))
     assert seen > 20
+    for _, segment in hear_recordings(listener, [Whole(frames(1, 1)[0])], words=True):
+        assert set(segment.times) == {0.0}  # there is one step, however short the window
     twin.config.median_filter_width = 7
     plain = both(pair, ENGLISH_ONLY)[1]
     with pytest.raises(ValueError, match="alignment_heads"):
