@@ -14,6 +14,7 @@ from transformers import GenerationConfig as TorchGenerationConfig
 import fmjax
 from fmjax.generate.speech import (
     Listener,
+    Segment,
     compression_ratio,
     detect_languages,
     encode,
@@ -244,7 +245,7 @@ def test_texts_are_cut_where_times_meet():
     segments, done = segments_of([t(0), 1, t(5), t(6), 3, t(9)], TIME_0, 0.0, 24)
     assert (len(segments), done) == (2, 24)
     assert segments_of([t(0), 1, t(5)], TIME_0, 0.0, 24)[1] == 24
-    assert segments_of([1, 2], TIME_0, 1.0, 24) == ([(1.0, 1.24, (1, 2), ())], 24)
+    assert segments_of([1, 2], TIME_0, 1.0, 24) == ([Segment(1.0, 1.24, (1, 2))], 24)
 
 
 def test_bad_options_are_refused(pair):

@@ -131,7 +131,9 @@ def test_words_have_times(folder, wavs, capsys):
     recording = StreamedRecording(sound, transcriber.features)
     _, segment = next(iter(hear_recordings(japanese.listener, [recording], words=True)))
     assert segment.language == SILENT
-    assert len(japanese.words(segment)) > len(transcriber.words(segment))
+    spoken = segment._replace(tokens=(64, 65, 66), times=(0.0,) * 3)
+    assert [word.text for word in japanese.words(spoken)] == ["a", "b", "c"]
+    assert [word.text for word in transcriber.words(spoken)] == ["abc"]
     told = load_transcriber(folder, prompt="Some names")
     assert told.listener.speech.prompt[0] == BEFORE
     assert transcribe(told, [sound], **options)[0].text != plain.text
