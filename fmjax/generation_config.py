@@ -268,7 +268,7 @@ class GenerationConfig:
         # Nor does a minimum that was not given here stand against a maximum that was.
         for low, high in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
             shortest, longest = vars(self)[low] or 0, options.get(high)
-            if low not in options and _is_int(longest) and 1 <= longest < shortest:
+            if low not in options and isinstance(longest, int) and 1 <= longest < shortest:
                 options[low] = longest
         if problems:
             raise ValueError("generation options:\n  " + "\n  ".join(problems))

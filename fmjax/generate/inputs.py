@@ -265,25 +265,22 @@ def _encoder_inputs(
         problems.append(f"give exactly one of {names} and encoder_outputs; got {got}")
         return 1
     if encoder_outputs is not None:
-        if not isinstance(encoder_outputs, Array):
-            encoder_outputs = np.asarray(encoder_outputs, np.float32)
+        states: Any = encoder_outputs
+        if not isinstance(states, Array):
+            states = np.asarray(states, np.float32)
         width = _state_width(model)
-        if encoder_outputs.ndim != 3 or 0 in encoder_outputs.shape:
-            problems.append(
-                f"encoder_outputs has shape {encoder_outputs.shape}; it must be [B, S, D]"
-            )
+        if states.ndim != 3 or 0 in states.shape:
+            problems.append(f"encoder_outputs has shape {states.shape}; it must be [B, S, D]")
             return 1
-        if encoder_outputs.shape[2] != width:
-            problems.append(
-                f"encoder_outputs has D={encoder_outputs.shape[2]}; the encoder's is {width}"
-            )
-        shape = encoder_outputs.shape[:2]
+        if states.shape[2] != width:
+            problems.append(f"encoder_outputs has D={states.shape[2]}; the encoder's is {width}")
+        shape = states.shape[:2]
         mask = np.ones(shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
         if mask.shape != shape:
             problems.append(f"attention_mask has shape {mask.shape}; it must be {shape}")
         elif empty := np.flatnonzero((mask == 0).all(axis=1)).tolist():
             problems.append(f"attention_mask hides all of the encoder_outputs of the rows {empty}")
-        result |= {"encoder_states": encoder_outputs, "encoder_mask": mask}
+        result |= {"encoder_states": states, "encoder_mask": mask}
         return shape[0]
     if "input_ids" not in sources:
         ((name, value),) = sources.items()

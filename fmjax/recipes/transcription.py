@@ -48,8 +48,8 @@ class Transcriber:
         end, tokens = min(self.listener.config.eos), segment.tokens
         places = [place for place, token in enumerate(tokens) if token < end]
         speech = self.listener.speech
-        heard = {token: name for name, token in speech.lang_to_id.items()}.get(segment.language)
-        language = (speech.language or heard or "").strip("<|>")
+        heard = [name for name, token in speech.lang_to_id.items() if token == segment.language]
+        language = (speech.language or "".join(heard)).strip("<|>")
         found = words_of(
             [tokens[place] for place in places],
             partial(self.tokenizer.decode, clean_up_tokenization_spaces=False),
