@@ -189,6 +189,6 @@ def test_to_the_last_position(large, length):
     prompt's bucket is padding."""
     ids = np.random.default_rng(1).integers(2, 41, (1, length))
     expected = fmjax.generate(*large, ids, max_new_tokens=48 - length)
-    options = {"max_new_tokens": 48 - length, "draft": large, "num_assistant_tokens": 5}
+    options = {"max_new_tokens": 48 - length, "draft": model_of(7), "num_assistant_tokens": 5}
     out = fmjax.generate(*large, ids, **options)
     np.testing.assert_array_equal(out.tokens, expected.tokens)

@@ -120,6 +120,7 @@ def test_texts_are_cut_to_what_the_model_reads(decoder, translator, capsys, tmp_
 def test_streams_lose_nothing_to_cleaning(decoder, monkeypatch):
     tokenizer = fmjax.load_tokenizer(decoder)
     tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     ids = tokenizer("do n ' t know ,")["input_ids"]
     monkeypatch.setattr(
         generation, "stream", lambda *args, **options: (np.array([[i]]) for i in ids)
