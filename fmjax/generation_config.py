@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fmjax.config import read_config, write_json
 
 FILE = "generation_config.json"
@@ -261,6 +263,13 @@ class GenerationConfig:
                 problems.append(f"give {new} or {old}, not both")
             elif old in given:
                 options[new] = None
+            elif new in given:
+                options[old] = None
+        # Nor does a minimum that was not given here stand against a maximum that was.
+        for low, high in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
+            shortest, longest = vars(self)[low] or 0, options.get(high)
+            if low not in options and isinstance(longest, int) and 1 <= longest < shortest:
+                options[low] = longest
         if problems:
             raise ValueError("generation options:\n  " + "\n  ".join(problems))
         changes = {name: value for name, value in options.items() if name in known}
@@ -277,7 +286,9 @@ class GenerationConfig:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists as tuples, also inside."""
+    """Lists and arrays as tuples, also inside; NumPy's numbers as Python's."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 

@@ -43,7 +43,7 @@ WEIGHT_FILES = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
     ("flax_model.msgpack", "flax_model.msgpack.index.json", "flax_model-*.msgpack"),
 )
-OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
+OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja")
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from fmjax.cli.arguments import ModelArg, some_pictures
+from fmjax.cli.arguments import ModelArg, some_pictures, told_apart
 from fmjax.recipes.generation import Writing
 
 
@@ -62,6 +62,7 @@ def classify(args: Classify) -> None:
     if args.top < 1:
         raise ValueError(f"top={args.top} must be at least 1")
     names, rows = classify_images(args.model, images)
+    names = told_apart(names)
     for path, row in zip(images, rows, strict=True):
         scores = {names[i]: round(float(row[i]), 6) for i in (-row).argsort()[: args.top]}
         if args.json:

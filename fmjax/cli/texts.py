@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fmjax.cli.arguments import ModelArg, given
+from fmjax.cli.arguments import ModelArg, given, told_apart
 from fmjax.recipes.texts import TextData
 
 
@@ -100,6 +100,7 @@ def predict(args: Predict) -> None:
 
     texts = given(args.texts, args.file, "predict")
     names, rows = predict_texts(args.model, texts, max_length=args.max_length)
+    names = told_apart(names)
     for text, row in zip(texts, rows, strict=True):
         scores = {name: round(float(score), 6) for name, score in zip(names, row, strict=True)}
         if args.json:

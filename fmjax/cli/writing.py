@@ -68,7 +68,7 @@ def generate(args: Generate) -> None:
     prompts = given(args.prompts, args.file, "generate")
     generator = load_generator(args.model)
     options = args.options()
-    if len(prompts) == args.num_return_sequences == 1 and not args.json and not args.num_beams:
+    if len(prompts) == args.num_return_sequences == 1 and not args.json:
         ids = generator.tokenizer(prompts[0])["input_ids"]
         if generator.is_decoder:
             print(prompts[0], end="", flush=True)

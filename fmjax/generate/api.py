@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -304,6 +306,10 @@ def _problems(
     problems = []
     if config.do_sample and rng is None:
         problems.append("do_sample=True needs rng, a jax.random.key")
+    elif config.do_sample and not (
+        isinstance(rng, Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    ):
+        problems.append(f"rng={rng!r} must be a typed key: jax.random.key(seed)")
     if config.stop_strings and tokenizer is None:
         problems.append("stop_strings needs the tokenizer")
     if config.num_beams > 1 and drafted:

@@ -71,8 +71,8 @@ def prefill(
     """
     batch, length = prompt.tokens.shape
     dtype = weight_dtype(variables)
-    last_position = length + limit - 1
     padding, tokens = jnp.asarray(prompt.padding), jnp.asarray(prompt.tokens)
+    last_position = length - jnp.min(padding) + limit - 1  # columns that no row fills do not count
     if not prompt.encoded:
         column = jnp.arange(capacity)
         mask = (column >= padding[:, None]).astype(jnp.int32)  # [B, S]

@@ -13,6 +13,7 @@ from jax import Array
 
 from fmjax.generate.forward import Prompt
 from fmjax.generation_config import GenerationConfig
+from fmjax.models import fields_of, width_of
 from fmjax.types import Variables
 
 # What encoders read, with its axes.
@@ -173,15 +174,11 @@ def make_plan(
         from fmjax.nn.attention import prefix_length
 
         most -= prefix_length(variables)  # its own prefixes come before the first token
-    limit = _limit(most, config, explicit, width, longest)
+    # The positions of an encoder-decoder's decoder are counted by columns, drafted ones too.
+    limit = _limit(most, config, explicit, width, longest, extra_columns if both else 0)
     if both:
         room, columns = width, width + bucket(limit) + extra_columns
-        if most is not None:  # its positions are counted by columns
-            if width + limit + extra_columns > most:
-                raise ValueError(
-                    f"{width} + {limit} tokens and {extra_columns} drafted ones are more than the "
-                    f"decoder's {most} positions; set max_new_tokens lower"
-                )
+        if most is not None:
             columns = min(columns, most)
     else:
         # Columns that are padding in all rows are not kept, so that they fill no bucket.
@@ -268,16 +265,22 @@ def _encoder_inputs(
         problems.append(f"give exactly one of {names} and encoder_outputs; got {got}")
         return 1
     if encoder_outputs is not None:
-        if encoder_outputs.ndim != 3 or 0 in encoder_outputs.shape:
-            problems.append(
-                f"encoder_outputs has shape {encoder_outputs.shape}; it must be [B, S, D]"
-            )
+        states: Any = encoder_outputs
+        if not isinstance(states, Array):
+            states = np.asarray(states, np.float32)
+        width = _state_width(model)
+        if states.ndim != 3 or 0 in states.shape:
+            problems.append(f"encoder_outputs has shape {states.shape}; it must be [B, S, D]")
             return 1
-        shape = encoder_outputs.shape[:2]
+        if states.shape[2] != width:
+            problems.append(f"encoder_outputs has D={states.shape[2]}; the encoder's is {width}")
+        shape = states.shape[:2]
         mask = np.ones(shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
         if mask.shape != shape:
             problems.append(f"attention_mask has shape {mask.shape}; it must be {shape}")
-        result |= {"encoder_states": encoder_outputs, "encoder_mask": mask}
+        elif empty := np.flatnonzero((mask == 0).all(axis=1)).tolist():
+            problems.append(f"attention_mask hides all of the encoder_outputs of the rows {empty}")
+        result |= {"encoder_states": states, "encoder_mask": mask}
         return shape[0]
     if "input_ids" not in sources:
         ((name, value),) = sources.items()
@@ -302,6 +305,12 @@ def _encoder_inputs(
         "encoder_mask": np.pad(mask, grow),
     }
     return ids.shape[0]
+
+
+def _state_width(model: Any) -> int:
+    """D of the encoder's states."""
+    pair = {"encoder", "decoder"} <= fields_of(model.config).keys()  # any pair of models
+    return model.config.widths[0] if pair else width_of(model.config)
 
 
 def _continuous_inputs(
@@ -338,6 +347,11 @@ def _decoder_prefix(
     start = config.decoder_start_token_id
     if start is None:
         start = config.bos_token_id
+        if start is not None and start >= vocab_size:
+            problems.append(
+                f"bos_token_id, with which the decoder starts, has [{start}], outside the "
+                f"vocabulary of {vocab_size}"
+            )
     if value is None:
         if start is None:
             problems.append("give decoder_start_token_id (or bos_token_id, or decoder_input_ids)")
@@ -357,12 +371,15 @@ def _limit(
     explicit: Mapping[str, Any],
     width: int,
     longest: int,
+    drafted: int,
 ) -> int:
-    """New tokens there may be, by the options and the model's positions (None for any)."""
-    if most is not None and longest >= most:
+    """New tokens there may be, by the options and the model's positions (None for any), of which
+    drafted tokens take some."""
+    also = f" and {drafted} drafted ones" if drafted else ""
+    if most is not None and longest + drafted >= most:
         raise ValueError(
-            f"the prompt has {longest} tokens and the model {most} positions; cut the prompt so "
-            "that new tokens have room"
+            f"the prompt has {longest} tokens{also} and the model {most} positions; cut the prompt "
+            "so that new tokens have room"
         )
     limit, name = DEFAULT_NEW_TOKENS, ""
     if config.max_new_tokens is not None:
@@ -374,15 +391,16 @@ def _limit(
                 f"the prompt is {width} long, with its padding, and max_length="
                 f"{config.max_length}: no token may follow; set max_new_tokens"
             )
-    if most is not None and longest + limit > most:
+    if most is not None and longest + limit + drafted > most:
         if name in explicit:
             raise ValueError(
-                f"{name}={vars(config)[name]} after a prompt of {longest} tokens is "
-                f"{longest + limit} positions, more than the model's {most}"
+                f"{name}={vars(config)[name]} after a prompt of {longest} tokens{also} is "
+                f"{longest + limit + drafted} positions, more than the model's {most}"
             )
-        limit = most - longest
+        limit = most - longest - drafted
     shortest = minimum_new_tokens(config, width)
-    if shortest > limit:
+    # A minimum that this call did not ask for ends where the text does.
+    if shortest > limit and explicit.keys() & {"min_new_tokens", "min_length"}:
         raise ValueError(
             f"at least {shortest} new tokens (min_new_tokens or min_length), but at most {limit}"
         )
@@ -391,4 +409,6 @@ def _limit(
 
 def minimum_new_tokens(config: GenerationConfig, width: int) -> int:
     """New tokens before an end may come, after a prompt of this width."""
-    return max(config.min_new_tokens or 0, config.min_length - width)
+    if config.min_new_tokens is not None:
+        return config.min_new_tokens
+    return config.min_length - width

@@ -78,12 +78,14 @@ class Segment(NamedTuple):
         tokens: its time tokens included.
         times: seconds from the recording's start at which each token ends, where they are asked
             for.
+        language: its token, where it was heard and not given.
     """
 
     start: float
     end: float
     tokens: tuple[int, ...]
     times: tuple[float, ...] = ()
+    language: int | None = None
 
 
 class Recording(Protocol):
@@ -180,7 +182,7 @@ def _with_times(
         weights = attention_to_sound(
             listener.model, listener.variables, states[row : row + 1], prompt, seen,
             speech.alignment_heads,
-        )[..., : count // FRAMES_A_STEP]  # fmt: skip
+        )[..., : max(1, count // FRAMES_A_STEP)]  # fmt: skip
         times = token_times(weights, speech.median_filter_width).tolist()
         times += (times[-1:] or [0.0]) * (len(text.tokens) - len(seen))
         result.append(text._replace(times=tuple(times)))
@@ -485,7 +487,9 @@ def _hear_recordings(
             first = 0
             for segment in segments:
                 own = text.times[first : first + len(segment.tokens)]
-                segment = segment._replace(times=tuple(offset + time for time in own))
+                segment = segment._replace(
+                    times=tuple(offset + time for time in own), language=place.language
+                )
                 first += len(segment.tokens)
                 if listener.speech.condition_on_prev_tokens:
                     place.said.extend(segment.tokens)

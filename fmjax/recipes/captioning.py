@@ -18,9 +18,8 @@ from fmjax.data.encoding import encode_targets
 from fmjax.data.image_processor import ImageProcessor, load_image_processor
 from fmjax.data.image_text import ImageTexts
 from fmjax.generate import generate
-from fmjax.generation_config import GenerationConfig
 from fmjax.metrics.captioning import captioning_metrics
-from fmjax.recipes.generation import Generator, load_generator
+from fmjax.recipes.generation import Generator, load_generator, written_with
 from fmjax.recipes.image_classification import data_url
 from fmjax.recipes.pictures import check_channels
 from fmjax.recipes.texts import evaluation_batches
@@ -78,7 +77,17 @@ def train_on_captions(
 
     Returns:
         The contents of results.json; STOPPED where a signal ended the run early.
+
+    Raises:
+        ValueError: the model's config has no decoder_start_token_id, and all that `train` refuses.
     """
+    config = written_with(
+        model,
+        max_new_tokens=settings.max_target_length,
+        num_beams=settings.num_beams,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     mean, std = processor.normalisation
     encode = jax.jit(normalised(_encoded(model), mean, std))
     seen = {
@@ -133,13 +142,6 @@ def train_on_captions(
     if state is None:
         return STOPPED
     weights = weights_of(state)
-    config = GenerationConfig(
-        max_new_tokens=settings.max_target_length,
-        num_beams=settings.num_beams,
-        decoder_start_token_id=model.config.decoder_start_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     writer = Generator(model, weights, tokenizer, config)
     results: dict[str, Any] = {"best_step": int(state.step)}
     neighbour: dict[str, Any] = {}

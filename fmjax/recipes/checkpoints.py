@@ -16,18 +16,6 @@ from fmjax.tree import count_parameters
 from fmjax.types import Variables
 from fmjax.weights import open_checkpoint
 
-PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 # Parameters below which a variant is nothing that was published but one for tests.
 SMALLEST = 1_000_000
 
@@ -46,8 +34,9 @@ def convert_checkpoint(
 
     Args:
         source: a folder or hub id; with `like`, a file of weights alone.
-        target: the new folder; config.json, safetensors with PyTorch names, the tokenizer's files,
-            and generation_config.json, made of an older config.json's keys where there is none.
+        target: the new folder; config.json, safetensors with PyTorch names, the files of the
+            tokenizer and the like, and generation_config.json, made of an older config.json's keys
+            where there is none.
         like: "FAMILY/VARIANT" of a file of weights, such as torchvision's state dicts.
         head: which head the weights have; None is what config.json says, and with `like` "model".
         labels: how many labels the head has, a file with the name of one a line, or "imagenet";
@@ -89,15 +78,15 @@ def convert_checkpoint(
     with open_checkpoint(folder) as checkpoint:
         read = f"{checkpoint.format}, {len(checkpoint.files)} file(s)"
     model, variables = hub.load(folder, head=head, num_labels=names, dtype=dtype)
-    hub.save(target, model, variables, max_shard_size=max_shard_size)
-    copied = (*PROCESSOR_FILES, GENERATION_FILE)
-    for name in copied:
-        if (folder / name).is_file():
-            (target / name).write_bytes((folder / name).read_bytes())
+    generation = None  # read before anything is written
     if not (folder / GENERATION_FILE).is_file():
         generation = GenerationConfig.read(folder)
-        if generation.to_dict():
-            generation.write(target)
+    hub.save(target, model, variables, max_shard_size=max_shard_size)
+    for file in {file for pattern in hub.OTHER_FILES for file in folder.glob(pattern)}:
+        if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
+            (target / file.name).write_bytes(file.read_bytes())
+    if generation is not None and generation.to_dict():
+        generation.write(target)
     return _converted(folder, read, model, variables, target)
 
 

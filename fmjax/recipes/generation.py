@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,38 @@ def load_generator(source: str | Path) -> Generator:
     return Generator(model, variables, tokenizer, config)
 
 
+def written_with(
+    model: Any,
+    *,
+    max_new_tokens: int,
+    num_beams: int,
+    eos_token_id: Any,
+    pad_token_id: int | None,
+) -> GenerationConfig:
+    """How a model that is going to be trained will write.
+
+    Args:
+        model: an encoder-decoder.
+        max_new_tokens, num_beams, eos_token_id, pad_token_id: see `GenerationConfig`.
+
+    Raises:
+        ValueError: its config does not say with which token it starts.
+    """
+    start = model.config.decoder_start_token_id
+    if start is None:
+        raise ValueError(
+            "the model's config has decoder_start_token_id=None, so that it could be trained but "
+            "not write; set it before: of mBART to the token of the language to be written"
+        )
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        decoder_start_token_id=start,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+
+
 def encode_prompts(
     generator: Generator, texts: Sequence[str], *, max_length: int | None = None
 ) -> dict[str, Any]:
@@ -182,7 +215,8 @@ def stream_text(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
-    """Pieces of the text that follows a prompt, as soon as they are known.
+    """Pieces of the text that follows a prompt, as soon as they are known; of a beam search, which
+    knows its text only at the end, all of it.
 
     Args:
         generator: from `load_generator`.
@@ -197,24 +231,31 @@ def stream_text(
         raise ValueError("the prompt is empty: give it at least one word")
     config = generator.config.replace(**(options or {}))
     rng = jax.random.key(seed) if config.do_sample else None
+    decode = partial(
+        # Cleaning up would change what has been shown.
+        generator.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )  # fmt: skip
+    prompt = {
+        "input_ids": np.asarray([input_ids], np.int32),
+        "attention_mask": np.ones((1, len(input_ids)), np.int32),
+        "generation_config": config,
+        "tokenizer": generator.tokenizer,
+        "rng": rng,
+    }
+    if config.num_beams > 1:
+        out = generate(generator.model, generator.variables, **prompt)
+        yield decode(out.tokens[0, : out.lengths[0]])
+        return
     tokens: list[int] = []
     shown = ""
-    for new in stream(
-        generator.model,
-        generator.variables,
-        np.asarray([input_ids], np.int32),
-        attention_mask=np.ones((1, len(input_ids)), np.int32),
-        generation_config=config,
-        tokenizer=generator.tokenizer,
-        rng=rng,
-    ):
+    for new in stream(generator.model, generator.variables, **prompt):
         tokens += new[0].tolist()
-        text = generator.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = decode(tokens)
         # Bytes of a character that is not complete yet decode to U+FFFD.
         if len(text) > len(shown) and not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
-    text = generator.tokenizer.decode(tokens, skip_special_tokens=True)
+    text = decode(tokens)
     if len(text) > len(shown):
         yield text[len(shown) :]
 

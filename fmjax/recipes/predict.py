@@ -20,6 +20,7 @@ from fmjax.recipes.texts import (
     evaluation_batches,
     labels_of,
     model_source,
+    text_length,
 )
 from fmjax.tasks import question_answering as answering
 from fmjax.tasks import sequence_classification as task
@@ -57,7 +58,7 @@ def _rows(
     encoded = encode_splits(
         tokenizer,
         {"texts": texts},
-        max_length=min(max_length, model.config.max_position_embeddings),
+        max_length=text_length(model, max_length),
         vocab_size=model.config.vocab_size,
     )["texts"]
     stream = evaluation_batches(encoded, tokenizer.pad_token_id)
@@ -155,7 +156,7 @@ def tag_texts(
     aligned = align_labels(
         hub.load_tokenizer(source),
         words,
-        max_length=min(max_length, module.config.max_position_embeddings),
+        max_length=text_length(module, max_length),
         vocab_size=module.config.vocab_size,
     )
     predict = jax.jit(tagging.predict(module))
@@ -204,7 +205,7 @@ def answer_texts(
         contexts=[context] * len(questions),
         answers=None,
     )
-    max_length = min(max_length, module.config.max_position_embeddings)
+    max_length = text_length(module, max_length)
     windows = encode_questions(
         hub.load_tokenizer(source),
         asked,

@@ -9,8 +9,7 @@ from typing import Any
 from fmjax.data import encode_seq2seq
 from fmjax.data.batches import batches, shared_buckets
 from fmjax.data.records import TextPairs
-from fmjax.generation_config import GenerationConfig
-from fmjax.recipes.generation import Generator, write_texts
+from fmjax.recipes.generation import Generator, write_texts, written_with
 from fmjax.recipes.texts import evaluation_batches
 from fmjax.recipes.training import STOPPED, Training, finish, train, weights_of
 from fmjax.report import save_samples
@@ -67,7 +66,17 @@ def train_on_pairs(
 
     Returns:
         The contents of results.json; STOPPED where a signal ended the run early.
+
+    Raises:
+        ValueError: the model's config has no decoder_start_token_id, and all that `train` refuses.
     """
+    config = written_with(
+        model,
+        max_new_tokens=settings.max_target_length,
+        num_beams=settings.num_beams,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+    )
     columns = {
         split: encode_seq2seq(
             tokenizer,
@@ -107,13 +116,6 @@ def train_on_pairs(
     )
     if state is None:
         return STOPPED
-    config = GenerationConfig(
-        max_new_tokens=settings.max_target_length,
-        num_beams=settings.num_beams,
-        decoder_start_token_id=model.config.decoder_start_token_id,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-    )
     writer = Generator(model, weights_of(state), tokenizer, config)
     results: dict[str, Any] = {"best_step": int(state.step)}
     rivals: dict[str, dict[str, Any]] = {name: {} for name in baselines}

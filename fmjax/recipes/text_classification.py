@@ -21,6 +21,7 @@ from fmjax.recipes.texts import (
     labels_of,
     load_splits,
     model_source,
+    text_length,
 )
 from fmjax.recipes.training import (
     STOPPED,
@@ -92,7 +93,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
     encoded = encode_splits(
         tokenizer,
         examples,
-        max_length=min(settings.max_length, config.max_position_embeddings),
+        max_length=text_length(model, settings.max_length),
         vocab_size=config.vocab_size,
     )
     loaded = time.time()

@@ -123,6 +123,15 @@ def encode_splits(
     }
 
 
+def text_length(model: Any, max_length: int) -> int:
+    """Tokens a text is cut to: `max_length`, but no more than the model has positions to read."""
+    from fmjax.nn.seq2seq import EncoderDecoder  # which imports Flax
+
+    sides = isinstance(model, EncoderDecoder)
+    most = model.side_positions[0] if sides else model.max_positions
+    return max_length if most is None else min(max_length, most)
+
+
 def evaluation_batches(
     encoded: EncodedText | Columns,
     pad_id: int | None = None,

@@ -19,6 +19,7 @@ from jax import Array
 import fmjax.hub as hub
 from fmjax.config import write_json
 from fmjax.data import BatchStream
+from fmjax.data.files import raise_problems
 from fmjax.methods.optimizers import adafactor, lamb, lion, muon
 from fmjax.perf.device import describe_machine
 from fmjax.recipes.memory_errors import Setup, Watched, explained
@@ -194,6 +195,14 @@ def train(
         FloatingPointError: the loss is not finite.
         MemoryError: the step does not fit; it says what fills the device and what would need less.
     """
+    problems = []
+    if not 0 < settings.epochs < math.inf:
+        problems.append(f"epochs={settings.epochs} must be a number above 0")
+    if settings.max_steps is not None and settings.max_steps < 1:
+        problems.append(f"max_steps={settings.max_steps} must be at least 1, or None")
+    if settings.evaluations < 1:
+        problems.append(f"evaluations={settings.evaluations} must be at least 1")
+    raise_problems("training", problems)
     traced = None if settings.profile is None else parse_steps(settings.profile)
     run = writable_folder(settings.output)
     steps = max(1, math.ceil(settings.epochs * stream.batches_per_epoch))
@@ -254,7 +263,7 @@ def train(
             step,
             stream,
             steps=steps,
-            every=max(1, min(steps, stream.batches_per_epoch) // max(1, settings.evaluations)),
+            every=max(1, min(steps, stream.batches_per_epoch) // settings.evaluations),
             evaluate=evaluate,
             metric=metric,
             mode=mode,
@@ -322,7 +331,6 @@ def carry_out(
     restorable = jax.eval_shape(lambda: state) if abstract is None else abstract
     unlabelled = {"label_names": None, "problem_type": None}
     about = {**about, "data": {**unlabelled, **about["data"], "metric": metric, "mode": mode}}
-    write_json(run / "run.json", describe_run(settings, model, state, about))
     identity = {
         k: v for k, v in plain_settings(settings).items() if k not in ("output", *elsewhere)
     }
@@ -333,6 +341,8 @@ def carry_out(
                 leaf.delete()  # the caller's name for it would keep it in memory
             state, memory = restored.state, restored.memory
             stream.set_state(restored.data)
+        # Only now: settings that are refused must leave the old run's.
+        write_json(run / "run.json", describe_run(settings, model, state, about))
         save = saving(checkpoints, stream.get_state, memory)
         with (
             Recorder(run, step=int(state.step)) as recorder,

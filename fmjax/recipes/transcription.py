@@ -47,7 +47,9 @@ class Transcriber:
         before its first one ends to where its last one does."""
         end, tokens = min(self.listener.config.eos), segment.tokens
         places = [place for place, token in enumerate(tokens) if token < end]
-        language = (self.listener.speech.language or "").strip("<|>")
+        speech = self.listener.speech
+        heard = [name for name, token in speech.lang_to_id.items() if token == segment.language]
+        language = (speech.language or "".join(heard)).strip("<|>")
         found = words_of(
             [tokens[place] for place in places],
             partial(self.tokenizer.decode, clean_up_tokenization_spaces=False),

@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 import fmjax
+from fmjax.generate.inputs import make_plan, minimum_new_tokens
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import bart, bert, gpt2
 from fmjax.recipes.checkpoints import convert_checkpoint
@@ -121,6 +122,7 @@ def test_unknown_keys_are_named(tmp_path):
         ({"max_new_tokens": 4, "max_length": 9}, "max_new_tokens or max_length, not both"),
         ({"max_tokens": 4, "topk": 5}, "max_tokens=4 is not an option.*\n.*did you mean top_k"),
         ({"do_sample": True}, "needs rng"),
+        ({"do_sample": True, "rng": 0}, "rng=0 must be a typed key"),
         ({"stop_strings": "a"}, "needs the tokenizer"),
         ({"num_beams": 2, "output_logits": True}, "not of a beam search"),
         ({"eos_token_id": 50, "suppress_tokens": [1, 99]}, r"\[50\], outside .*47\n.*\[99\]"),
@@ -176,13 +178,33 @@ def test_bad_texts_of_an_encoder_are_refused():
         ({"max_new_tokens": 20}, "21 positions, more than the model's 20"),
         ({"decoder_input_ids": np.ones((3, 1), int)}, "3 rows; input_ids has 2"),
         ({"input_ids": None}, "exactly one of input_ids and encoder_outputs"),
-        ({"input_ids": None, "encoder_outputs": np.ones((2, 5))}, r"must be \[B, S, D\]"),
+        ({"input_ids": None, "encoder_outputs": [[1.0] * 5] * 2}, r"must be \[B, S, D\]"),
+        (
+            {
+                "input_ids": None,
+                "encoder_outputs": np.ones((2, 3, 15)),
+                "attention_mask": [[1, 0, 0], [0] * 3],
+            },
+            r"D=15; the encoder's is 16\n.*encoder_outputs of the rows \[1\]",
+        ),
+        (
+            {"decoder_start_token_id": None, "bos_token_id": 47},
+            r"bos_token_id.* \[47\], outside the vocabulary of 47",
+        ),
+        ({"max_new_tokens": 15, "draft": (model, variables)}, "5 drafted ones is 21 positions"),
     ):
         with pytest.raises(ValueError, match=words):
             fmjax.generate(model, variables, **good | change)
     # Up to the last position; the bucket of 24 is cut to the 20 there are.
     out = fmjax.generate(model, variables, **good, max_new_tokens=19)
     assert out.sequences.shape == (2, 20)
+    # A limit of its own choice leaves drafts their room.
+    config = GenerationConfig(max_length=20, decoder_start_token_id=2)
+    plan = make_plan(
+        model, variables, config, {}, input_ids=good["input_ids"], attention_mask=None,
+        extra_columns=5,
+    )  # fmt: skip
+    assert (plan.limit, plan.capacity) == (14, 20)
 
 
 def test_models_that_do_not_generate_are_refused():
@@ -198,6 +220,13 @@ def test_models_that_do_not_generate_are_refused():
         fmjax.stream(None, {}, ids, num_beams=2)
 
 
+def test_numbers_of_numpy_are_numbers():
+    config = GenerationConfig(
+        eos_token_id=np.int32(4), suppress_tokens=np.arange(2), top_p=np.float32(0.5)
+    )
+    assert config == GenerationConfig(eos_token_id=4, suppress_tokens=[0, 1], top_p=0.5)
+
+
 def test_lengths(decoder):
     """New tokens by max_new_tokens, max_length, the default of 20, and what positions allow."""
     ids = np.ones((2, 10), np.int64)
@@ -211,6 +240,20 @@ def test_lengths(decoder):
     ):
         out = fmjax.generate(*decoder, ids, **options)
         assert out.tokens.shape == (2, expected), options
+    # What this call says counts, also against another kind of minimum.
+    file = GenerationConfig(min_length=25)
+    for options, least, most in (
+        ({"max_new_tokens": 4, "min_new_tokens": 2}, 2, 4),
+        ({"max_new_tokens": 4}, 15, 4),
+        ({"max_length": 14}, 4, 4),
+    ):
+        config = file.replace(**options)
+        plan = make_plan(*decoder, config, options, input_ids=ids, attention_mask=None)
+        assert (minimum_new_tokens(config, 10), plan.limit) == (least, most), options
+    file = GenerationConfig(min_new_tokens=9)
+    assert file.replace(max_new_tokens=4).min_new_tokens == 4
+    with pytest.raises(ValueError, match="min_new_tokens=9 is more than"):
+        file.replace(max_new_tokens=4, min_new_tokens=9)
     long = np.ones((1, 25), np.int64)
     assert fmjax.generate(*decoder, long).tokens.shape == (1, 7)  # the default is cut
 
@@ -246,9 +289,18 @@ def test_convert_carries_the_options(decoder, tmp_path):
     convert_checkpoint(str(tmp_path / "a"), tmp_path / "c")
     expected = GenerationConfig(eos_token_id=5, num_beams=2)
     assert fmjax.load_generation_config(tmp_path / "c") == expected
+    write(tmp_path / "a", "config.json", config | {"num_beam_groups": 2})
+    with pytest.raises(ValueError, match="num_beam_groups=2 is not supported"):
+        convert_checkpoint(str(tmp_path / "a"), tmp_path / "e")
+    assert not (tmp_path / "e").exists()
     # And a file as it is, with what only others read.
     data = {"eos_token_id": 6, "transformers_version": "4.40.0"}
     write(tmp_path / "a", "generation_config.json", data)
+    others = {"chat_template.jinja", "source.spm", "special_tokens_map.json"}
+    for name in (*others, "flax_model.msgpack.index.json"):
+        write(tmp_path / "a", name, {})
     lines = convert_checkpoint(str(tmp_path / "a"), tmp_path / "d")
     assert "generation_config.json" in lines[-1]
     assert json.loads((tmp_path / "d" / "generation_config.json").read_text()) == data
+    files = {path.name for path in (tmp_path / "d").iterdir()}
+    assert files == {"config.json", "model.safetensors", "generation_config.json"} | others

@@ -181,10 +181,14 @@ def test_what_does_not_fit_is_refused(large):
         fmjax.generate(*large, ids, draft=short, max_new_tokens=8)
 
 
-@pytest.mark.slow
-def test_to_the_last_position(large):
-    """Drafts beyond the model's positions are dropped and spoil nothing."""
-    ids = np.random.default_rng(1).integers(2, 41, (1, 30))
-    expected = fmjax.generate(*large, ids, max_new_tokens=18)
-    out = fmjax.generate(*large, ids, max_new_tokens=18, draft=large, num_assistant_tokens=5)
+@pytest.mark.parametrize(
+    "length", [17, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 30))]
+)
+def test_to_the_last_position(large, length):
+    """Drafts beyond the model's positions are dropped and spoil nothing, however much of the
+    prompt's bucket is padding."""
+    ids = np.random.default_rng(1).integers(2, 41, (1, length))
+    expected = fmjax.generate(*large, ids, max_new_tokens=48 - length)
+    options = {"max_new_tokens": 48 - length, "draft": model_of(7), "num_assistant_tokens": 5}
+    out = fmjax.generate(*large, ids, **options)
     np.testing.assert_array_equal(out.tokens, expected.tokens)

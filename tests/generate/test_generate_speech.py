@@ -14,6 +14,7 @@ from transformers import GenerationConfig as TorchGenerationConfig
 import fmjax
 from fmjax.generate.speech import (
     Listener,
+    Segment,
     compression_ratio,
     detect_languages,
     encode,
@@ -244,7 +245,7 @@ def test_texts_are_cut_where_times_meet():
     segments, done = segments_of([t(0), 1, t(5), t(6), 3, t(9)], TIME_0, 0.0, 24)
     assert (len(segments), done) == (2, 24)
     assert segments_of([t(0), 1, t(5)], TIME_0, 0.0, 24)[1] == 24
-    assert segments_of([1, 2], TIME_0, 1.0, 24) == ([(1.0, 1.24, (1, 2), ())], 24)
+    assert segments_of([1, 2], TIME_0, 1.0, 24) == ([Segment(1.0, 1.24, (1, 2))], 24)
 
 
 def test_bad_options_are_refused(pair):
@@ -334,6 +335,8 @@ def test_times_of_tokens_equal_pytorch(pair):
             np.testing.assert_allclose(one.times, times, atol=1e-5)
             seen += len(set(times))
     assert seen > 20
+    for _, segment in hear_recordings(listener, [Whole(frames(1, 1)[0])], words=True):
+        assert set(segment.times) == {0.0}  # there is one step, however short the window
     twin.config.median_filter_width = 7
     plain = both(pair, ENGLISH_ONLY)[1]
     with pytest.raises(ValueError, match="alignment_heads"):

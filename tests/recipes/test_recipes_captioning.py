@@ -1,5 +1,6 @@
 """Captions: trained, measured beside a neighbour's, and written by `fmjax caption`."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,8 +14,9 @@ from fmjax.data.image_processor import parse_image_processor
 from fmjax.data.image_text import ImageTexts
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.metrics.captioning import captioning_metrics
-from fmjax.models import gpt2, t5, vision_encoder_decoder
+from fmjax.models import gpt2, mbart, t5, vision_encoder_decoder
 from fmjax.recipes.captioning import CaptionTraining, nearest_texts, train_on_captions
+from fmjax.recipes.sequence_to_sequence import PairTraining, train_on_pairs
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255)}
 
@@ -103,6 +105,29 @@ def test_what_cannot_be_captioned(tmp_path, capsys):
     processor.save_pretrained(text)
     Image.fromarray(squares(1).images[0]).save(good := tmp_path / "good.png")
     assert "model_type 't5', which writes nothing of pictures" in refused(text, good)
+
+
+def test_what_could_not_write_is_not_trained(tmp_path):
+    """mBART's config, for one, does not say with which token it starts."""
+    _, _, tokenizer, processor = pair()
+    config = vision_encoder_decoder.VARIANTS["tiny"]
+    config = dataclasses.replace(config, decoder_start_token_id=None)
+    for train, model, settings, others in (
+        (
+            train_on_captions,
+            vision_encoder_decoder.Model(config, head="seq2seq_lm"),
+            CaptionTraining(output=tmp_path),
+            {"processor": processor},
+        ),
+        (
+            train_on_pairs,
+            mbart.Model(mbart.Config(), head="seq2seq_lm"),
+            PairTraining(output=tmp_path),
+            {"measure": None, "baselines": {}},
+        ),
+    ):
+        with pytest.raises(ValueError, match="decoder_start_token_id=None"):
+            train(settings, model, {}, tokenizer, {}, **others, about={})
 
 
 def test_neighbours_and_measures():

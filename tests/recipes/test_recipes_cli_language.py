@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,8 +10,13 @@ import pytest
 
 import fmjax
 from fmjax.cli import main
+from fmjax.config import write_json
 from fmjax.data.tokenizer import train_tokenizer
-from fmjax.models import bart, bert, gpt2
+from fmjax.generation_config import GenerationConfig
+from fmjax.models import bart, bert, gpt2, roberta, t5
+from fmjax.recipes import generation
+from fmjax.recipes.generation import Generator, stream_text
+from fmjax.recipes.texts import text_length
 
 LINES = [
     f"the {adjective} {noun} is {place}"
@@ -82,6 +88,45 @@ def test_generate_draws_by_the_seed(decoder, capsys):
 
     assert draw("1") == draw("1")
     assert draw("1") != draw("2")
+
+
+def test_a_file_may_want_beams(translator, tmp_path, capsys):
+    """What cannot be streamed is written at its end; a minimum gives way to a maximum."""
+    folder = shutil.copytree(translator, tmp_path / "beams")
+    write_json(
+        folder / "generation_config.json",
+        {
+            "decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 1, "num_beams": 2,
+            "min_length": 20,
+        },
+    )  # fmt: skip
+    arguments = ["generate", str(folder), "the old cat", "--max-new-tokens", "6"]
+    alone = run(capsys, *arguments)
+    (text,) = json.loads(run(capsys, *arguments, "--json"))["texts"]
+    assert alone == f"{text}\n"
+
+
+def test_texts_are_cut_to_what_the_model_reads(decoder, translator, capsys, tmp_path):
+    (tmp_path / "long.txt").write_text("the old cat " * 100)
+    for folder in (decoder, translator):
+        assert run(
+            capsys, "embed", str(folder), str(tmp_path / "long.txt"), str(tmp_path / "v.npy")
+        )
+    config = roberta.Config(max_position_embeddings=20, pad_token_id=1)
+    assert text_length(roberta.Model(config), 512) == 18
+    assert text_length(t5.Model(t5.VARIANTS["tiny"]), 512) == 512
+
+
+def test_streams_lose_nothing_to_cleaning(decoder, monkeypatch):
+    tokenizer = fmjax.load_tokenizer(decoder)
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    ids = tokenizer("do n ' t know ,")["input_ids"]
+    monkeypatch.setattr(
+        generation, "stream", lambda *args, **options: (np.array([[i]]) for i in ids)
+    )
+    generator = Generator(None, None, tokenizer, GenerationConfig())
+    assert "".join(stream_text(generator, [1])) == "do n ' t know ,"
 
 
 def test_chat_reads_lines_and_keeps_the_conversation(decoder, capsys, monkeypatch):

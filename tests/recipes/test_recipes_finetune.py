@@ -116,8 +116,10 @@ def test_a_finished_run_is_not_trained_again(run, tiny_bert, sentence_files, cap
 
 
 def test_other_settings_on_the_same_folder_are_refused(run, tiny_bert, sentence_files, capsys):
+    before = (run / "run.json").read_bytes()
     assert main(arguments(tiny_bert, sentence_files, run, "--seed", "7")) == 2
     assert "seed: 0 in the checkpoint, 7 now" in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before
 
 
 def test_commands_on_the_export(run, sentence_files, tmp_path, capsys):

@@ -41,9 +41,9 @@ def run(tmp_path):
             seen.append(jax.device_get(flatten(state.trainable["params"])))
             return {"loss": float(len(seen))}  # the first is the best
 
+        settings = {"epochs": 1, "evaluations": 3, "learning_rate": 0.1} | settings
         settings = Training(
-            output=tmp_path / str(ema), epochs=1, batch_size=4, warmup=0.0,
-            evaluations=3, ema=ema, mesh=mesh, **{"learning_rate": 0.1, **settings},
+            output=tmp_path / str(ema), batch_size=4, warmup=0.0, ema=ema, mesh=mesh, **settings,
         )  # fmt: skip
         state = train(
             settings,
@@ -93,6 +93,12 @@ def test_a_run_goes_on_on_another_mesh(run, tmp_path):
         np.testing.assert_array_equal(same[name], value)
     with pytest.raises(ValueError, match="'model' is no axis"):
         run(None, "model=2")
+
+
+def test_lengths_of_no_run_are_refused(run):
+    problems = "(?s)epochs=-1.0 .*max_steps=0 .*evaluations=-3 "
+    with pytest.raises(ValueError, match=problems):
+        run(None, epochs=-1.0, max_steps=0, evaluations=-3)
 
 
 def test_precisions_reach_the_step(run, monkeypatch):

@@ -1,5 +1,6 @@
 """`fmjax transcribe`, its recipe, and Whisper's folders made of CTranslate2's."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ from tiny_whisper import (
     CONFIG,
     GENERATION,
     NO_TIMES,
+    SILENT,
     ctranslate2_arrays,
     ctranslate2_bytes,
     tokenizer,
@@ -119,6 +121,19 @@ def test_words_have_times(folder, wavs, capsys):
         for word in there["chunks"]:
             starts = [piece for piece in ours if piece.text == word["text"]]
             assert any((p.start, p.end) == word["timestamp"] for p in starts), (word, ours)
+    # Of a language that is heard, not given, too: without spaces each character is a word.
+    speech = dataclasses.replace(
+        transcriber.listener.speech, is_multilingual=True, lang_to_id={"<|ja|>": SILENT}
+    )
+    japanese = dataclasses.replace(
+        transcriber, listener=transcriber.listener._replace(speech=speech)
+    )
+    recording = StreamedRecording(sound, transcriber.features)
+    _, segment = next(iter(hear_recordings(japanese.listener, [recording], words=True)))
+    assert segment.language == SILENT
+    spoken = segment._replace(tokens=(64, 65, 66), times=(0.0,) * 3)
+    assert [word.text for word in japanese.words(spoken)] == ["a", "b", "c"]
+    assert [word.text for word in transcriber.words(spoken)] == ["abc"]
     told = load_transcriber(folder, prompt="Some names")
     assert told.listener.speech.prompt[0] == BEFORE
     assert transcribe(told, [sound], **options)[0].text != plain.text
