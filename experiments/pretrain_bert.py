@@ -2,11 +2,10 @@
 
     python experiments/pretrain_bert.py --output runs/bert --precision bfloat16
 
-Four passes over Brown are too short: the model learns which sentences follow each other (0.69 of
-test pairs, 0.5 by chance) and guesses 0.15 of the masked tokens (frequency alone finds 0.12), and
-taggers from its weights and from random ones are alike (test accuracy 0.786 and 0.789). 22 minutes
-of CPU. With AdamW, 15 % of words masked and pairs of 128 tokens, 735 steps did not get beyond
-frequencies at all.
+Sixteen passes over Brown, 64 minutes of CPU. The model guesses 0.302 of the masked test tokens (it
+knows little but which are frequent, 0.12, for the first 900 of 5,204 steps) and which sentences
+follow each other in 0.752 of the test pairs. Its tagger has a test accuracy of 0.905, the one from
+random weights 0.792.
 
 Afterwards the encoder is fine-tuned to tag parts of speech with few labelled sentences, beside the
 same network from random weights. Any other text (a sentence a line, empty lines between documents)
