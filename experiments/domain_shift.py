@@ -16,9 +16,13 @@ tweets: ``--target sentiment/tweets``), whose training sentences are there witho
 - target: with the target's labels, which no other arm sees: what could be reached.
 
 Every arm takes as many steps on as many labelled texts. Measured on all 663 held-out texts of the
-target, from which nothing is chosen. Not measured in full yet; by what single arms took, about 20
-minutes of CPU time: FixMatch reads three times as many texts a step as the source alone, DANN and
-CORAL twice as many. So short a run compares ways, it does not finish any.
+target, from which nothing is chosen, by `--precision bfloat16`; accuracy, mean and deviation of 3
+seeds, 4 minutes of CPU: 0.765 ± 0.02 source, 0.774 ± 0.02 DANN, 0.776 ± 0.03 CORAL, 0.775 ± 0.02
+self-training (46 % of the texts pseudo-labelled), 0.778 ± 0.02 FixMatch, 0.572 ± 0.11 continued
+pretraining, 0.804 ± 0.01 target. So the gains are of the size of their scatter, a third of what the
+labels would bring; and MiniLM, which was trained to embed sentences and has no weights for masked
+words, forgets more in the continued pretraining than it learns. FixMatch reads three times as many
+texts a step as the source alone, DANN and CORAL twice as many.
 """
 
 import dataclasses
