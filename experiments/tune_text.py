@@ -13,8 +13,8 @@ than an epoch: this compares ways, it does not finish any):
 - ulmfit: all parameters, learning rates falling by depth, blocks unfrozen one after the other.
 
 Test accuracy, mean and deviation of 2 seeds, 11 minutes of CPU: full 0.801 ± 0.010, ulmfit 0.794 ±
-0.001, bitfit 0.63 ± 0.11, prompt 0.58 ± 0.07, head 0.575 ± 0.02, prefix 0.56 ± 0.05. So few steps are
-too short for the four that train least: one of BitFit's seeds had begun to learn.
+0.001, bitfit 0.63 ± 0.11, prompt 0.58 ± 0.07, head 0.575 ± 0.02, prefix 0.56 ± 0.05. So few steps
+are too short for the four that train least: one of BitFit's seeds had begun to learn.
 """
 
 import dataclasses
