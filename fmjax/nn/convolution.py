@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from fmjax.nn.product import gram, gram_on_cpu, matmul, transposed
+from fmjax.nn.product import gram, gram_on_cpu, matmul, moved, transposed
 from fmjax.nn.vision import pair
 
 # Features of an image up to which the places of a window are put side by side: a product for each
@@ -163,15 +165,21 @@ def _convolution_on_cpu(
 
 def _by_rows(x: Array, kernel: Array, stride: Stride, around: Around, dilation: int) -> Array:
     """A product for each row of the window, whose columns are put side by side."""
-    x = _padded(x, around)
-    columns = list(shifts(x, (1, kernel.shape[1]), (1, pair(stride)[1]), dilation))
-    beside = jnp.stack(columns, -2).reshape(*columns[0].shape[:3], -1)  # [B, X, Y', Y * I]
-    parts = shifts(beside, (kernel.shape[0], 1), (pair(stride)[0], 1), dilation)
-    rows = kernel.reshape(kernel.shape[0], -1, kernel.shape[-1])
+    size = kernel.shape[:2]
+    parts = moved(lambda x: _rows_seen(_padded(x, around), size, stride, dilation), x)
+    rows = moved(lambda kernel: list(kernel.reshape(size[0], -1, kernel.shape[-1])), kernel)
     total = jnp.zeros((), jnp.float32)
     for part, row in zip(parts, rows, strict=True):
         total = total + matmul(part, row)
     return total.astype(x.dtype)
+
+
+def _rows_seen(x: Array, size: tuple[int, ...], stride: Stride, dilation: int) -> list[Array]:
+    """What each row of a window sees, its columns side by side: [B, X', Y', Y * C] of each."""
+    down, across = pair(stride)
+    columns = list(shifts(x, (1, size[1]), (1, across), dilation))
+    beside = jnp.stack(columns, -2).reshape(*columns[0].shape[:3], -1)
+    return list(shifts(beside, (size[0], 1), (down, 1), dilation))
 
 
 def _forward(
@@ -185,49 +193,111 @@ def _backward(
 ) -> tuple[Array, Array]:
     x, kernel = saved
     low = x.dtype != jnp.float32
-    size = kernel.shape[:2]
-    if low and pair(stride) == (1, 1) and g.shape[-1] >= BROAD:
-        rows, columns = (
-            (side - 1 - before, side - 1 - after)
-            for side, (before, after) in zip(window(size, dilation), around, strict=True)
-        )
-        turned = kernel[::-1, ::-1].swapaxes(2, 3)
-        dx = _by_rows(g, turned, stride, (rows, columns), dilation)
+    if low and g.shape[-1] >= BROAD and (dilation == 1 or pair(stride) == (1, 1)):
+        dx = _of_image(x.shape, kernel, g, stride, around, dilation)
     else:
         of_x = partial(_convolution, kernel=kernel, stride=stride, around=around, dilation=dilation)
         (dx,) = jax.linear_transpose(of_x, x)(g)
-    padded = _padded(x, around)
-    if low and x.shape[-1] > THIN and pair(stride) == (1, 1) and 2 * padded.size < 3 * x.size:
-        dkernel = _transposed_once(padded, g, size, dilation)
+    whole = _padded_to(x.shape, stride, around)
+    larger = math.prod(whole) / math.prod(pair(stride)) > 1.5 * math.prod(g.shape[1:3])
+    if low and x.shape[-1] > THIN and not larger:
+        dkernel = _of_kernel(x, kernel.shape[:2], g, stride, around, dilation)
     else:
-        parts = list(shifts(padded, size, stride, dilation))
-        if x.shape[-1] <= THIN:
-            parts = [jnp.concatenate(parts, axis=-1)]
+
+        def seen(x: Array) -> list[Array]:
+            x = _padded(x, around)
+            if x.shape[-1] > THIN:
+                parts = list(shifts(x, kernel.shape[:2], stride, dilation))
+            else:
+                parts = [jnp.concatenate(_rows_seen(x, kernel.shape[:2], stride, dilation), -1)]
+            return [part.reshape(-1, part.shape[-1]) for part in parts]
+
         product = gram_on_cpu if low else gram
         g = g.reshape(-1, g.shape[-1])  # [N, O]
-        dkernel = jnp.concatenate([product(part.reshape(-1, part.shape[-1]), g) for part in parts])
+        dkernel = jnp.concatenate([product(part, g) for part in moved(seen, x)])
     return dx, dkernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _transposed_once(padded: Array, g: Array, size: tuple[int, ...], dilation: int) -> Array:
-    """The gradient of a kernel at stride 1 from an image with zeros around it: [X * Y * I, O].
+def _of_image(
+    shape: tuple[int, ...], kernel: Array, g: Array, stride: Stride, around: Around, dilation: int
+) -> Array:
+    """The gradient of an image of this shape: [B, X, Y, I].
+
+    At a stride of S the image's rows fall into S kinds, which meet other rows of the kernel each,
+    and so do its columns: of each kind it is a convolution of g with its part of the kernel, turned
+    about. (XLA puts zeros between g's pixels.)
+    """
+    (batch, *image, features), steps = shape, pair(stride)
+    sides = [-(-length // step) for length, step in zip(image, steps, strict=True)]
+
+    def of_kind(kind: tuple[int, ...]) -> Array:
+        met, zeros = [], []
+        for axis, (step, (before, _)) in enumerate(zip(steps, around, strict=True)):
+            further, first = divmod(kind[axis] + before, step)
+            met.append(range(first, kernel.shape[axis], step))
+            start = dilation * (len(met[axis]) - 1) - further
+            zeros.append((start, sides[axis] - g.shape[1 + axis] + further))
+        if not all(met):
+            return jnp.zeros((batch, *sides, features), g.dtype)
+        rows, columns = (slice(places.start, None, places.step) for places in met)
+        turned = moved(lambda k: k[rows, columns][::-1, ::-1].swapaxes(2, 3), kernel)
+        return _by_rows(g, turned, 1, (zeros[0], zeros[1]), dilation)
+
+    if steps == (1, 1):
+        return of_kind((0, 0))
+    kinds = [[of_kind((row, column)) for column in range(steps[1])] for row in range(steps[0])]
+
+    def between(kinds: Array) -> Array:  # [S, S, B, X / S, Y / S, I]
+        whole = kinds.transpose(2, 3, 0, 4, 1, 5)
+        whole = whole.reshape(batch, sides[0] * steps[0], sides[1] * steps[1], features)
+        return whole[:, : image[0], : image[1]]
+
+    return moved(between, jnp.stack([jnp.stack(row) for row in kinds]))
+
+
+def _of_kernel(
+    x: Array,
+    size: tuple[int, ...],
+    g: Array,
+    stride: Stride,
+    around: Around,
+    dilation: int,
+) -> Array:
+    """The gradient of a kernel that sees an image with zeros around it: [X * Y * I, O].
 
     With its pixels one after another, and the gradient's at the same places, each place of the
     window sees the image some pixels further on: one transpose serves them all (measured on one
-    core: 33 ms against 16 ms for [8, 56, 56, 64], 14 against 8 for [8, 14, 14, 256]). The products
-    of the zeros are in vain, so it is not for images that they make much larger.
+    core: 33 ms against 16 ms for [8, 56, 56, 64], 14 against 8 for [8, 14, 14, 256]). At a stride
+    of S x S these are S * S images. The products of the zeros are in vain, so it is not for images
+    that they make much larger.
     """
-    shape = padded.shape
-    over = [whole - length for whole, length in zip(shape[1:3], g.shape[1:3], strict=True)]
-    g = jnp.pad(g, ((0, 0), (0, over[0]), (0, over[1]), (0, 0))).reshape(-1, g.shape[-1])
-    pixels = transposed(padded.reshape(-1, shape[-1]))  # [I, N]
-    places = [
-        dilation * (row * shape[2] + column) for row in range(size[0]) for column in range(size[1])
-    ]
-    count = pixels.shape[1] - places[-1]
+    (down, across), whole = pair(stride), _padded_to(x.shape, stride, around)
+    places = [(dilation * row, dilation * column) for row, column in np.ndindex(*size)]
+    kinds = [(row % down, column % across) for row, column in places]
+    length = whole[1] // across
+    further = [row // down * length + column // across for row, column in places]
+
+    def images(x: Array) -> dict[tuple[int, int], Array]:
+        sides = zip(x.shape[1:3], whole, around, strict=True)
+        padded = _padded(x, [(start, side - length - start) for length, side, (start, _) in sides])
+        parts = {kind: padded[:, kind[0] :: down, kind[1] :: across] for kind in set(kinds)}
+        return {kind: part.reshape(-1, part.shape[-1]) for kind, part in parts.items()}
+
+    pixels = {kind: transposed(image) for kind, image in moved(images, x).items()}  # [I, N]
+
+    def behind(g: Array) -> dict[int, Array]:
+        """The gradient's pixels [N, O], after as many others as a place is further on."""
+        last = max(further)
+        over = [(0, whole[0] // down - g.shape[1]), (0, length - g.shape[2])]
+        rows = _padded(g, over).reshape(-1, g.shape[-1])
+        count = len(rows)
+        rows = jnp.pad(rows, ((last, 0), (0, 0)))
+        return {start: rows[last - start :][:count] for start in set(further)}
+
+    rows = moved(behind, g)
     products = [
-        jnp.dot(pixels[:, place : place + count], g[:count], preferred_element_type=jnp.float32)
-        for place in places
+        jnp.dot(pixels[kind], rows[start], preferred_element_type=jnp.float32)
+        for kind, start in zip(kinds, further, strict=True)
     ]
     return jnp.concatenate(products)
 
@@ -235,10 +305,19 @@ def _transposed_once(padded: Array, g: Array, size: tuple[int, ...], dilation: i
 _convolution_on_cpu.defvjp(_forward, _backward)
 
 
-def _padded(x: Array, around: Around) -> Array:
+def _padded(x: Array, around: Sequence[tuple[int, int]]) -> Array:
     """x with zeros around it; of a negative number, pixels are left out."""
     sides = [(before, after, 0) for before, after in around]
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+
+
+def _padded_to(shape: tuple[int, ...], stride: Stride, around: Around) -> tuple[int, int]:
+    """Rows and columns of an image with the zeros around it and to a whole number of strides."""
+    rows, columns = (
+        -(-(length + sum(ends)) // step) * step
+        for length, ends, step in zip(shape[1:3], around, pair(stride), strict=True)
+    )
+    return rows, columns
 
 
 def check_fit(image: tuple[int, ...], whole: tuple[int, int], around: Around) -> None:

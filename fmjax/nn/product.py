@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,10 +164,30 @@ def gram_on_cpu(a: Array, b: Array) -> Array:
 def transposed(a: Array) -> Array:
     """``a.T`` written out, as `gram_on_cpu` wants it: [N, I] -> [I, N].
 
-    A lone transpose is folded back into the product that follows, hence two halves.
+    A lone transpose of two axes is folded back into the product that follows, hence three.
     """
-    half = a.shape[1] // 2
-    return jnp.concatenate([a[:, :half].T, a[:, half:].T])
+
+    def turn(a: Array) -> Array:
+        rows, columns = a.shape
+        parts = a.reshape(rows, 2, columns // 2).transpose(1, 2, 0)
+        return parts.reshape(columns, rows)
+
+    if a.shape[1] % 2:
+        return jnp.concatenate([a[:, :1].T, transposed(a[:, 1:])])
+    return moved(turn, a)
+
+
+def moved(move: Callable[[Array], Any], a: Array) -> Any:
+    """What `move` makes of an array, or a tree of such, where it only moves numbers, on CPUs.
+
+    There XLA has arithmetic below float32 done in float32 and counts moving among it, so that a
+    transpose becomes a loop with two conversions for each number (measured on one core: 0.86 ms
+    against 0.22 ms for [25088, 64] in bfloat16). As integers they are only moved.
+    """
+    if a.dtype.itemsize != 2:
+        return move(a)
+    bits = jax.lax.bitcast_convert_type(a, jnp.uint16)
+    return jax.tree.map(lambda bits: jax.lax.bitcast_convert_type(bits, a.dtype), move(bits))
 
 
 @jax.custom_vjp
