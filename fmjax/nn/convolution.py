@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fmjax.nn.product import gram, gram_on_cpu, matmul, moved, transposed
+from fmjax.nn.product import SLOW, gram, gram_on_cpu, matmul, moved, transposed
 from fmjax.nn.vision import pair
 
 # Features of an image up to which the places of a window are put side by side: a product for each
@@ -284,6 +284,10 @@ def _of_kernel(
         return {kind: part.reshape(-1, part.shape[-1]) for kind, part in parts.items()}
 
     pixels = {kind: transposed(image) for kind, image in moved(images, x).items()}  # [I, N]
+    features = x.shape[-1]
+    if features == SLOW:
+        more = [(0, 8), (0, 0)]
+        pixels = {kind: moved(lambda a: jnp.pad(a, more), part) for kind, part in pixels.items()}
 
     def behind(g: Array) -> dict[int, Array]:
         """The gradient's pixels [N, O], after as many others as a place is further on."""
@@ -296,7 +300,7 @@ def _of_kernel(
 
     rows = moved(behind, g)
     products = [
-        jnp.dot(pixels[kind], rows[start], preferred_element_type=jnp.float32)
+        jnp.dot(pixels[kind], rows[start], preferred_element_type=jnp.float32)[:features]
         for kind, start in zip(kinds, further, strict=True)
     ]
     return jnp.concatenate(products)

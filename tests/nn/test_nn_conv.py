@@ -17,6 +17,7 @@ from fmjax.nn.conv import (
     same_padding,
 )
 from fmjax.nn.convolution import BROAD, _convolution, convolution, window
+from fmjax.nn.product import SLOW
 from fmjax.nn.vision import pair
 
 KINDS = {  # I, O, size, stride, groups, dilation
@@ -78,6 +79,11 @@ def test_equals_pytorch(kind):
         (8, BROAD, 2, 1, 1, 5),
         (BROAD, BROAD, 3, 1, 1, 4),  # more zeros than pixels
         (BROAD, 8, 3, (2, 1), 1, 9),
+        (BROAD, BROAD, 3, 2, 1, 9),  # every second row meets other rows of the kernel
+        (8, BROAD, 4, (1, 3), 1, 10),
+        (BROAD, BROAD, 1, 2, 1, 9),  # and some meet none
+        (8, BROAD, 3, 2, 2, 11),
+        (SLOW, 8, 3, 1, 1, 12),
         (3, 8, 3, 2, 1, 9),
     ],
 )

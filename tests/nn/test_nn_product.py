@@ -6,7 +6,29 @@ import jax.numpy as jnp
 import pytest
 
 from fmjax.nn.embed import FEW, _look_up_on_accelerators, look_up
-from fmjax.nn.product import affine
+from fmjax.nn.product import MANY, SLOW, affine, gram, gram_on_cpu
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [
+        (MANY, SLOW, 2 * SLOW),
+        (MANY, 2 * SLOW, SLOW),
+        (8, 3, 5),  # nothing of an odd size falls into halves
+        (7, 4, 3),
+        (9, 3, 5),
+        (9, 1, 1),
+        (64, 5, 2),  # the other operand is turned
+    ],
+)
+def test_products_over_rows_on_cpus_are_any_others(rows: int, inputs: int, outputs: int) -> None:
+    a, b = (
+        jax.random.normal(key, (rows, width), jnp.bfloat16)
+        for key, width in zip(jax.random.split(jax.random.key(0)), (inputs, outputs), strict=True)
+    )
+    ours, plain = jax.jit(gram_on_cpu)(a, b), gram(a.astype("float32"), b.astype("float32"))
+    # Sums of exact products of bfloat16, in another order.
+    chex.assert_trees_all_close(ours, plain, atol=1e-6 * rows, rtol=0)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
