@@ -88,31 +88,43 @@ def _versions() -> dict[str, str]:
 
 
 class Peak(NamedTuple):
-    """A device's published figures: dense bf16 FLOP/s, memory in bytes, bytes/s of it, and bytes/s
-    that it can send to other devices over all its links."""
+    """A device's published figures.
+
+    Args:
+        bf16: FLOP/s of dense products.
+        memory: bytes.
+        bandwidth: bytes/s of the memory.
+        interconnect: bytes/s that it can send to other devices over all its links.
+        int8, float8: the same of products of 8 bits; bf16's, where it has none faster.
+        host: bytes/s to the host's memory, or from it; None where nobody publishes them.
+    """
 
     bf16: float
     memory: float
     bandwidth: float
     interconnect: float
+    int8: float
+    float8: float
+    host: float | None
 
 
 # Vendors' data sheets, dense (no sparsity), one chip: NVIDIA A100, H100, H200 and B200 SXM data
 # sheets; cloud.google.com/tpu/docs, "System architecture" pages of v4, v5e, v5p and v6e. Links:
-# half of what is published for both directions together, NVLink's in the same data sheets, TPUs' on
-# the same pages; v4's are six of 50 GB/s each, Jouppi et al. 2023, arXiv:2304.01433.
+# half of what is published for both directions together, NVLink's and PCIe's in the same data
+# sheets, TPUs' on the same pages; v4's are six of 50 GB/s each, Jouppi et al. 2023,
+# arXiv:2304.01433.
 # Keys are the start of JAX's `device_kind`; the longest that fits wins.
 PUBLISHED_PEAKS = {
-    "NVIDIA A100": Peak(312e12, 80e9, 2.04e12, 300e9),
-    "NVIDIA H100": Peak(989e12, 80e9, 3.35e12, 450e9),
-    "NVIDIA H200": Peak(989e12, 141e9, 4.8e12, 450e9),
-    "NVIDIA B200": Peak(2250e12, 180e9, 7.7e12, 900e9),
-    "TPU v4": Peak(275e12, 32e9, 1.23e12, 300e9),
-    "TPU v5 lite": Peak(197e12, 16e9, 0.82e12, 200e9),
-    "TPU v5e": Peak(197e12, 16e9, 0.82e12, 200e9),
-    "TPU v5": Peak(459e12, 95e9, 2.77e12, 600e9),
-    "TPU v6 lite": Peak(918e12, 32e9, 1.64e12, 400e9),
-    "TPU v6e": Peak(918e12, 32e9, 1.64e12, 400e9),
+    "NVIDIA A100": Peak(312e12, 80e9, 2.04e12, 300e9, 624e12, 312e12, 32e9),
+    "NVIDIA H100": Peak(989e12, 80e9, 3.35e12, 450e9, 1979e12, 1979e12, 64e9),
+    "NVIDIA H200": Peak(989e12, 141e9, 4.8e12, 450e9, 1979e12, 1979e12, 64e9),
+    "NVIDIA B200": Peak(2250e12, 180e9, 7.7e12, 900e9, 4500e12, 4500e12, 64e9),
+    "TPU v4": Peak(275e12, 32e9, 1.23e12, 300e9, 275e12, 275e12, None),
+    "TPU v5 lite": Peak(197e12, 16e9, 0.82e12, 200e9, 393e12, 197e12, None),
+    "TPU v5e": Peak(197e12, 16e9, 0.82e12, 200e9, 393e12, 197e12, None),
+    "TPU v5": Peak(459e12, 95e9, 2.77e12, 600e9, 918e12, 459e12, None),
+    "TPU v6 lite": Peak(918e12, 32e9, 1.64e12, 400e9, 1836e12, 918e12, None),
+    "TPU v6e": Peak(918e12, 32e9, 1.64e12, 400e9, 1836e12, 918e12, None),
 }
 
 

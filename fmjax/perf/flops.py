@@ -35,6 +35,8 @@ class FlopCount:
     Attributes:
         total: FLOPs, the sum of `by_primitive`.
         by_primitive: FLOPs for each primitive name.
+        of_8_bits: FLOPs of the products both of whose operands have 8 bits, by their dtype's name;
+            part of the total.
         matmuls: how often each product [B, M, K] x [B, K, N] runs, as {(B, M, K, N): times}.
         unbounded: `while` loops with a product inside. Their trip count is not in the program,
             so one iteration of each is in the total. (`fori_loop` with fixed bounds is a scan and
@@ -44,6 +46,7 @@ class FlopCount:
 
     total: int
     by_primitive: Mapping[str, int]
+    of_8_bits: Mapping[str, int]
     matmuls: Mapping[tuple[int, int, int, int], int]
     unbounded: int
     opaque: Mapping[str, int]
@@ -90,6 +93,7 @@ def _count(jaxpr: core.Jaxpr) -> FlopCount:
     return FlopCount(
         total=tally.total(),
         by_primitive=dict(tally.flops),
+        of_8_bits=dict(tally.narrow),
         matmuls=dict(tally.matmuls),
         unbounded=tally.unbounded,
         opaque=dict(tally.opaque),
@@ -101,6 +105,7 @@ class _Tally:
     """The counters of one (sub)program."""
 
     flops: Counter[str] = dataclasses.field(default_factory=Counter)
+    narrow: Counter[str] = dataclasses.field(default_factory=Counter)
     matmuls: Counter[tuple[int, int, int, int]] = dataclasses.field(default_factory=Counter)
     opaque: Counter[str] = dataclasses.field(default_factory=Counter)
     unbounded: int = 0
@@ -111,6 +116,8 @@ class _Tally:
     def add(self, other: _Tally, times: int) -> None:
         for name, flops in other.flops.items():
             self.flops[name] += times * flops
+        for name, flops in other.narrow.items():
+            self.narrow[name] += times * flops
         for product, runs in other.matmuls.items():
             self.matmuls[product] += times * runs
         for name, runs in other.opaque.items():
@@ -126,6 +133,9 @@ def _walk(jaxpr: core.Jaxpr) -> _Tally:
             batch, m, k, n = _dot_shape(eqn)
             tally.matmuls[batch, m, k, n] += 1
             tally.flops[name] += 2 * batch * m * k * n
+            kinds = [operand.aval.dtype for operand in eqn.invars]
+            if all(kind.itemsize == 1 for kind in kinds):
+                tally.narrow[kinds[0].name] += 2 * batch * m * k * n
         elif name == "ragged_dot_general":
             tally.flops[name] += _ragged_dot_flops(eqn)
         elif name == "conv_general_dilated":

@@ -18,6 +18,7 @@ import jax
 import tyro
 
 from fmjax.config import write_json
+from fmjax.perf.flops import FlopCount
 from fmjax.perf.roofline import roofline
 from fmjax.perf.targets import Target, parse_target
 from fmjax.recipes.plan_output import draw, mesh_name
@@ -62,7 +63,7 @@ class Flops(NamedTuple):
     """Of a step over all chips: what it needs, and what it executes by what it recomputes."""
 
     model: int
-    executed: dict[Remat, int]
+    executed: dict[Remat, FlopCount]
 
 
 def plan(settings: Settings) -> dict[str, Any]:
@@ -268,7 +269,8 @@ def _compiled_row(
     fits = memory.total <= target.memory
     why = None if fits else f"{memory.total / 1e9:.1f} of {target.memory / 1e9:.1f} GB"
     row = _row(one, "fits" if fits else "too large", why)
-    row["counted"] = {"executed_flops": flops.executed[one.remat]}
+    executed = flops.executed[one.remat]
+    row["counted"] = {"executed_flops": executed.total, "of_8_bits": dict(executed.of_8_bits)}
     row["compiled"] = {
         "compile_seconds": compiled.seconds,
         "peak_bytes": memory.total,
@@ -284,16 +286,19 @@ def _compiled_row(
             target.peak,
             chips=target.chips,
             model_flops=flops.model,
-            executed_flops=flops.executed[one.remat],
+            executed_flops=executed.total,
             moved=traffic.moved,
             sent=traffic.sent,
             tokens=step.tokens,
+            of_8_bits=executed.of_8_bits,
+            kept_by_host=compiled.host,
             price=settings.price,
         )
         row["bound"] |= {
             "compute_seconds": bound.compute,
             "memory_seconds": bound.memory,
             "interconnect_seconds": bound.interconnect,
+            "host_seconds": bound.host,
             "step_seconds": bound.step,
             "limited_by": bound.limited_by,
             "tokens_per_second": bound.tokens_per_second,

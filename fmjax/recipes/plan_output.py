@@ -107,8 +107,8 @@ def _details(row: Mapping[str, Any], doc: Mapping[str, Any]) -> Any:
         )
     if compiled["unknown_loops"]:
         table.add_row("loops counted once", str(compiled["unknown_loops"]), "compiled")
-    for name in ("compute", "memory", "interconnect", "step"):
-        if f"{name}_seconds" in bound:
+    for name in ("compute", "memory", "interconnect", "host", "step"):
+        if f"{name}_seconds" in bound and (name != "host" or bound["host_seconds"]):
             table.add_row(f"{name} time", f"{bound[f'{name}_seconds'] * 1e3:.2f} ms", "bound")
     if "mfu" in bound:
         rate = f"{bound['tokens_per_second']:,.0f}"
@@ -126,7 +126,7 @@ def _details(row: Mapping[str, Any], doc: Mapping[str, Any]) -> Any:
 
 
 def draw(doc: Mapping[str, Any], path: Path) -> None:
-    """Draws the compiled plans: a chip's memory by class, and the three bounds of a step.
+    """Draws the compiled plans: a chip's memory by class, and the bounds of a step.
 
     Args:
         doc: from `fmjax.recipes.plan.plan`, with something that was compiled.
@@ -152,12 +152,12 @@ def draw(doc: Mapping[str, Any], path: Path) -> None:
     left.invert_yaxis()
     left.set_xlabel("GB a chip (compiled)")
     bounds = [row.get("bound", {}) for row in rows]
-    for number, name in enumerate(("compute", "memory", "interconnect")):
+    for number, name in enumerate(("compute", "memory", "interconnect", "host")):
         heights = [bound.get(f"{name}_seconds", 0.0) * 1e3 for bound in bounds]
-        right.barh([place + 0.27 * (number - 1) for place in places], heights, 0.25, label=name)
+        right.barh([place + 0.2 * (number - 1.5) for place in places], heights, 0.19, label=name)
     right.set_xlabel("ms a step, at the least (bound)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4)
     figure.suptitle(f"{doc['model']} on {doc['target']['name']}")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], dpi=150)

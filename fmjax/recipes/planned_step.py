@@ -21,7 +21,7 @@ from fmjax.methods import lora
 from fmjax.methods.adapted_layers import is_adapter
 from fmjax.nn.fused_attention import attention_kernel
 from fmjax.nn.moe import sent_to_experts
-from fmjax.perf.flops import count_needed_flops
+from fmjax.perf.flops import FlopCount, count_needed_flops
 from fmjax.perf.memory import MemoryUse, host_bytes, memory_use
 from fmjax.perf.program import Traffic, read_program
 from fmjax.perf.targets import Target, mesh_over
@@ -38,6 +38,7 @@ from fmjax.train import (
 )
 from fmjax.train.compile import jit_alone, lower_step
 from fmjax.train.moments import Moments
+from fmjax.train.quantized_products import Quantized, quantized_products
 from fmjax.train.sharding import batch_spec, placed
 from fmjax.tree import count
 from fmjax.types import LossFn, Remat, TrainState, Variables
@@ -87,6 +88,8 @@ class Work:
     dropout: Literal["config", "residual", "none"] = "config"
     """As the model's config says, without that of attention's probabilities, or none at all. What
     drops probabilities cannot be a fused kernel."""
+    matmuls: Literal["float"] | Quantized = "float"
+    """As what dense layers multiply: as the precision says, or in 8 bits."""
     scan: bool = True
     """Compile one layer and scan it."""
     image_size: int | None = None
@@ -122,23 +125,24 @@ class Step(NamedTuple):
         """The loss, of whose blocks its gradient recomputes as much as `remat` says."""
         model = self.family.Model(self.config, head=self.head, scan=self.work.scan, remat=remat)
         loss = LOSSES[self.head](model)
+        if self.work.matmuls != "float":
+            loss = quantized_products(loss, self.work.matmuls)
         return cast(loss, jnp.bfloat16) if self.work.precision == "bfloat16" else loss
 
-    def flops(self, remat: Remat) -> int:
-        """FLOPs that a step's gradient executes over all chips, in the program as traced."""
+    def flops(self, remat: Remat) -> FlopCount:
+        """What a step's gradient executes over all chips, in the program as traced."""
         # By the products themselves, whatever kernel will compute them.
         with attention_kernel("plain"):
             state = self.state
-            counted = count_needed_flops(
+            return count_needed_flops(
                 gradient(self.loss(remat)),
                 state.trainable, state.non_trainable, self.batch, state.rng,
             )  # fmt: skip
-        return counted.total
 
     def model_flops(self) -> int:
         """FLOPs that it needs: nothing is recomputed, and a token passes its own experts alone."""
         with sent_to_experts():
-            return self.flops("none")
+            return self.flops("none").total
 
     def sizes(self) -> dict[str, int]:
         """How many numbers there are, and how many of them train."""

@@ -11,7 +11,10 @@ from fmjax.perf.roofline import roofline
 from fmjax.train import gradient, init_state, jit_step, make_train_step
 from fmjax.types import Aux
 
-PEAK = Peak(bf16=100.0, memory=1e9, bandwidth=10.0, interconnect=2.0)
+PEAK = Peak(
+    bf16=100.0, memory=1e9, bandwidth=10.0, interconnect=2.0, int8=200.0, float8=400.0, host=4.0
+)  # fmt: skip
+SIZES = {"chips": 1, "model_flops": 1, "executed_flops": 1, "moved": 1, "sent": 0, "tokens": 1}
 
 
 @pytest.mark.parametrize(
@@ -31,10 +34,22 @@ def test_the_slowest_roof_is_the_bound(moved, sent, limit, step):
 
 
 def test_no_price_no_cost():
-    sizes = {"chips": 1, "model_flops": 1, "executed_flops": 1, "moved": 1, "sent": 0, "tokens": 1}
-    assert roofline(PEAK, **sizes).cost is None
+    assert roofline(PEAK, **SIZES).cost is None
     with pytest.raises(ValueError, match="price=-1 must not be negative"):
-        roofline(PEAK, **sizes, price=-1)
+        roofline(PEAK, **SIZES, price=-1)
+
+
+def test_products_of_8_bits_have_a_roof_of_their_own():
+    of_8_bits = {"int8": 400.0, "float8_e4m3fn": 800.0}
+    sizes = SIZES | {"chips": 2, "executed_flops": 1300.0}
+    assert roofline(PEAK, **sizes, of_8_bits=of_8_bits).compute == (1 + 2 + 2) / 2
+
+
+def test_the_hosts_link_is_a_roof_where_it_is_published():
+    bound = roofline(PEAK, **SIZES, kept_by_host=100.0)
+    assert (bound.limited_by, bound.step) == ("host", 25.0)
+    unknown = roofline(PEAK._replace(host=None), **SIZES, kept_by_host=100.0)
+    assert (unknown.limited_by, unknown.host) == ("memory", 0.0)
 
 
 def test_classes_add_up():
