@@ -5,6 +5,18 @@
 Fashion-MNIST, changes of at most 0.1 of a pixel's range (linf). Every arm sees the same pictures;
 attacks of 3 steps while training, of 20 when measured, on test pictures. Interrupted, the same
 command goes on with what is missing; results.json has every run.
+
+Accuracy on 1,000 test pictures (a standard error of 0.011 to 0.015), 3 seeds, 26 minutes of CPU:
+
+|                          | clean         | FGSM          | PGD-20        |
+| ---                      | ---           | ---           | ---           |
+| plain                    | 0.867 ± 0.003 | 0.364 ± 0.006 | 0.194 ± 0.015 |
+| FGSM from a random start | 0.804 ± 0.004 | 0.683 ± 0.010 | 0.623 ± 0.009 |
+| PGD-3                    | 0.795 ± 0.005 | 0.681 ± 0.016 | 0.641 ± 0.008 |
+| TRADES                   | 0.779 ± 0.007 | 0.615 ± 0.007 | 0.577 ± 0.004 |
+
+Every way of training on attacks triples what survives them and costs 6 to 9 points of clean accuracy.
+In 600 steps TRADES with its paper's weight of 6 is behind the others in both.
 """
 
 import dataclasses
