@@ -87,7 +87,7 @@ class Settings(comparison.Settings):
     """Sums to measure on."""
     warmup_steps: int = 800
     """Steps on them before the arms begin."""
-    turns: int = 150
+    turns: int = 600
     """Of drawing and learning."""
     prompts: int = 32
     """Sums a turn."""
