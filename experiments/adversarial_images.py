@@ -15,8 +15,8 @@ Accuracy on 1,000 test pictures (a standard error of 0.011 to 0.015), 3 seeds, 2
 | PGD-3                    | 0.795 ± 0.005 | 0.681 ± 0.016 | 0.641 ± 0.008 |
 | TRADES                   | 0.779 ± 0.007 | 0.615 ± 0.007 | 0.577 ± 0.004 |
 
-Every way of training on attacks triples what survives them and costs 6 to 9 points of clean accuracy.
-In 600 steps TRADES with its paper's weight of 6 is behind the others in both.
+Every way of training on attacks triples what survives them and costs 6 to 9 points of clean
+accuracy. In 600 steps TRADES with its paper's weight of 6 is behind the others in both.
 """
 
 import dataclasses

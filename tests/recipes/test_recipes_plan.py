@@ -59,6 +59,16 @@ def test_flops_and_sizes_are_the_models():
     assert step.tokens == 128
 
 
+def test_products_of_8_bits_are_told_apart():
+    plain, narrow = (
+        describe("gpt2/tiny", Work(batch=8, length=16, matmuls=matmuls)).flops("none")
+        for matmuls in ("float", "int8")
+    )
+    assert plain.of_8_bits == {}
+    # Attention and the head multiply as they did.
+    assert 0 < narrow.of_8_bits["int8"] < narrow.total == plain.total
+
+
 def test_a_mixture_needs_less_than_it_executes():
     """Its tokens pass all experts, and its gradient computes their products anew."""
     step = describe("mixtral/tiny", Work(batch=2, length=8))
