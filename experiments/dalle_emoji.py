@@ -78,7 +78,7 @@ class Settings:
     """Features of the image tokenizer at full size; twice as many each time pixels are halved."""
     levels: int = 3
     """Sizes it sees pictures in; a code is 2 ** (levels - 1) pixels wide."""
-    tokenizer_steps: int = 3000
+    tokenizer_steps: int = 1200
     """Of its training."""
     tokenizer_rate: float = 1e-3
     """Peak of its learning rate."""
@@ -92,7 +92,7 @@ class Settings:
     """Its blocks."""
     dropout: float = 0.1
     """In them."""
-    steps: int = 4000
+    steps: int = 2000
     """Of its training."""
     learning_rate: float = 1e-3
     """Peak of its learning rate."""

@@ -24,6 +24,7 @@ from fmjax.methods.advantages import generalised_advantages
 from fmjax.methods.policies import entropy, log_probability
 from fmjax.methods.preference import policy_of
 from fmjax.tasks.apply import apply_fn, row_weights
+from fmjax.tasks.causal_lm import first_position
 from fmjax.tasks.vocabulary_loss import CHUNK_SIZE, over_vocabulary, unembed_fn
 from fmjax.types import Batch, Variables
 
@@ -69,7 +70,7 @@ def response_scores(
             inputs["decoder_input_ids"] = ids
         else:
             mask = jnp.asarray(batch["attention_mask"])
-            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            positions = first_position(model) + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         policy = policy_of(variables)
         hidden = apply(policy, inputs, None, train=False)[0].last_hidden_state

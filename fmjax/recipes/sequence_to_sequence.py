@@ -70,11 +70,17 @@ def train_on_pairs(
     Raises:
         ValueError: the model's config has no decoder_start_token_id, and all that `train` refuses.
     """
+    encoder, decoder = (
+        getattr(model.config, side, model.config) for side in ("encoder", "decoder")
+    )
+    # BERT's config has no such token, and its tokenizer ends with [SEP].
+    said = getattr(decoder, "eos_token_id", None)
+    ends = (said, tokenizer.eos_token_id, tokenizer.sep_token_id)
     config = written_with(
         model,
         max_new_tokens=settings.max_target_length,
         num_beams=settings.num_beams,
-        eos_token_id=model.config.eos_token_id,
+        eos_token_id=next((end for end in ends if end is not None), None),
         pad_token_id=model.config.pad_token_id,
     )
     columns = {
@@ -84,7 +90,7 @@ def train_on_pairs(
             part.targets,
             max_length=settings.max_length,
             max_target_length=settings.max_target_length,
-            vocab_size=model.config.vocab_size,
+            vocab_size=min(encoder.vocab_size, decoder.vocab_size),
             prefix=prefix,
         )
         for split, part in pairs.items()

@@ -56,7 +56,7 @@ def loss(
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         batch = padded_behind(batch)
         labels = next_tokens(batch)
-        output, updates = apply(variables, unpack(batch), rng, train=train)
+        output, updates = apply(variables, unpack(batch, first_position(model)), rng, train=train)
         assert output.last_hidden_state is not None
         found = vocabulary_loss(
             unembed_fn(model, variables),
@@ -140,12 +140,21 @@ def _turned(values: Array | np.ndarray, by: Array) -> Array:
     return jnp.take_along_axis(jnp.asarray(values), places, axis=1)
 
 
-def unpack(batch: Batch) -> Batch:
+def first_position(model: Any) -> int:
+    """The row of its position table that a sequence's first token has: 0, but for RoBERTa's."""
+    return getattr(model, "position_offset", 0)
+
+
+def unpack(batch: Batch, first: int = 0) -> Batch:
     """A batch of packed documents with the mask and the positions that keep them apart.
 
     ``segment_ids`` int [B, T] number the documents of a row, 0 is padding (Raffel et al. 2020,
     arXiv:1910.10683, section 2.1). Each token sees only its own document (attention_mask
     [B, T, T]; causality is the model's) and its position counts from the document's start.
+
+    Args:
+        batch: what is read.
+        first: see `first_position`.
 
     Returns:
         The batch with those; as it is, if it has no ``segment_ids``.
@@ -158,7 +167,7 @@ def unpack(batch: Batch) -> Batch:
     begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     places = jnp.arange(length)
     starts = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)  # [B, T]
-    return {**batch, "attention_mask": mask, "position_ids": places - starts}
+    return {**batch, "attention_mask": mask, "position_ids": first + places - starts}
 
 
 def _tokens(batch: Batch) -> Array:
@@ -229,7 +238,7 @@ def token_log_probs(
     def score(variables: Variables, batch: Batch, rng: Array | None) -> Scored:
         by, batch = _padding_before(batch), padded_behind(batch)
         labels = next_tokens(batch)
-        output, updates = apply(variables, unpack(batch), rng, train=train)
+        output, updates = apply(variables, unpack(batch, first_position(model)), rng, train=train)
         assert output.last_hidden_state is not None
         unembed = unembed_fn(model, variables)
         mask = labels != IGNORED

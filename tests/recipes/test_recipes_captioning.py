@@ -12,9 +12,10 @@ import fmjax
 from fmjax.cli import main
 from fmjax.data.image_processor import parse_image_processor
 from fmjax.data.image_text import ImageTexts
+from fmjax.data.records import TextPairs
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.metrics.captioning import captioning_metrics
-from fmjax.models import gpt2, mbart, t5, vision_encoder_decoder
+from fmjax.models import bert, encoder_decoder, gpt2, mbart, t5, vision_encoder_decoder
 from fmjax.recipes.captioning import CaptionTraining, nearest_texts, train_on_captions
 from fmjax.recipes.sequence_to_sequence import PairTraining, train_on_pairs
 
@@ -128,6 +129,30 @@ def test_what_could_not_write_is_not_trained(tmp_path):
     ):
         with pytest.raises(ValueError, match="decoder_start_token_id=None"):
             train(settings, model, {}, tokenizer, {}, **others, about={})
+
+
+def test_a_pair_of_two_models_is_trained_on_texts(tmp_path):
+    """Whose config has no tokens of its own but the first and the padding."""
+    texts = ["one two", "three four", "five six", "seven eight"]
+    tokenizer = train_tokenizer(texts, kind="wordpiece", vocab_size=60)
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 32,
+    }  # fmt: skip
+    config = encoder_decoder.Config(
+        bert.Config(**sizes), bert.Config(**sizes, is_decoder=True, add_cross_attention=True),
+        pad_token_id=tokenizer.pad_token_id, decoder_start_token_id=tokenizer.cls_token_id,
+    )  # fmt: skip
+    model, variables = fmjax.create(
+        "encoder-decoder", config, head="seq2seq_lm", rng=jax.random.key(0)
+    )
+    pairs = {split: TextPairs(texts, texts[::-1]) for split in ("train", "val")}
+    results = train_on_pairs(
+        PairTraining(output=tmp_path, max_steps=2, batch_size=4, num_beams=1),
+        model, variables, tokenizer, pairs, measure=captioning_metrics,
+        baselines={"copy": lambda source: source}, about={"source": "a pair", "data": "four texts"},
+    )  # fmt: skip
+    assert np.isfinite(results["val"]["nll"])
 
 
 def test_neighbours_and_measures():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fmjax
-from fmjax.models import bloom, gpt2, mixtral
+from fmjax.methods.policy_gradient import response_scores
+from fmjax.models import bloom, gpt2, mixtral, roberta
 from fmjax.models.bert import Config
 from fmjax.tasks import causal_lm
 from fmjax.train import accumulate, cast, gradient, init_state, jit_step, make_train_step
@@ -168,6 +169,28 @@ def test_unpack_restarts_positions():
     assert batch["attention_mask"][0].astype(int).tolist()[3] == [0, 0, 1, 1, 1, 0]
     labels = causal_lm.next_tokens({"input_ids": segments + 10, "segment_ids": segments})
     assert labels.tolist() == [[11, -100, 12, 12, -100, -100], [-100] * 6]
+
+
+def test_rows_of_the_table_are_those_without_positions():
+    """RoBERTa's first token has another row than 0: packed, and as a drawn response."""
+    sizes = {field: getattr(CONFIG, field) for field in ("hidden_size", "num_hidden_layers")}
+    config = roberta.Config(
+        **sizes, vocab_size=V, num_attention_heads=2, intermediate_size=24, is_decoder=True,
+        max_position_embeddings=T + 2, initializer_range=0.3,
+    )  # fmt: skip
+    model, variables = fmjax.create("roberta", config, head="causal_lm", rng=jax.random.key(0))
+    ids = np.random.default_rng(0).integers(4, V, (1, 8)).astype(np.int32)
+    packed = {"input_ids": ids, "segment_ids": np.array([[1, 1, 1, 1, 1, 2, 2, 2]])}
+    loss = jax.jit(causal_lm.loss(model, train=False))
+    parts = [loss(variables, {"input_ids": part}, None)[0] for part in (ids[:, :5], ids[:, 5:])]
+    expected = (4 * parts[0] + 2 * parts[1]) / 6
+    np.testing.assert_allclose(loss(variables, packed, None)[0], expected, rtol=1e-5)
+
+    drawn = {"input_ids": ids, "attention_mask": np.ones_like(ids), "response_mask": ids[:, 5:] > 0}
+    scores = jax.jit(response_scores(model))(variables, drawn).log_probs
+    logits = model.apply(variables, ids).logits
+    plain = jnp.take_along_axis(jax.nn.log_softmax(logits[:, 4:7]), ids[:, 5:, None], axis=-1)
+    np.testing.assert_allclose(scores, plain[..., 0], rtol=1e-5)
 
 
 @pytest.mark.slow
