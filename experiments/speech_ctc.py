@@ -19,8 +19,9 @@ test digits 1.5 and 0.6 %, of the ten recordings one is misheard ("thre") and no
 CPU; test commands, for `--epochs 30`, 0.8 and 0.5 %. Ten recordings say little: after 30 epochs two
 and one of them are misheard, of the test digits 1.2 and 0.1 %. The wav2vec 2.0 encoder, which has
 to find its own features of samples: test digits 2.1 and 0.7 %, one of the recordings misheard both
-times, 46 minutes of CPU (73 % after 24 epochs, and by AdamW no better for longer). Without slower sounds, flite and
-augmentation, on 20 voices of espeak-ng, it was 0.7 % of the test digits and 7 of the recordings.
+times, 41 minutes of CPU (after 24 epochs 73 % of the test digits). Deep Speech 2 without slower
+sounds, flite and augmentation, on 20 voices of espeak-ng: 0.7 % of the test digits and 7 of the
+recordings.
 Any other sounds, in manifests (path and text):
 
     python experiments/speech_ctc.py --output runs/mine --data train.tsv --val dev.tsv \
