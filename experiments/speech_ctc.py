@@ -22,6 +22,7 @@ to find its own features of samples: test digits 2.1 and 0.7 %, one of the recor
 times, 41 minutes of CPU (after 24 epochs 73 % of the test digits). Deep Speech 2 without slower
 sounds, flite and augmentation, on 20 voices of espeak-ng: 0.7 % of the test digits and 7 of the
 recordings.
+
 Any other sounds, in manifests (path and text):
 
     python experiments/speech_ctc.py --output runs/mine --data train.tsv --val dev.tsv \

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fmjax.data.files import Rows, raise_problems
+from fmjax.types import one_text
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -29,7 +30,7 @@ class TextExamples:
       ids: N names of the examples, when the source has them.
 
     Raises:
-      ValueError: lengths that differ.
+      ValueError: lengths that differ, or one string in the place of many.
     """
 
     texts: Sequence[str]
@@ -48,6 +49,7 @@ class TextExamples:
             ]
             if values is not None and len(values) != len(self.texts)
         ]
+        problems += one_text("texts", self.texts) + one_text("text_pairs", self.text_pairs)
         raise_problems("TextExamples", problems)
 
     def __len__(self) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from fmjax.types import one_text
+
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 NEVER = -100 * math.log(10)  # nats, of an unknown word where the model has no number for it
 
@@ -98,8 +100,10 @@ def fit_word_ngram(texts: Iterable[str], order: int = 3) -> WordNgram:
         order: words of the longest n-grams.
 
     Raises:
-        ValueError: no words, or an order below 1.
+        ValueError: one string in the place of texts, no words, or an order below 1.
     """
+    if wrong := one_text("texts", texts):
+        raise ValueError(wrong[0])
     counts: list[dict[Gram, Counter[str]]] = [defaultdict(Counter) for _ in range(order)]
     words: set[str] = set()
     for text in texts:

@@ -232,7 +232,7 @@ def load_run(folder: str | os.PathLike) -> Run:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:  # also covers text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # also covers text that is not UTF-8
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
@@ -294,7 +294,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) + 1:
                 break  # the writer was stopped in the middle of this line
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error

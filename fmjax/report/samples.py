@@ -49,7 +49,7 @@ def samples_section(run: Run) -> Section | None:
         content: Any = json.loads(path.read_bytes())
         columns, rows = content["columns"], content["rows"]
         fits = all(len(row) == len(columns) for row in rows)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} holds no table of samples: {error!r}") from error
     if not fits:
         raise ValueError(f"{path} has rows that do not fit its columns {columns}")

@@ -424,6 +424,8 @@ def test_encode_in_parts_is_the_same(monkeypatch):
 
 
 def test_encode_names_a_foreign_token_and_an_empty_text():
+    with pytest.raises(ValueError, match="texts: one text was given"):
+        TextExamples("a film", None, ())
     examples = TextExamples(["a film", "very good"], None, ())
     with pytest.raises(ValueError, match=r"token id 8 \(example 1: 'very good'\).*vocabulary of 8"):
         encode(tokenizer(), examples, max_length=8, vocab_size=8)

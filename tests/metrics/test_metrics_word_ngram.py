@@ -131,3 +131,5 @@ def test_refusals():
         fit_word_ngram(TEXTS, 0)
     with pytest.raises(ValueError, match="must have words"):
         fit_word_ngram([""], 2)
+    with pytest.raises(ValueError, match="texts: one text was given"):
+        fit_word_ngram("a b")

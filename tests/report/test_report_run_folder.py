@@ -117,6 +117,9 @@ def test_folders_that_are_no_runs(tmp_path):
     (tmp_path / "run.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"run\.json is not JSON"):
         load_run(tmp_path)
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"run\.json is not JSON"):
+        load_run(tmp_path)
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(ValueError, match="name is missing"):
         load_run(tmp_path)
