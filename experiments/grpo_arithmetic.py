@@ -21,8 +21,8 @@ between seeds, whose beginnings differ as much:
 Every arm sharpens what is drawn and finds some answers that were not the most probable ones. GRPO
 goes half as far for it as rejection sampling, which gains a little more; PPO goes as far as its
 target lets it in one of the seeds. A quarter of the turns gains a sixth to a third of that. The
-settings, but for the turns, are the sixth that were tried on another seed. Learning rates matter: at
-1e-3 GRPO's answers get worse.
+settings, but for the turns, are the sixth that were tried on another seed. Learning rates matter:
+at 1e-3 GRPO's answers get worse.
 """
 
 from __future__ import annotations
