@@ -133,9 +133,9 @@ def _walk(jaxpr: core.Jaxpr) -> _Tally:
             batch, m, k, n = _dot_shape(eqn)
             tally.matmuls[batch, m, k, n] += 1
             tally.flops[name] += 2 * batch * m * k * n
-            kinds = [operand.aval.dtype for operand in eqn.invars]
-            if all(kind.itemsize == 1 for kind in kinds):
-                tally.narrow[kinds[0].name] += 2 * batch * m * k * n
+            left, right = _dtypes(eqn.invars)
+            if left.itemsize == right.itemsize == 1:
+                tally.narrow[left.name] += 2 * batch * m * k * n
         elif name == "ragged_dot_general":
             tally.flops[name] += _ragged_dot_flops(eqn)
         elif name == "conv_general_dilated":
@@ -290,6 +290,10 @@ def _splash_flops(eqn: core.JaxprEqn, products: int) -> int:
 
 def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
     return [variable.aval.shape for variable in variables]
+
+
+def _dtypes(variables: Sequence[Any]) -> list[Any]:
+    return [variable.aval.dtype for variable in variables]
 
 
 def _product_except(shape: tuple[int, ...], skip: set[int]) -> int:

@@ -1,5 +1,7 @@
 """Bounds by hand, and classes of memory that add up."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,7 +16,9 @@ from fmjax.types import Aux
 PEAK = Peak(
     bf16=100.0, memory=1e9, bandwidth=10.0, interconnect=2.0, int8=200.0, float8=400.0, host=4.0
 )  # fmt: skip
-SIZES = {"chips": 1, "model_flops": 1, "executed_flops": 1, "moved": 1, "sent": 0, "tokens": 1}
+SIZES: dict[str, Any] = {
+    "chips": 1, "model_flops": 1, "executed_flops": 1, "moved": 1, "sent": 0, "tokens": 1
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
