@@ -116,7 +116,7 @@ def test_gradients_of_gradients_are_xlas(features, stride, dtype):
     kernel = jnp.asarray(rng.normal(size=(3, 3, features, 4)) / 9, dtype)
     around = ((1, 1), (0, 1))
 
-    def third(of):
+    def third(of, x, kernel):
         def length(x, kernel):
             y = lambda x: jnp.sum(jnp.sin(of(x, kernel).astype(jnp.float32)))  # noqa: E731
             return jnp.sum(jnp.square(jax.grad(y)(x).astype(jnp.float32)))
@@ -126,13 +126,15 @@ def test_gradients_of_gradients_are_xlas(features, stride, dtype):
         )
         return jax.jit(jax.grad(total, (0, 1)))(x, kernel)
 
-    ours = third(lambda x, k: convolution(x, k, stride=stride, around=around))
-    plain = third(lambda x, k: _convolution(x, k, stride=stride, around=around))
+    ours = third(lambda x, k: convolution(x, k, stride=stride, around=around), x, kernel)
+    plain = third(
+        lambda x, k: _convolution(x, k, stride=stride, around=around),
+        x.astype("float32"), kernel.astype("float32"),
+    )  # fmt: skip
+    # In bfloat16 every order rounds: 0.0073 measured over three seeds, and the same of XLA's own.
+    bound = 1e-5 if dtype == "float32" else 0.01
     for mine, other in zip(ours, plain, strict=True):
-        scale = jnp.abs(other.astype(jnp.float32)).max()
-        # In bfloat16 what is rounded on the way adds up: 0.013 measured.
-        bound = (1e-5 if dtype == "float32" else 0.05) * scale
-        assert jnp.abs(mine.astype(jnp.float32) - other.astype(jnp.float32)).max() < bound
+        assert jnp.abs(mine.astype("float32") - other).max() < bound * jnp.abs(other).max()
 
 
 def test_same_padding_is_tensorflows():
