@@ -1,8 +1,13 @@
 """Names of emoji into pictures: a tokenizer of pictures, then a DALL-E over names and its codes.
 
-    python experiments/dalle_emoji.py --output runs/dalle
+    python experiments/dalle_emoji.py --output runs/dalle --precision bfloat16
 
-Not measured yet.
+Held-out pictures come back from their codes with a mean squared error of 0.011 (pixels from 0 to 1;
+63 of 512 codes are used). Drawn for held-out names they have a FID of 594 and a KID of 0.35, those
+that come back from codes 457, other real pictures 375 and 0.03: flags become flags and faces faces,
+other things blurs. Validation losses of codes are least, 2.36 nats, after 375 of the transformer's
+600 steps (of 2,000 they were least after 250): there are too few names. One seed, about 35 minutes
+of one CPU core.
 
 First a VQGAN (without its discriminator), or with ``--image-tokenizer dvae`` DALL-E's discrete
 VAE, learns to write a picture as a grid of codes; then a transformer learns names and codes in a
@@ -92,7 +97,7 @@ class Settings:
     """Its blocks."""
     dropout: float = 0.1
     """In them."""
-    steps: int = 2000
+    steps: int = 600
     """Of its training."""
     learning_rate: float = 1e-3
     """Peak of its learning rate."""

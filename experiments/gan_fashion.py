@@ -1,11 +1,13 @@
 """A DCGAN, or a WGAN-GP, makes clothes: a sheet of them and FID and KID along the way.
 
     python experiments/gan_fashion.py --output runs/gan
-    python experiments/gan_fashion.py --output runs/wgan --game wgan-gp
+    python experiments/gan_fashion.py --output runs/wgan --game wgan-gp --steps 1200
 
 After 2,000 steps the DCGAN has a test FID of 79.7 and a KID of 4.73, still falling (on validation
 pictures 899 after 250 steps, 220 after 1,000); of other real pictures they are 5.8 and -0.07. One
-seed, 38 minutes on 2 cores that had much other work, 5.6 minutes of CPU. WGAN-GP: not measured yet.
+seed, 38 minutes on 2 cores that had much other work, 5.6 minutes of CPU. After 1,200 steps of five
+rounds the WGAN-GP has 143.8 and 13.9, and falls faster still (on validation pictures 694 after 750
+steps, 246 after 1,050); 14 minutes of CPU.
 
 FID and KID are of 2,000 made and as many held-out pictures, by the last 256 features of a small CNN
 that is trained on the same training pictures first (test accuracy 0.871): comparable between these
