@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,11 @@ def _on_cpu(
     return jnp.concatenate([one(*part) for part in parts], -1)
 
 
+def _kept(of: Callable[..., Any]) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
+    """The forward pass of a function of two arrays and options, which keeps both arrays."""
+    return lambda a, b, *options: (of(a, b, *options), (a, b))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _shifted_products(
     x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
@@ -106,12 +111,6 @@ def _shifted_products(
     for part, row in zip(shifts(x, kernel.shape[:2], stride, dilation), rows, strict=True):
         total = total + part.astype(jnp.float32) * row
     return total.astype(x.dtype)
-
-
-def _products_forward(
-    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
-) -> tuple[Array, Any]:
-    return _shifted_products(x, kernel, stride, around, dilation), (x, kernel)
 
 
 def _products_backward(
@@ -146,7 +145,7 @@ def _products_backward(
     return dx.astype(x.dtype), dkernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
-_shifted_products.defvjp(_products_forward, _products_backward)
+_shifted_products.defvjp(_kept(_shifted_products), _products_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -178,12 +177,6 @@ def _rows_seen(x: Array, size: tuple[int, ...], stride: Stride, dilation: int) -
     return list(shifts(beside, (size[0], 1), (down, 1), dilation))
 
 
-def _forward(
-    x: Array, kernel: Array, stride: Stride, around: Around, dilation: int
-) -> tuple[Array, Any]:
-    return _convolution_on_cpu(x, kernel, stride, around, dilation), (x, kernel)
-
-
 def _backward(
     stride: Stride, around: Around, dilation: int, saved: Any, g: Array
 ) -> tuple[Array, Array]:
@@ -194,7 +187,7 @@ def _backward(
     )
 
 
-_convolution_on_cpu.defvjp(_forward, _backward)
+_convolution_on_cpu.defvjp(_kept(_convolution_on_cpu), _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -221,10 +214,6 @@ def _of_image(
     return dx
 
 
-def _of_image_forward(kernel: Array, g: Array, *options: Any) -> tuple[Array, Any]:
-    return _of_image(kernel, g, *options), (kernel, g)
-
-
 def _of_image_backward(
     shape: tuple[int, ...], stride: Stride, around: Around, dilation: int, saved: Any, x: Array
 ) -> tuple[Array, Array]:
@@ -235,7 +224,7 @@ def _of_image_backward(
     )
 
 
-_of_image.defvjp(_of_image_forward, _of_image_backward)
+_of_image.defvjp(_kept(_of_image), _of_image_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -269,10 +258,6 @@ def _of_kernel(
     return flat.reshape(*size, x.shape[-1], g.shape[-1]).astype(x.dtype)
 
 
-def _of_kernel_forward(x: Array, g: Array, *options: Any) -> tuple[Array, Any]:
-    return _of_kernel(x, g, *options), (x, g)
-
-
 def _of_kernel_backward(
     size: tuple[int, ...], stride: Stride, around: Around, dilation: int, saved: Any, kernel: Array
 ) -> tuple[Array, Array]:
@@ -283,7 +268,7 @@ def _of_kernel_backward(
     )
 
 
-_of_kernel.defvjp(_of_kernel_forward, _of_kernel_backward)
+_of_kernel.defvjp(_kept(_of_kernel), _of_kernel_backward)
 
 
 def _image_by_rows(
@@ -316,16 +301,18 @@ def _image_by_rows(
         turned = moved(lambda k: k[rows, columns][::-1, ::-1].swapaxes(2, 3), kernel)
         return _by_rows(g, turned, 1, (zeros[0], zeros[1]), dilation)
 
-    if steps == (1, 1):
-        return of_kind((0, 0))
-    kinds = [[of_kind((row, column)) for column in range(steps[1])] for row in range(steps[0])]
+    kinds = [of_kind(kind) for kind in np.ndindex(*steps)]
+    if len(kinds) == 1:
+        return kinds[0]
 
-    def between(kinds: Array) -> Array:  # [S, S, B, X / S, Y / S, I]
-        whole = kinds.transpose(2, 3, 0, 4, 1, 5)
-        whole = whole.reshape(batch, sides[0] * steps[0], sides[1] * steps[1], features)
+    def between(*kinds: Array) -> Array:
+        parts = jnp.stack(kinds).reshape(*steps, batch, *sides, features)
+        whole = parts.transpose(2, 3, 0, 4, 1, 5).reshape(
+            batch, sides[0] * steps[0], sides[1] * steps[1], features
+        )
         return whole[:, : image[0], : image[1]]
 
-    return moved(between, jnp.stack([jnp.stack(row) for row in kinds]))
+    return moved(between, *kinds)
 
 
 def _transposed_once(

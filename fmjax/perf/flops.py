@@ -114,14 +114,13 @@ class _Tally:
         return sum(self.flops.values())
 
     def add(self, other: _Tally, times: int) -> None:
-        for name, flops in other.flops.items():
-            self.flops[name] += times * flops
-        for name, flops in other.narrow.items():
-            self.narrow[name] += times * flops
-        for product, runs in other.matmuls.items():
-            self.matmuls[product] += times * runs
-        for name, runs in other.opaque.items():
-            self.opaque[name] += times * runs
+        pairs: list[tuple[Counter[Any], Counter[Any]]] = [
+            (self.flops, other.flops), (self.narrow, other.narrow),
+            (self.matmuls, other.matmuls), (self.opaque, other.opaque),
+        ]  # fmt: skip
+        for mine, others in pairs:
+            for key, number in others.items():
+                mine[key] += times * number
         self.unbounded += other.unbounded
 
 
@@ -132,10 +131,11 @@ def _walk(jaxpr: core.Jaxpr) -> _Tally:
         if name == "dot_general":
             batch, m, k, n = _dot_shape(eqn)
             tally.matmuls[batch, m, k, n] += 1
-            tally.flops[name] += 2 * batch * m * k * n
+            flops = 2 * batch * m * k * n
+            tally.flops[name] += flops
             left, right = _dtypes(eqn.invars)
             if left.itemsize == right.itemsize == 1:
-                tally.narrow[left.name] += 2 * batch * m * k * n
+                tally.narrow[left.name] += flops
         elif name == "ragged_dot_general":
             tally.flops[name] += _ragged_dot_flops(eqn)
         elif name == "conv_general_dilated":

@@ -25,11 +25,10 @@ from fmjax.perf.flops import FlopCount, count_needed_flops
 from fmjax.perf.memory import MemoryUse, host_bytes, memory_use
 from fmjax.perf.program import Traffic, read_program
 from fmjax.perf.targets import Target, mesh_over
-from fmjax.recipes.training import OPTIMIZERS, Optimizer
+from fmjax.recipes.training import OPTIMIZERS, Matmuls, Optimizer, Precision, computed
 from fmjax.tasks import causal_lm, masked_lm, seq2seq, sequence_classification
 from fmjax.train import (
     accumulate,
-    cast,
     gradient,
     init_state,
     is_param,
@@ -38,7 +37,6 @@ from fmjax.train import (
 )
 from fmjax.train.compile import jit_alone, lower_step
 from fmjax.train.moments import Moments
-from fmjax.train.quantized_products import Quantized, quantized_products
 from fmjax.train.sharding import batch_spec, placed
 from fmjax.tree import count
 from fmjax.types import LossFn, Remat, TrainState, Variables
@@ -81,14 +79,14 @@ class Work:
     """As what the optimizer keeps its moments."""
     microbatches: int = 1
     """Pieces a batch is computed in, to save memory."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
     """Of the computation."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """As which the model's weights are kept, and trained."""
     dropout: Literal["config", "residual", "none"] = "config"
     """As the model's config says, without that of attention's probabilities, or none at all. What
     drops probabilities cannot be a fused kernel."""
-    matmuls: Literal["float"] | Quantized = "float"
+    matmuls: Matmuls = "float"
     """As what dense layers multiply: as the precision says, or in 8 bits."""
     scan: bool = True
     """Compile one layer and scan it."""
@@ -125,9 +123,7 @@ class Step(NamedTuple):
         """The loss, of whose blocks its gradient recomputes as much as `remat` says."""
         model = self.family.Model(self.config, head=self.head, scan=self.work.scan, remat=remat)
         loss = LOSSES[self.head](model)
-        if self.work.matmuls != "float":
-            loss = quantized_products(loss, self.work.matmuls)
-        return cast(loss, jnp.bfloat16) if self.work.precision == "bfloat16" else loss
+        return computed(loss, self.work.precision, self.work.matmuls)
 
     def flops(self, remat: Remat) -> FlopCount:
         """What a step's gradient executes over all chips, in the program as traced."""

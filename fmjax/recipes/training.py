@@ -56,6 +56,8 @@ from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables
 
 Schedule = Literal["linear", "cosine", "inverse_sqrt", "stable"]
 Optimizer = Literal["adamw", "muon", "lamb", "adafactor", "lion"]
+Precision = Literal["float32", "bfloat16"]
+Matmuls = Literal["float"] | Quantized
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "lamb": lamb, "adafactor": adafactor, "lion": lion}
 SCHEDULES = {
     "linear": warmup_linear,
@@ -97,9 +99,9 @@ class Training:
     ema: float | None = None
     """Decay of a moving average of the weights, which is then what is evaluated and left; None for
     the weights themselves."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Of the computation; weights that train are float32, whatever a checkpoint has them in."""
-    matmuls: Literal["float"] | Quantized = "float"
+    matmuls: Matmuls = "float"
     """As what dense layers multiply, forward and backward: of the precision, or rounded to 8 bits
     (`pip install fmjax[qwix]`)."""
     scan: bool = False
@@ -218,10 +220,7 @@ def train(
         tx = through(tx)
     if settings.ema is not None:
         tx = optax.chain(tx, track_ema(settings.ema))
-    if settings.matmuls != "float":
-        loss = quantized_products(loss, settings.matmuls)
-    if settings.precision == "bfloat16":
-        loss = cast(loss, jnp.bfloat16)
+    loss = computed(loss, settings.precision, settings.matmuls)
     if differentiate is None:
         grad_fn = accumulate(gradient(loss), settings.microbatches)
     else:
@@ -274,6 +273,13 @@ def train(
             patience=settings.patience,
             elsewhere=("mesh", "profile", "remat", *elsewhere),
         )
+
+
+def computed(loss: LossFn, precision: Precision, matmuls: Matmuls) -> LossFn:
+    """The loss computed as `Training.precision` and `Training.matmuls` say."""
+    if matmuls != "float":
+        loss = quantized_products(loss, matmuls)
+    return cast(loss, jnp.bfloat16) if precision == "bfloat16" else loss
 
 
 def masters(leaf: Array) -> Array:
