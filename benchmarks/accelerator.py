@@ -30,7 +30,7 @@ from run import Settings, run
 
 from fmjax.models import bert, gpt2, llama, resnet, t5, vit
 
-CHUNK = 8192  # of tokens: an accelerator has room for their logits
+CHUNK = 16384  # of tokens: an accelerator has room for their logits
 # config.json of the released Llama 3.2 1B, at its own pace: without the stretched positions, which
 # cost nothing.
 LLAMA_1B = llama.Config(

@@ -16,7 +16,7 @@ from fmjax.nn.checks import check_head
 from fmjax.nn.dropout import Dropout
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.parameter import parameter
-from fmjax.nn.product import add_bias, matmul
+from fmjax.nn.product import add_bias, add_to_all, matmul
 from fmjax.nn.stack import run_stack
 from fmjax.types import Output, PyTree, Remat
 
@@ -276,23 +276,26 @@ class ImageEmbeddings(nn.Module):
         elif masked is not None:
             raise ValueError("bool_masked_pos needs a model with a vector for masked patches")
 
-        def repeated(name: str, count: int = 1) -> Array:
-            vectors = parameter(self, name, self.token_init, (1, count, self.width))
-            return jnp.broadcast_to(vectors.astype(x.dtype), (x.shape[0], count, self.width))
+        def vectors(name: str, count: int = 1) -> Array:
+            rows = parameter(self, name, self.token_init, (1, count, self.width))
+            return rows.astype(x.dtype)
 
-        count, before, after = len(self.tokens), 0.0, 0.0
+        count, before, after = len(self.tokens), 0.0, jnp.zeros((), x.dtype)
         if self.positions:
             shape = (1, count + old[0] * old[1], self.width)
             table = parameter(self, "position", self.token_init, shape)
             others = resize_grid(table[:, count:], old, new, antialias=self.antialias)
             before, after = table[:, :count].astype(x.dtype), others.astype(x.dtype)
-        parts = [x + after]
-        if self.registers:
-            parts.insert(0, repeated("registers", self.registers))
+        first = []
         if self.tokens:
-            tokens = jnp.concatenate([repeated(name) for name in self.tokens], axis=1)
-            parts.insert(0, tokens + before)
-        return Dropout(self.dropout_rate)(jnp.concatenate(parts, axis=1), train)
+            tokens = jnp.concatenate([vectors(name) for name in self.tokens], axis=1)
+            first.append(tokens + before)
+        if self.registers:
+            first.append(vectors("registers", self.registers))
+        rows = jnp.concatenate([*first, jnp.broadcast_to(after, (1, *x.shape[1:]))], axis=1)
+        x = jnp.pad(x, ((0, 0), (rows.shape[1] - x.shape[1], 0), (0, 0)))
+        x = add_to_all(x, rows[0])
+        return Dropout(self.dropout_rate)(x, train)
 
 
 class VisionEncoder(nn.Module):

@@ -276,24 +276,33 @@ def _read(callee: _Computation, number: int, computations: dict[str, _Computatio
         for one in callee.values()
         if one.op == "parameter" and one.rest.startswith(f"({number})")
     )
-    total, names = 0, [parameter.name]
-    while names:
-        name = names.pop()
-        for user in callee.values():
-            for place, operand in enumerate(user.operands):
-                if operand != name:
-                    continue
-                if user.op == "bitcast":
-                    names.append(user.name)
-                elif user.op in _SLICES and place == 0:
-                    total += _whole(user.shape)
-                elif user.op == "fusion":
-                    total += _read(computations[user.called("calls")[0]], place, computations)
-                elif user.op == "tuple" or (user.op == "dynamic-update-slice" and place == 0):
-                    continue  # passed on, or updated where it is
-                else:
-                    return _whole(parameter.shape)
-    return total
+    return _used(parameter, callee, computations, cut=False)
+
+
+def _used(
+    one: _Instruction, callee: _Computation, computations: dict[str, _Computation], *, cut: bool
+) -> int:
+    """Bytes that a kernel reads of an operand, or of what is `cut` out of one."""
+    if cut and (one.root or one.op == "gather"):
+        return _whole(one.shape)
+    total = 0
+    for user in callee.values():
+        for place, operand in enumerate(user.operands):
+            if operand != one.name:
+                continue
+            if user.op == "bitcast":
+                total += _used(user, callee, computations, cut=cut)
+            elif user.op in _SLICES and place == 0:
+                total += _used(user, callee, computations, cut=True)
+            elif user.op == "fusion":
+                total += _read(computations[user.called("calls")[0]], place, computations)
+            elif not cut and (
+                user.op == "tuple" or (user.op == "dynamic-update-slice" and place == 0)
+            ):
+                continue  # passed on, or updated where it is
+            else:
+                return _whole(one.shape)
+    return min(total, _whole(one.shape)) if cut else total
 
 
 def _written(callee: _Computation, root: _Instruction, shape: str) -> int:

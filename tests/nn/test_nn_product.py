@@ -1,12 +1,16 @@
 """Products below float32, and lookups as accelerators do them."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
+from fmjax.models import vit
+from fmjax.nn.activation import gelu
 from fmjax.nn.embed import FEW, _look_up_on_accelerators, look_up
-from fmjax.nn.product import MANY, SLOW, affine, gram, gram_on_cpu
+from fmjax.nn.product import MANY, SLOW, add_bias, add_to_all, affine, gram, gram_on_cpu
 
 
 @pytest.mark.parametrize(
@@ -77,3 +81,58 @@ def test_accelerators_look_the_same_up(rows: int) -> None:
         return jax.value_and_grad(lambda table: jnp.sum(weight * look(table, ids)))(table)
 
     chex.assert_trees_all_close(outcome(look_up), outcome(_look_up_on_accelerators), rtol=1e-6)
+
+
+def _squares(add, x, bias):
+    return jnp.sum(jnp.square(add(x, bias)).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("add", [add_bias, add_to_all])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_over_rows_are_any_others(add, dtype) -> None:
+    x, bias = (
+        jax.random.normal(jax.random.key(number), shape, dtype)
+        for number, shape in enumerate(((5, 3, 8), (8,) if add is add_bias else (3, 8)))
+    )
+    value, found = jax.jit(jax.value_and_grad(lambda *a: _squares(add, *a), (0, 1)))(x, bias)
+    expected, gradients = jax.value_and_grad(lambda *a: _squares(jnp.add, *a), (0, 1))(x, bias)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, (x, bias))
+    bits = {"float32": 23, "bfloat16": 7}[dtype]
+    for one, other in zip((value, *found), (expected, *gradients), strict=True):
+        error = jnp.abs(one.astype("float32") - other.astype("float32")).max()
+        assert error <= 2.0 ** (2 - bits) * jnp.abs(other).max()
+
+
+def _for_gpus(fn, *args) -> str:
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_wide_gradient_is_not_written_for_its_bias_on_gpus() -> None:
+    """A product's operands are arrays in memory; a sum is fused with what it sums."""
+    fn = jax.grad(lambda *a: _squares(add_bias, *a), 1)
+    args = (jnp.ones((4, 32)), jnp.ones(32))
+    assert "dot_general" not in _for_gpus(fn, *args)
+    assert "dot_general" in jax.jit(fn).lower(*args).as_text()
+
+
+def test_an_activations_gradient_is_rounded_before_it_is_summed_on_gpus() -> None:
+    """XLA would keep it in float32 for the bias's sum: a barrier stands behind the rounding."""
+    text = _for_gpus(jax.grad(lambda x: gelu(x).sum()), jnp.ones(4, jnp.bfloat16))
+    rounded = re.findall(r"(%\d+) = stablehlo.convert .*-> tensor<4xbf16>", text)[-1]
+    assert f"optimization_barrier {rounded} " in text
+
+
+def test_no_sum_over_the_batch_alone_in_vits_train_step() -> None:
+    """XLA's GPU compiler would lay out all hidden states for it, with the batch last."""
+    model = vit.Model(vit.VARIANTS["tiny"], head="image_classification")
+    size = model.config.image_size
+    pixels = jnp.zeros((3, size, size, 3), jnp.bfloat16)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), pixels))
+    low = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), variables)
+    text = _for_gpus(
+        jax.grad(lambda variables: model.apply(variables, pixels).logits.sum().astype("float32")),
+        low,
+    )
+    sums = re.findall(r"stablehlo.reduce\(.*dimensions = \[([\d, ]+)\].*\(tensor<3x\d+x\d+x", text)
+    assert sums
+    assert "0" not in sums

@@ -93,6 +93,37 @@ def test_a_loop_that_does_not_say_its_turns():
     assert read_program(noted, 4).sent == read_program(TPU, 4).sent // 4 * 7
 
 
+CUT = """HloModule step
+
+%fused (p0: f32[8,16], p1: s32[8,1]) -> f32[8,1] {
+  %p0 = f32[8,16]{1,0} parameter(0)
+  %slice.1 = f32[8,12]{1,0} slice(%p0), slice={[0:8], [0:12]}
+  %bitcast.1 = f32[96]{0} bitcast(%slice.1)
+  %p1 = s32[8,1]{1,0} parameter(1)
+  ROOT %USE
+}
+
+ENTRY %main (x: f32[8,16], at: s32[8,1]) -> f32[8,1] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %at = s32[8,1]{1,0} parameter(1)
+  ROOT %fusion = f32[8,1]{1,0} fusion(%x, %at), kind=kLoop, calls=%fused
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("use", "numbers"),
+    [
+        ("gather.1 = f32[8,1]{1,0} gather(%bitcast.1, %p1), slice_sizes={1}", 8),
+        ("reduce.1 = f32[8,1]{1,0} reduce(%bitcast.1, %p1), dimensions={0}", 8 * 12),
+    ],
+)
+def test_what_is_cut_out_twice_is_read_once(use, numbers):
+    """One logit a row, out of the words without their padding."""
+    written, indices = 8, 8
+    assert read_program(CUT.replace("USE", use), 1).moved == 4 * (numbers + indices + written)
+
+
 def test_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
         read_program("HloModule empty", 1)
