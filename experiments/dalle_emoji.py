@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -45,7 +44,7 @@ from fmjax.recipes.drawing import Drawer, draw_pictures, save_drawer, text_ids
 from fmjax.recipes.image_classification import data_url
 from fmjax.recipes.image_generation import drawn_in_batches, save_picture, sheet
 from fmjax.recipes.texts import evaluation_batches
-from fmjax.recipes.training import STOPPED, carry_out, weights_of
+from fmjax.recipes.training import STOPPED, carry_out, computed, weights_of
 from fmjax.report import write_report
 from fmjax.report.samples import save_samples
 from fmjax.tasks import discrete_autoencoding as codes_of
@@ -54,7 +53,6 @@ from fmjax.tasks.apply import means
 from fmjax.tasks.feature_extraction import embed
 from fmjax.train import (
     adamw,
-    cast,
     gradient,
     init_state,
     jit_step,
@@ -146,7 +144,7 @@ def learn(
     """One of the two trainings, a run in a folder of its own; None where a signal ended it."""
     schedule = warmup_cosine(rate, steps=steps, warmup=steps // 20)
     tx = adamw(schedule)
-    loss = cast(loss, jnp.bfloat16) if settings.precision == "bfloat16" else loss
+    loss = computed(loss, settings.precision)
     sizes = {split: len(one.names) for split, one in pictures.items()}
     family = hub.family_for(model).MODEL_TYPE
     return carry_out(

@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import comparison
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -45,12 +44,11 @@ from fmjax.recipes.texts import (
     load_splits,
     model_source,
 )
-from fmjax.recipes.training import weights_of
+from fmjax.recipes.training import computed, weights_of
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.apply import once
 from fmjax.train import (
     adamw,
-    cast,
     fit,
     gradient,
     init_state,
@@ -115,8 +113,7 @@ class Bench:
     def program(self, loss: LossFn, steps: int) -> tuple[Any, StepFn]:
         """The optimizer and the step, to be compiled once for all seeds."""
         settings = self.settings
-        if settings.precision == "bfloat16":
-            loss = cast(loss, jnp.bfloat16)
+        loss = computed(loss, settings.precision)
         tx = adamw(warmup_linear(settings.learning_rate, steps=steps, warmup=steps // 10))
         return tx, jit_step(make_train_step(gradient(loss), tx))
 

@@ -32,7 +32,6 @@ from typing import Any, Literal
 
 import comparison
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -60,7 +59,7 @@ from fmjax.methods.partly_labelled import (
 )
 from fmjax.methods.self_training import fix_match, self_train
 from fmjax.recipes.texts import TextData, evaluation_batches, labels_of, load_splits, model_source
-from fmjax.recipes.training import weights_of
+from fmjax.recipes.training import computed, weights_of
 from fmjax.tasks import masked_lm
 from fmjax.tasks import sequence_classification as task
 from fmjax.tasks.apply import collect, once
@@ -68,7 +67,6 @@ from fmjax.tasks.masking import Masking
 from fmjax.tasks.text_views import dropped_view, masked_view
 from fmjax.train import (
     adamw,
-    cast,
     fit,
     gradient,
     init_state,
@@ -207,8 +205,7 @@ class Bench:
         """``(variables, stream, seed) -> variables``, compiled once for all seeds."""
         settings = self.settings
         trains = self.is_trainable if is_trainable is None else is_trainable
-        if settings.precision == "bfloat16":
-            loss = cast(loss, jnp.bfloat16)
+        loss = computed(loss, settings.precision)
         schedule = warmup_linear(settings.learning_rate, steps=steps, warmup=steps // 10)
         # The encoder is trained already: a domain classifier that begins beside it must keep up.
         faster = optax.masked(optax.scale(settings.faster), _of_domains)

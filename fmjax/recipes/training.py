@@ -275,7 +275,7 @@ def train(
         )
 
 
-def computed(loss: LossFn, precision: Precision, matmuls: Matmuls) -> LossFn:
+def computed(loss: LossFn, precision: Precision, matmuls: Matmuls = "float") -> LossFn:
     """The loss computed as `Training.precision` and `Training.matmuls` say."""
     if matmuls != "float":
         loss = quantized_products(loss, matmuls)
