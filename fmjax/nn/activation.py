@@ -26,8 +26,7 @@ def _keeping_input(fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
         # The compiler would find what it has computed before, and keep it after all.
         x32 = jax.lax.optimization_barrier(x).astype(jnp.float32)
         (to_x,) = jax.vjp(fn, x32)[1](g.astype(jnp.float32))
-        # Nor is it to pass on float32 to what sums the gradient over rows, a bias's.
-        return (jax.lax.optimization_barrier(to_x.astype(x.dtype)),)
+        return (to_x.astype(x.dtype),)
 
     low_precision.defvjp(lambda x: (low_precision(x), x), backward)
     return lambda x: fn(x) if x.dtype == jnp.float32 else low_precision(x)
