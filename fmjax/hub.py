@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,8 @@ from fmjax.weights import (
     Rule,
     Sliceable,
     Stack,
+    copied,
+    copy_into,
     export_params,
     fit_prefix,
     import_params,
@@ -43,6 +47,8 @@ WEIGHT_FILES = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
     ("flax_model.msgpack", "flax_model.msgpack.index.json", "flax_model-*.msgpack"),
 )
+_MOST_THREADS = 4
+"""That read one checkpoint: memory has no more to give, and each holds a tensor."""
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja")
 
 
@@ -278,7 +284,8 @@ def _read(
             new=new,
             ignored=family.IGNORED,
             known=_known_names(family, rules, config, head, tensors),
-            sliced=placer.sliced,
+            views=True,
+            threads=min(_MOST_THREADS, os.cpu_count() or 1),
         )
     fresh = [path for path in abstract if path not in read]
     if fresh:
@@ -296,10 +303,10 @@ def _keras_layout(family: Any) -> KerasFamily:
 
 
 class _Placer:
-    """Puts leaves on devices one at a time; for a scanned model, once all layers are there.
+    """Puts leaves on devices; for a scanned model, once all layers are there.
 
     Where there are shardings, leaves are sliced: of a checkpoint, each process reads what its
-    devices hold.
+    devices hold. Several threads may call `place`.
     """
 
     def __init__(
@@ -312,6 +319,10 @@ class _Placer:
         self.stacks: dict[str, np.ndarray] = {}
         self.filled: dict[str, int] = {}
         self.layers: dict[str, int] = {}
+        self.lock, self.one_stack = threading.Lock(), threading.Lock()
+        # A thread does not inherit what the caller has said in a ``with`` statement.
+        flags: Any = jax.config
+        self.device, self.x64 = flags.jax_default_device, flags.jax_enable_x64
         self.scan = scan
         for path in abstract:
             self.layers[self._stacked(path)[0]] = self.layers.get(self._stacked(path)[0], 0) + 1
@@ -327,40 +338,61 @@ class _Placer:
         """The path a leaf ends up under, and its place in the stack of layers if it has one."""
         return (stacked_place(path) if self.scan else None) or (path, None)
 
-    def place(self, path: str, leaf: Any) -> None:
-        if self.sliced:
-            self._place_slices(path, leaf)
-            return
-        leaf = leaf.astype(_dtype_for(leaf.dtype, self.dtype), copy=False)
+    def place(self, path: str, leaf: Sliceable) -> None:
         final, layer = self._stacked(path)
-        if layer is not None:
+        with jax.default_device(self.device), jax.enable_x64(self.x64):
+            if self.sliced:
+                self._place_slices(final, layer, leaf)
+            elif layer is not None:
+                self._place_layer(final, layer, leaf)
+            else:
+                dtype = _dtype_for(leaf.dtype, self.dtype)
+                if isinstance(leaf, Stack):
+                    leaf = copied(leaf, dtype)
+                self.placed[final] = _on_device(leaf.astype(dtype, copy=False))
+
+    def _place_layer(self, final: str, layer: int, leaf: Sliceable) -> None:
+        with self.lock:
             if final not in self.stacks:
-                self.stacks[final] = np.empty((self.layers[final], *leaf.shape), leaf.dtype)
-            self.stacks[final][layer] = leaf
+                shape = (self.layers[final], *leaf.shape)
+                self.stacks[final] = np.empty(shape, _dtype_for(leaf.dtype, self.dtype))
+            stack = self.stacks[final]
+        copy_into(stack[layer, ...], leaf)
+        with self.lock:
             self.filled[final] = self.filled.get(final, 0) + 1
             if self.filled[final] < self.layers[final]:
                 return
-            leaf = self.stacks.pop(final)
-        # Waiting keeps no more than one leaf twice in memory.
-        self.placed[final] = jax.device_put(leaf).block_until_ready()
+            del self.stacks[final]
+        with self.one_stack:  # is there twice at a time, for it may be a good part of the model
+            self.placed[final] = _on_device(stack)
 
-    def _place_slices(self, path: str, leaf: Sliceable) -> None:
-        final, layer = self._stacked(path)
+    def _place_slices(self, final: str, layer: int | None, leaf: Sliceable) -> None:
         if layer is not None:
-            views = self.views.setdefault(final, {})
-            views[layer] = leaf
-            if len(views) < self.layers[final]:
-                return
+            with self.lock:
+                views = self.views.setdefault(final, {})
+                views[layer] = leaf
+                if len(views) < self.layers[final]:
+                    return
+                del self.views[final]
             leaf = Stack([views[i] for i in range(len(views))])
-            del self.views[final]
         dtype = _dtype_for(leaf.dtype, self.dtype)
 
         def read(at: Any) -> np.ndarray:
             # A copy, because the device may keep it as its own, to be written to.
-            return np.array(leaf[at], dtype, order="C")
+            return copied(leaf[at], dtype)
 
         array = jax.make_array_from_callback(leaf.shape, self.shardings[final], read)
         self.placed[final] = array.block_until_ready()
+
+
+def _on_device(leaf: np.ndarray) -> Array:
+    """An array of the device's own from a view of any memory, which may go once it returns."""
+    placed = jax.device_put(leaf)
+    # Where a CPU finds memory laid out as its own is, it takes that, and never gives it up to a
+    # step that donates it.
+    if placed.device.platform == "cpu" and placed.unsafe_buffer_pointer() == leaf.ctypes.data:
+        placed = jax.device_put(placed, may_alias=False)
+    return placed.block_until_ready()
 
 
 def _drawing(model: Any, rng: Array) -> Callable[[str], Array]:
