@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,14 +22,11 @@ from fmjax.config import config_to_json, default_labels, json_text, parse_config
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import families, family_for, family_of
 from fmjax.nn.compact import Compact
-from fmjax.tree import flatten, layer_paths, stacked_place, unflatten, unstack_layers
+from fmjax.placing import Placer, dtype_for
+from fmjax.tree import flatten, layer_paths, unflatten, unstack_layers
 from fmjax.types import PyTree, Remat, Variables
 from fmjax.weights import (
     Rule,
-    Sliceable,
-    Stack,
-    copied,
-    copy_into,
     export_params,
     fit_prefix,
     import_params,
@@ -107,7 +103,7 @@ def create(
 
     def draw_as(path: str) -> Array:
         leaf = draw(path)
-        return leaf.astype(_dtype_for(leaf.dtype, dtype))
+        return leaf.astype(dtype_for(leaf.dtype, dtype))
 
     flat = {}
     for path, leaf in flatten(abstract_variables(model)).items():
@@ -275,7 +271,7 @@ def _read(
             tensors = fit_prefix(tensors, rule_tensor_names(table, abstract), family.PREFIX)
         if callable(shardings):
             shardings = shardings(abstract_variables(model))
-        placer = _Placer(abstract, dtype, shardings, scan)
+        placer = Placer(abstract, dtype, shardings, scan)
         read = import_params(
             table,
             tensors,
@@ -300,99 +296,6 @@ def _keras_layout(family: Any) -> KerasFamily:
     if not isinstance(family, KerasFamily):
         raise ValueError(f"{family.MODEL_TYPE} is not read from Keras' files")
     return family
-
-
-class _Placer:
-    """Puts leaves on devices; for a scanned model, once all layers are there.
-
-    Where there are shardings, leaves are sliced: of a checkpoint, each process reads what its
-    devices hold. Several threads may call `place`.
-    """
-
-    def __init__(
-        self, abstract: Mapping[str, Any], dtype: Any, shardings: PyTree, scan: bool
-    ) -> None:
-        self.dtype = dtype
-        self.placed: dict[str, Array] = {}
-        self.sliced = shardings is not None
-        self.views: dict[str, dict[int, Sliceable]] = {}
-        self.stacks: dict[str, np.ndarray] = {}
-        self.filled: dict[str, int] = {}
-        self.layers: dict[str, int] = {}
-        self.lock, self.one_stack = threading.Lock(), threading.Lock()
-        # A thread does not inherit what the caller has said in a ``with`` statement.
-        flags: Any = jax.config
-        self.device, self.x64 = flags.jax_default_device, flags.jax_enable_x64
-        self.scan = scan
-        for path in abstract:
-            self.layers[self._stacked(path)[0]] = self.layers.get(self._stacked(path)[0], 0) + 1
-        self.order = list(self.layers)
-        if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-            self.shardings: dict[str, Any] = dict.fromkeys(self.order, shardings)
-        else:
-            self.shardings = flatten(shardings)
-        if missing := sorted(set(self.order) - set(self.shardings)):
-            raise ValueError(f"shardings has no leaf for {missing}")
-
-    def _stacked(self, path: str) -> tuple[str, int | None]:
-        """The path a leaf ends up under, and its place in the stack of layers if it has one."""
-        return (stacked_place(path) if self.scan else None) or (path, None)
-
-    def place(self, path: str, leaf: Sliceable) -> None:
-        final, layer = self._stacked(path)
-        with jax.default_device(self.device), jax.enable_x64(self.x64):
-            if self.sliced:
-                self._place_slices(final, layer, leaf)
-            elif layer is not None:
-                self._place_layer(final, layer, leaf)
-            else:
-                dtype = _dtype_for(leaf.dtype, self.dtype)
-                if isinstance(leaf, Stack):
-                    leaf = copied(leaf, dtype)
-                self.placed[final] = _on_device(leaf.astype(dtype, copy=False))
-
-    def _place_layer(self, final: str, layer: int, leaf: Sliceable) -> None:
-        with self.lock:
-            if final not in self.stacks:
-                shape = (self.layers[final], *leaf.shape)
-                self.stacks[final] = np.empty(shape, _dtype_for(leaf.dtype, self.dtype))
-            stack = self.stacks[final]
-        copy_into(stack[layer, ...], leaf)
-        with self.lock:
-            self.filled[final] = self.filled.get(final, 0) + 1
-            if self.filled[final] < self.layers[final]:
-                return
-            del self.stacks[final]
-        with self.one_stack:  # is there twice at a time, for it may be a good part of the model
-            self.placed[final] = _on_device(stack)
-
-    def _place_slices(self, final: str, layer: int | None, leaf: Sliceable) -> None:
-        if layer is not None:
-            with self.lock:
-                views = self.views.setdefault(final, {})
-                views[layer] = leaf
-                if len(views) < self.layers[final]:
-                    return
-                del self.views[final]
-            leaf = Stack([views[i] for i in range(len(views))])
-        dtype = _dtype_for(leaf.dtype, self.dtype)
-
-        def read(at: Any) -> np.ndarray:
-            # A copy, because the device may keep it as its own, to be written to.
-            return copied(leaf[at], dtype)
-
-        array = jax.make_array_from_callback(leaf.shape, self.shardings[final], read)
-        self.placed[final] = array.block_until_ready()
-
-
-def _on_device(leaf: np.ndarray) -> Array:
-    """An array of the device's own from a view of any memory, which may go once it returns."""
-    placed = jax.device_put(leaf)
-    # Where a CPU finds memory laid out as its own is, it takes that, and never gives it up to a
-    # step that donates it.
-    if placed.device.platform == "cpu" and placed.unsafe_buffer_pointer() == leaf.ctypes.data:
-        placed = jax.device_put(placed, may_alias=False)
-    return placed.block_until_ready()
 
 
 def _drawing(model: Any, rng: Array) -> Callable[[str], Array]:
@@ -450,10 +353,6 @@ def _known_names(
     return {
         name for name in names if kind(name) in kinds or name.removeprefix(family.PREFIX) in exact
     }
-
-
-def _dtype_for(have: Any, wanted: Any) -> Any:
-    return wanted if wanted is not None and jnp.issubdtype(have, jnp.floating) else have
 
 
 def _with_labels(config: Any, num_labels: int | Sequence[str] | None) -> Any:
