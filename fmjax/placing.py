@@ -82,7 +82,7 @@ class Placer:
                 dtype = dtype_for(leaf.dtype, self.dtype)
                 if isinstance(leaf, Stack):
                     leaf = copied(leaf, dtype)
-                self.placed[final] = _on_device(leaf.astype(dtype, copy=False))
+                self.placed[final] = on_device(leaf.astype(dtype, copy=False))
 
     def _place_layer(self, final: str, layer: int, leaf: Sliceable) -> None:
         with self.lock:
@@ -97,7 +97,7 @@ class Placer:
                 return
             del self.stacks[final]
         with self.one_stack:  # is there twice at a time, for it may be a good part of the model
-            self.placed[final] = _on_device(stack)
+            self.placed[final] = on_device(stack)
 
     def _place_slices(self, final: str, layer: int | None, leaf: Sliceable) -> None:
         if layer is not None:
@@ -118,8 +118,12 @@ class Placer:
         self.placed[final] = array.block_until_ready()
 
 
-def _on_device(leaf: np.ndarray) -> Array:
-    """An array of the device's own from a view of any memory, which may go once it returns."""
+def on_device(leaf: np.ndarray) -> Array:
+    """An array on the default device, in memory of its own.
+
+    Args:
+        leaf: of any layout; a view, perhaps, of memory that may go once this returns.
+    """
     placed = jax.device_put(leaf)
     # Where a CPU finds memory laid out as its own is, it takes that, and never gives it up to a
     # step that donates it.
