@@ -106,7 +106,7 @@ def copy_into(target: np.ndarray, source: Sliceable) -> None:
     width = target.shape[-1]
     rows = target.size // width
     step = max(LINE, NEAR_CACHE // rows) // target.itemsize
-    if rows * LINE > CACHE:
+    if rows * LINE > CACHE:  # not even one line of each row would stay
         step = width
     for start in range(0, width, step):
         target[..., start : start + step] = source[..., start : start + step]
