@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 import tempfile
@@ -161,6 +162,8 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
     Raises:
         ValueError: what is restored is not what was saved.
     """
+    # Orbax warns of every wait for a save, and that wait is what is measured.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     state = state_of(case)
     abstract = jax.eval_shape(lambda: state)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

@@ -106,7 +106,7 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
     family = family_of(case.family)
     model, variables = fmjax.create(case.family, case.config, head=case.head, rng=jax.random.key(0))
     size = sum(leaf.nbytes for leaf in flatten(variables).values())
-    sides = {"fmjax": case.head}
+    sides = {"fmjax": f"{case.family}/{case.head}"}
     if settings.peer and torch_is_there():
         sides["torch"] = f"{case.family}/{family.HEADS[case.head]}"
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}

@@ -1,6 +1,6 @@
 """One load of a checkpoint, in a process that does nothing else.
 
-    python benchmarks/load_once.py fmjax FOLDER HEAD
+    python benchmarks/load_once.py fmjax FOLDER FAMILY/HEAD
     python benchmarks/load_once.py torch FOLDER FAMILY/CLASS
 
 `load.py` starts it. It prints, as JSON, seconds of the imports, of the load, and of the load with
@@ -27,12 +27,15 @@ def resident(name: str) -> int | None:
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(name + ":")), None)
 
 
-def ours(folder: str, head: str) -> Iterator[list[np.ndarray]]:
-    """Nothing behind the imports, then the weights."""
+def ours(folder: str, name: str) -> Iterator[list[np.ndarray]]:
+    """Nothing behind the imports, the family's among them, then the weights."""
     import jax
 
     import fmjax
+    from fmjax.models import family_of
 
+    family, _, head = name.partition("/")
+    family_of(family)
     yield []
     _, variables = fmjax.load(folder, head=head)
     yield [np.asarray(leaf) for leaf in jax.block_until_ready(jax.tree.leaves(variables))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,11 @@ from fmjax.config import config_to_json, default_labels, json_text, parse_config
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import families, family_for, family_of
 from fmjax.nn.compact import Compact
-from fmjax.tree import flatten, layer_paths, stacked_place, unflatten, unstack_layers
+from fmjax.placing import Placer, dtype_for
+from fmjax.tree import flatten, layer_paths, unflatten, unstack_layers
 from fmjax.types import PyTree, Remat, Variables
 from fmjax.weights import (
     Rule,
-    Sliceable,
-    Stack,
     export_params,
     fit_prefix,
     import_params,
@@ -43,6 +43,8 @@ WEIGHT_FILES = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
     ("flax_model.msgpack", "flax_model.msgpack.index.json", "flax_model-*.msgpack"),
 )
+_MOST_THREADS = 4
+"""That read one checkpoint: memory has no more to give, and each holds a tensor."""
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja")
 
 
@@ -101,7 +103,7 @@ def create(
 
     def draw_as(path: str) -> Array:
         leaf = draw(path)
-        return leaf.astype(_dtype_for(leaf.dtype, dtype))
+        return leaf.astype(dtype_for(leaf.dtype, dtype))
 
     flat = {}
     for path, leaf in flatten(abstract_variables(model)).items():
@@ -269,7 +271,7 @@ def _read(
             tensors = fit_prefix(tensors, rule_tensor_names(table, abstract), family.PREFIX)
         if callable(shardings):
             shardings = shardings(abstract_variables(model))
-        placer = _Placer(abstract, dtype, shardings, scan)
+        placer = Placer(abstract, dtype, shardings, scan)
         read = import_params(
             table,
             tensors,
@@ -278,7 +280,8 @@ def _read(
             new=new,
             ignored=family.IGNORED,
             known=_known_names(family, rules, config, head, tensors),
-            sliced=placer.sliced,
+            views=True,
+            threads=min(_MOST_THREADS, os.cpu_count() or 1),
         )
     fresh = [path for path in abstract if path not in read]
     if fresh:
@@ -293,74 +296,6 @@ def _keras_layout(family: Any) -> KerasFamily:
     if not isinstance(family, KerasFamily):
         raise ValueError(f"{family.MODEL_TYPE} is not read from Keras' files")
     return family
-
-
-class _Placer:
-    """Puts leaves on devices one at a time; for a scanned model, once all layers are there.
-
-    Where there are shardings, leaves are sliced: of a checkpoint, each process reads what its
-    devices hold.
-    """
-
-    def __init__(
-        self, abstract: Mapping[str, Any], dtype: Any, shardings: PyTree, scan: bool
-    ) -> None:
-        self.dtype = dtype
-        self.placed: dict[str, Array] = {}
-        self.sliced = shardings is not None
-        self.views: dict[str, dict[int, Sliceable]] = {}
-        self.stacks: dict[str, np.ndarray] = {}
-        self.filled: dict[str, int] = {}
-        self.layers: dict[str, int] = {}
-        self.scan = scan
-        for path in abstract:
-            self.layers[self._stacked(path)[0]] = self.layers.get(self._stacked(path)[0], 0) + 1
-        self.order = list(self.layers)
-        if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-            self.shardings: dict[str, Any] = dict.fromkeys(self.order, shardings)
-        else:
-            self.shardings = flatten(shardings)
-        if missing := sorted(set(self.order) - set(self.shardings)):
-            raise ValueError(f"shardings has no leaf for {missing}")
-
-    def _stacked(self, path: str) -> tuple[str, int | None]:
-        """The path a leaf ends up under, and its place in the stack of layers if it has one."""
-        return (stacked_place(path) if self.scan else None) or (path, None)
-
-    def place(self, path: str, leaf: Any) -> None:
-        if self.sliced:
-            self._place_slices(path, leaf)
-            return
-        leaf = leaf.astype(_dtype_for(leaf.dtype, self.dtype), copy=False)
-        final, layer = self._stacked(path)
-        if layer is not None:
-            if final not in self.stacks:
-                self.stacks[final] = np.empty((self.layers[final], *leaf.shape), leaf.dtype)
-            self.stacks[final][layer] = leaf
-            self.filled[final] = self.filled.get(final, 0) + 1
-            if self.filled[final] < self.layers[final]:
-                return
-            leaf = self.stacks.pop(final)
-        # Waiting keeps no more than one leaf twice in memory.
-        self.placed[final] = jax.device_put(leaf).block_until_ready()
-
-    def _place_slices(self, path: str, leaf: Sliceable) -> None:
-        final, layer = self._stacked(path)
-        if layer is not None:
-            views = self.views.setdefault(final, {})
-            views[layer] = leaf
-            if len(views) < self.layers[final]:
-                return
-            leaf = Stack([views[i] for i in range(len(views))])
-            del self.views[final]
-        dtype = _dtype_for(leaf.dtype, self.dtype)
-
-        def read(at: Any) -> np.ndarray:
-            # A copy, because the device may keep it as its own, to be written to.
-            return np.array(leaf[at], dtype, order="C")
-
-        array = jax.make_array_from_callback(leaf.shape, self.shardings[final], read)
-        self.placed[final] = array.block_until_ready()
 
 
 def _drawing(model: Any, rng: Array) -> Callable[[str], Array]:
@@ -418,10 +353,6 @@ def _known_names(
     return {
         name for name in names if kind(name) in kinds or name.removeprefix(family.PREFIX) in exact
     }
-
-
-def _dtype_for(have: Any, wanted: Any) -> Any:
-    return wanted if wanted is not None and jnp.issubdtype(have, jnp.floating) else have
 
 
 def _with_labels(config: Any, num_labels: int | Sequence[str] | None) -> Any:

@@ -79,6 +79,41 @@ def test_abstract_variables_are_traced_once_and_belong_to_the_caller(scan, monke
     assert second == hub.abstract_variables(model)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_what_was_loaded_owns_its_memory(tmp_path, scan, aligned):
+    """The file may be written over, and a step may be given the arrays to write to."""
+    model, variables = fmjax.create("bert", "tiny", rng=jax.random.key(0))
+    fmjax.save(tmp_path, model, variables)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    padding = -(8 + length) % 64 + (0 if aligned else 8)  # CPUs share lines of 64 bytes
+    header = whole[8 : 8 + length] + b" " * padding
+    file.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :])
+    model, loaded = fmjax.load(tmp_path, scan=scan)
+    with file.open("r+b") as opened:
+        opened.write(b"\xff" * file.stat().st_size)
+    expected = stack_layers(variables) if scan else variables
+    assert_trees_all_equal(loaded, expected)
+    leaves = jax.tree.leaves(loaded)
+    places = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    given = jax.jit(lambda leaves: [leaf + 1 for leaf in leaves], donate_argnums=0)(leaves)
+    assert {leaf.unsafe_buffer_pointer() for leaf in given} == set(places)
+
+
+def test_loading_heeds_what_the_caller_has_said_around_it():
+    """Though other threads than the caller's put the arrays on a device."""
+    other = jax.devices()[1]
+    with jax.default_device(other):
+        _, variables = fmjax.load(FIXTURES / "bert-mlm-legacy")
+    assert {leaf.device for leaf in jax.tree.leaves(variables)} == {other}
+    assert not any(leaf.committed for leaf in jax.tree.leaves(variables))
+    with jax.enable_x64(True):
+        _, variables = fmjax.load(FIXTURES / "bert-mlm-legacy", dtype=jnp.float64)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float64)}
+
+
 MEMORY = """
 import sys
 import jax

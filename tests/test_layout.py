@@ -15,7 +15,7 @@ HOUSE = [
     {"types"},
     {"tree"},
     {"config", "nn", "weights"},
-    {"models", "generation_config"},
+    {"models", "generation_config", "placing"},
     {"hub", "generate", "data", "environments", "metrics"},
     {"tasks"},
     {"train"},

@@ -32,7 +32,7 @@ from fmjax.weights.tables import (
     renamed,
     vocabulary_rules,
 )
-from fmjax.weights.tensor import Sliceable, Stack, Tensor
+from fmjax.weights.tensor import Sliceable, Stack, Tensor, copied, copy_into
 from fmjax.weights.transforms import (
     CONV1D,
     CONV2D,
@@ -69,6 +69,8 @@ __all__ = [
     "conv_norm_rules",
     "conv_rules",
     "conv_transpose_rules",
+    "copied",
+    "copy_into",
     "decoder_head_rules",
     "dense_rules",
     "export_params",

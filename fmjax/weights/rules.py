@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -11,13 +12,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from fmjax.weights.compare import Mismatch
-from fmjax.weights.tensor import Shape, Stack, Tensor
+from fmjax.weights.tensor import Shape, Sliceable, Stack, Tensor, copied
 from fmjax.weights.transforms import IDENTITY, Transform
 
 T = TypeVar("T")
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-COPY_BLOCK = 32 * 2**20  # bytes copied before the pages they came from are dropped
 
 
 class ShapeDtype(Protocol):
@@ -116,12 +116,13 @@ def import_params(
     new: Sequence[str] = (),
     ignored: Sequence[str] = (),
     known: Collection[str] = (),
-    sliced: bool = False,
+    views: bool = False,
+    threads: int = 1,
 ) -> dict[str, T]:
-    """Reads a model's parameters from a checkpoint, one at a time and the largest first.
+    """Reads a model's parameters from a checkpoint, the largest first.
 
     All names, shapes and kinds of number are checked before anything is read. Peak memory is that
-    of what `place` keeps, plus one tensor.
+    of what `place` keeps, plus one tensor a thread.
 
     Args:
         rules: the family's table.
@@ -134,8 +135,9 @@ def import_params(
             ("head/",). Parameters they match are not read and not in the result.
         ignored: regular expressions searched for in the names of tensors that no rule reads.
         known: names of tensors that may be left unread, such as those of the family's other heads.
-        sliced: `place` is given not an array of its own but a `Sliceable`: views of the files
-            wherever layouts allow, so that what is read is what it slices, while they are open.
+        views: `place` is given not an array of its own but a `Sliceable`: views of the files
+            wherever layouts allow, so that what is read is what it copies, while they are open.
+        threads: how many call `place`, each for tensors of its own.
 
     Returns:
         {path: what `place` returned} for every parameter that is not new.
@@ -171,30 +173,43 @@ def import_params(
     result: dict[str, T] = {}
     # Largest first, while little else is held: a tensor is briefly there twice.
     plan.sort(key=lambda item: -sum(source.nbytes for source in item[1]))
-    for site, sources in plan:
 
-        def release(sources: Sequence[Tensor] = sources) -> None:
-            for source in sources:
-                source.release()
+    def read(item: tuple[_Site, list[Tensor]]) -> dict[str, T]:
+        site, sources = item
+        arrays = _loaded(site.rule, sources)
+        read = {
+            path: place(path, array if views else _own(array))
+            for path, array in zip(site.params, arrays, strict=True)
+            if path not in fresh
+        }
+        for source in sources:
+            source.release()
+        return read
 
-        if not sources and site.rule.default is not None:
-            arrays = [site.rule.default()]
-        else:
-            arrays = _loaded(site.rule.transform, sources, sliced)
-        for path, array in zip(site.params, arrays, strict=True):
-            if path not in fresh:
-                result[path] = place(path, array if sliced else _own(array, release))
-        del arrays, array
-        release()
+    with ThreadPoolExecutor(threads) as pool:
+        for read_together in pool.map(read, plan):
+            result |= read_together
     return {path: result[path] for path in abstract if path in result}
 
 
-def _loaded(transform: Transform, sources: Sequence[Tensor], sliced: bool) -> list[Any]:
-    """The parameters that tensors are."""
+def _loaded(rule: Rule, sources: Sequence[Tensor]) -> list[Any]:
+    """The parameters that tensors are, as views where possible."""
+    if not sources and rule.default is not None:
+        return [rule.default()]
     arrays = [source.read() for source in sources]
-    if sliced and transform.each is not None:
-        return [Stack([transform.each.load([array])[0] for array in arrays])]
-    return transform.load(arrays)
+    if rule.transform.each is not None:
+        return [Stack([rule.transform.each.load([array])[0] for array in arrays])]
+    return rule.transform.load(arrays)
+
+
+def _own(array: Sliceable) -> np.ndarray:
+    """A C-contiguous array that shares no memory with a file.
+
+    Views of a mapped file are read-only, and a transform's own results are not.
+    """
+    if isinstance(array, Stack) or not array.flags.writeable:
+        return copied(array)
+    return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def _matching(
@@ -280,29 +295,6 @@ def _kind(dtype: np.dtype) -> str:
     if kind in "iub":
         return "integer"
     return "complex" if kind == "c" else "float"
-
-
-def _own(array: np.ndarray, release: Callable[[], None]) -> np.ndarray:
-    """A C-contiguous array that shares no memory with a file.
-
-    Views of a mapped file are read-only, and a transform's own results are not. Copies block by
-    block in the order of the file and drops the pages behind, so that a tensor that makes up most
-    of a file is not in memory twice.
-    """
-    if array.flags.writeable:
-        return np.ascontiguousarray(array).reshape(array.shape)
-    result = np.empty(array.shape, array.dtype)
-    if array.nbytes <= COPY_BLOCK:
-        result[...] = array
-        return result
-    strides = np.where(np.array(array.shape) > 1, array.strides, 0)
-    axis = int(np.argmax(strides))
-    step = max(1, COPY_BLOCK * array.shape[axis] // array.nbytes)
-    for start in range(0, array.shape[axis], step):
-        block = (slice(None),) * axis + (slice(start, start + step),)
-        result[block] = array[block]
-        release()
-    return result
 
 
 def export_params(rules: Sequence[Rule], leaves: Mapping[str, ShapeDtype]) -> list[Tensor]:

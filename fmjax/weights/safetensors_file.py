@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from fmjax.weights.strict_json import parse_object
-from fmjax.weights.tensor import MappedFile, Shape, Tensor, check_shape
+from fmjax.weights.tensor import MappedFile, Shape, Tensor, check_shape, copied
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 
@@ -172,6 +172,7 @@ def write_safetensors(
                     f"tensor {tensor.name!r} should be {tensor.dtype}{list(tensor.shape)}, but "
                     f"reads as {array.dtype}{list(array.shape)}"
                 )
+            array = array if array.flags.c_contiguous else copied(array)
             # As bytes: the buffer protocol does not know bfloat16.
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(array.reshape(-1).view(np.uint8).data)
             tensor.release()

@@ -1,12 +1,14 @@
 """Checkpoints: exact, asynchronous, whole or absent, and refused where they do not belong."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -73,6 +75,51 @@ def test_round_trip_is_exact(tmp_path, impl):
         same(restored.state, state)
         assert (restored.data, restored.memory) == (DATA, memory)
         same(checkpoints.restore_last(state).state, state)  # a state will do as a template
+
+
+def test_checkpoints_written_compressed_go_on(tmp_path):
+    """As Orbax does by itself, and as this package did."""
+    state = state_of(width=5_000)
+    with Checkpoints(tmp_path / "now") as checkpoints:
+        checkpoints.save(state, DATA, Memory())
+    run = json.loads((tmp_path / "now" / "3" / "run" / "metadata").read_text())
+    with ocp.CheckpointManager(tmp_path / "before") as manager:
+        manager.save(
+            3,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)),
+        )
+    sizes = {
+        name: sum(file.stat().st_size for file in (tmp_path / name / "3").rglob("*"))
+        for name in ("now", "before")
+    }
+    assert sizes["before"] < 0.6 * sizes["now"], "this one is compressed, ours is not"
+    mesh = make_mesh(data=2)
+    places = shardings(state, mesh, [("params/up", P(None, "data"))])
+    spread = jax.eval_shape(lambda: state)
+    spread = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        spread,
+        places,
+    )
+    with Checkpoints(tmp_path / "before") as checkpoints:
+        for template in (state, spread):
+            restored = checkpoints.restore_last(template)
+            same(restored.state, state)
+            assert restored.data == DATA
+        assert restored.state.trainable["params"]["up"].sharding == places.trainable["params"]["up"]
+        checkpoints.save(state_of(width=5_000, step=4), DATA, Memory(best_step=3))
+        same(checkpoints.restore_best(state).state, state)
+        same(checkpoints.restore_last(state).state, state_of(width=5_000, step=4))
+
+
+def test_what_is_restored_is_given_up_to_a_step(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state_of(width=500), DATA, Memory())
+        (up,) = jax.tree.leaves(checkpoints.restore_last(state_of(width=500)).state.trainable)[1:]
+    place = up.unsafe_buffer_pointer()
+    taken = jax.jit(lambda x: x + 1, donate_argnums=0)(up)
+    assert up.is_deleted()
+    assert taken.unsafe_buffer_pointer() == place
 
 
 def test_an_empty_folder_holds_none(tmp_path):

@@ -1,5 +1,6 @@
 """The rule engine: bitwise round trips, and one error that lists everything."""
 
+import threading
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -13,8 +14,10 @@ from fmjax.weights import (
     PLUS_ONE,
     TRANSPOSE,
     Rule,
+    Stack,
     Tensor,
     compose,
+    copied,
     export_params,
     fused,
     fused_per_head,
@@ -152,16 +155,45 @@ def test_leaves_are_contiguous_and_nobody_elses():
         assert not t.read().flags.writeable
 
 
-def test_large_views_are_copied_in_blocks(monkeypatch):
-    monkeypatch.setattr("fmjax.weights.rules.COPY_BLOCK", 64)
-    base = np.arange(60, dtype=np.float32).reshape(5, 12)
-    base.flags.writeable = False
-    releases = []
-    source = Tensor("w", (5, 12), base.dtype, lambda: base, lambda: releases.append(1))
-    rules = [Rule("params/w", "w", TRANSPOSE)]
-    read = import_params(rules, {"w": source}, {"params/w": Leaf((12, 5))}, place=keep)
-    np.testing.assert_array_equal(read["params/w"], base.T)
-    assert len(releases) > 4
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)])
+@pytest.mark.parametrize("shape", [(5, 3, 40), (1, 700, 90), (2, 0, 3), (40_000, 2, 3)])
+def test_copies_of_any_layout_are_exact(shape, axes, dtype):
+    base = np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype)
+    view = base.transpose(axes)
+    for source in (view, view[..., ::-1], view[::2]):
+        copy = copied(source)
+        assert copy.flags.c_contiguous
+        assert not np.shares_memory(copy, base)
+        np.testing.assert_array_equal(copy, source)
+    stack = Stack([Stack([view, view]), Stack([view, view])])
+    np.testing.assert_array_equal(
+        copied(stack[:, 1:, ::2, :, 1:], np.dtype(np.float32)),
+        np.stack([view[None, ::2, :, 1:]] * 2).astype(np.float32),
+    )
+
+
+def test_numbers_without_axes_are_stacked():
+    stack = Stack([np.array(7), np.array(8)])
+    np.testing.assert_array_equal(copied(stack), [7, 8])
+
+
+def test_several_threads_place_what_one_does():
+    leaves = tree(6, 2, 3, 2)
+    sources = {t.name: t for t in export_params(table(2), leaves)}
+
+    def place(path, leaf):
+        return threading.get_ident(), copied(leaf)
+
+    read = import_params(table(2), sources, leaves, place=place, views=True, threads=3)
+    same({path: array for path, (_, array) in read.items()}, leaves)
+    assert threading.get_ident() not in {thread for thread, _ in read.values()}
+    with pytest.raises(OSError, match="no place"):
+        import_params(table(2), sources, leaves, place=no_place, views=True, threads=3)
+
+
+def no_place(path, leaf):
+    raise OSError("no place")
 
 
 def test_the_largest_tensor_is_placed_first_and_pages_released_after_each():
