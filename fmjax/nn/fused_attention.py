@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fmjax.nn.blocked_attention import blocked_attention, suits as blocked_attention_suits
 from fmjax.nn.mask import Mask, keep_of
 
-Fused = Literal["xla", "cudnn", "splash", "interpreted"]
+Fused = Literal["xla", "cudnn", "splash", "interpreted", "blocked"]
 Kernel = Literal["plain"] | Fused
 _CHOSEN: ContextVar[Kernel | None] = ContextVar("attention_kernel", default=None)
 
@@ -74,6 +75,10 @@ def fused(
         return None
     if chosen == "xla":
         return "xla"
+    if not query.dtype == key.dtype == value.dtype:
+        return None
+    if chosen == "blocked":
+        return "blocked" if blocked_attention_suits(query, key, mask, bias) else None
     if chosen in ("splash", "interpreted"):
         return chosen if _splashes(query, key, value, mask, bias, chosen) else None
     if (
@@ -142,6 +147,9 @@ def fused_attention(
     """
     if scale is not None and not isinstance(scale, int | float):
         query, scale = (query * scale).astype(query.dtype), 1.0
+    if kernel == "blocked":
+        scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+        return blocked_attention(query, key, value, mask=mask, scale=scale)
     if kernel in ("splash", "interpreted"):
         from fmjax.nn.splash_attention import splash_attention
 

@@ -23,13 +23,19 @@ class Mask:
         keep: the whole of it, bool [B | 1, 1, T | 1, S]; True = seen.
         padding: the part that was given, bool [B, 1, T | 1, S], or None where there was none.
         causal: whether the rest is that position t of T sees the keys up to t of the same T.
-        window: of a causal mask, how many keys a query sees, itself included; None for all.
+        window: of a causal mask, how many keys a query sees, itself included; of one that is not,
+            the rest is that keys of the same T at a distance below it are seen; None for all.
     """
 
     keep: Array
     padding: Array | None = None
     causal: bool = False
     window: int | None = None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether places alone hide something."""
+        return self.causal or self.window is not None
 
 
 def keep_of(mask: Mask | Array | None) -> Array | None:
@@ -99,6 +105,6 @@ def make_attention_mask(
     near = near[None, None]  # [1, 1, T, S]
     keep = near if padding is None else padding & near
     whole = isinstance(start, int) and start == 0 and query_length == key_length
-    if causal and whole:
-        return Mask(keep, padding, True, window)
+    if whole:
+        return Mask(keep, padding, causal, window)
     return Mask(keep, padding)
