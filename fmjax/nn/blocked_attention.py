@@ -1,9 +1,8 @@
 """Attention on CPUs, in blocks of queries: scores of a few queries of one head stay in the caches,
 where those of all pairs go through memory a dozen times.
 
-Rabe & Staats 2021, arXiv:2112.05682, whose blocks are computed again for the gradient; with the
-logarithms of the sums kept and the row sums of Dao 2023, arXiv:2307.08691, section 2.3.2. A block
-has all the keys that its queries can see, so that no sums have to be corrected, and none of those
+Rabe & Staats 2021, arXiv:2112.05682, whose blocks are computed again for the gradient; from what is
+kept of their sums, as in Dao 2023, arXiv:2307.08691. A block has all the keys that its queries can see, so that no sums have to be corrected, and none of those
 that an order or a window hides. It has derivatives of all orders, forward and reverse.
 """
 
@@ -21,25 +20,31 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from fmjax.nn.mask import Mask, keep_of
+from fmjax.nn.mask import Mask, keep_of, queries_that_see
 from fmjax.nn.placement import BATCH, TENSOR, axis_size, divided_over, on_a_mesh, parts_over
 
 SHORTEST = 512
 """Queries and keys from which on it is chosen."""
 _MOST = 8  # blocks of a head: each is compiled by itself
-_SUMS, _OUT = "attention_sums", "attention_out"  # what is kept of a block for its gradient
+_SCORES = 2**19  # of the heads together that are computed at once: 2 MiB
+_KEPT = "blocked_attention"  # of a block for its gradient
 _NAME = "blocked_attention"
 
 
-def suits(query: Array, key: Array, mask: Mask | Array | None, bias: Array | None) -> bool:
+def suits(
+    query: Array, key: Array, value: Array, mask: Mask | Array | None, bias: Array | None
+) -> bool:
     """Whether it can compute this attention, on any device.
 
-    The mask has to be all heads' and there is no bias. On a mesh examples and heads have to divide
+    The operands are of one dtype of up to 32 bits, the mask is all heads' and there is no bias. On
+    a mesh examples and heads have to divide
     by its axes, as each device computes its own.
     """
     keep = keep_of(mask)
     return (
         bias is None
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
         and (keep is None or (keep.ndim == 4 and keep.shape[1] == 1))
         and query.shape[0] % parts_over(BATCH) == 0
         and query.shape[2] % axis_size(TENSOR) == 0
@@ -111,7 +116,7 @@ def blocked_attention(
     order, keep = _Order(False, None), keep_of(mask)
     if isinstance(mask, Mask) and mask.ordered:
         order, keep = _Order(mask.causal, mask.window), mask.padding
-    length, keys, heads = query.shape[1], key.shape[2], query.shape[2]
+    length, keys = query.shape[1], key.shape[2]
     heads_first = jnp.swapaxes(query.astype(jnp.float32) * scale, 1, 2)  # [B, H, T, K]
     attend = _compiled(length, keys, order)
     if on_a_mesh():
@@ -119,9 +124,13 @@ def blocked_attention(
     out = jnp.swapaxes(attend(heads_first, key, value, keep).astype(query.dtype), 1, 2)
     if isinstance(mask, Mask) and order.hides() and keep is not None:
         # Queries that see nothing attend everywhere alike, behind their blocks too.
-        sees = mask.keep.any(-1)[:, 0, :, None, None]  # [B | 1, T, 1, 1]
+        if keep.shape[2] == 1:
+            sees = queries_that_see(keep[:, 0, 0], length, *order)  # [B | 1, T]
+        else:
+            sees = mask.keep[:, 0].any(-1)
         mean = value.mean(2, dtype=jnp.float32).astype(out.dtype)  # [B, G, K]
-        out = jnp.where(sees, out, jnp.repeat(mean, heads // mean.shape[1], axis=1)[:, None])
+        mean = jnp.repeat(mean, query.shape[2] // mean.shape[1], axis=1)[:, None]
+        out = jnp.where(sees[:, :, None, None], out, mean)
     return out
 
 
@@ -149,18 +158,22 @@ def _compiled(length: int, keys: int, order: _Order) -> Callable[..., Array]:
     def attend(query: Array, key: Array, value: Array, keep: Array | None) -> Array:
         batch, heads, _, size = query.shape
 
-        def turned(x: Array) -> Array:  # [B, G, S, K] -> [B * H, K, S]
+        together = _together(heads, blocks)
+
+        def grouped(x: Array) -> Array:
+            return x.reshape(-1, together, *x.shape[2:])
+
+        def turned(x: Array) -> Array:  # [B, G, S, K] -> [groups, together, K, S]
             # A product with the many scores as the left one, contracted over its rows, takes twice
             # as long as with the few features there: so gradients of keys and values are turned.
             x = jnp.swapaxes(x.astype(jnp.float32), 2, 3)
-            x = jnp.repeat(x, heads // x.shape[1], axis=1)
-            return x.reshape(batch * heads, size, keys)
+            x = grouped(jnp.repeat(x, heads // x.shape[1], axis=1))
+            return jax.lax.optimization_barrier(x)  # written out
 
-        rows = query.reshape(batch * heads, length, size)
-        of_head = partial(_of_head, blocks=blocks, order=order, keep=keep)
-        examples = jnp.arange(batch * heads) // heads
-        of_all = jax.lax.optimization_barrier((rows, turned(key), turned(value)))
-        out = jax.lax.map(lambda given: of_head(*given), (examples, *of_all))
+        examples = jnp.arange(batch * heads // together) * together // heads
+        of_all = (examples, grouped(query), turned(key), turned(value))
+        of_heads = partial(_of_heads, blocks=blocks, order=order, keep=keep)
+        out = jax.lax.map(lambda given: of_heads(*given), of_all)
         return out.reshape(query.shape)
 
     pairs = sum((b.last - b.first) * (b.high - b.low) for b in blocks)
@@ -168,7 +181,18 @@ def _compiled(length: int, keys: int, order: _Order) -> Callable[..., Array]:
     return jax.jit(attend)
 
 
-def _of_head(
+def _together(heads: int, blocks: tuple[_Block, ...]) -> int:
+    """How many heads of an example are computed at once.
+
+    Two, as products of one alone have slower kernels in the gradient, and more of short rows: each
+    operation is started in turn, which takes microseconds.
+    """
+    largest = max((b.last - b.first) * (b.high - b.low) for b in blocks)
+    most = max(2, _SCORES // largest)
+    return max(count for count in range(1, heads + 1) if heads % count == 0 and count <= most)
+
+
+def _of_heads(
     example: Array,
     query: Array,
     key: Array,
@@ -178,11 +202,11 @@ def _of_head(
     order: _Order,
     keep: Array | None,
 ) -> Array:
-    """[], [T, K], [K, S], [K, S] -> [T, K]."""
+    """[], [N, T, K], [N, K, S], [N, K, S] -> [N, T, K]."""
 
     def of_block(block: _Block, query: Array, key: Array, value: Array) -> Array:
         first, last, low, high = block
-        scores = _product(query[first:last], key[:, low:high], 0)  # [rows, columns]
+        scores = _product(query[:, first:last], key[:, :, low:high], 1)  # [N, rows, columns]
         seen = _seen(block, order)
         if keep is not None:
             mine = keep[example if keep.shape[0] > 1 else 0, 0, :, low:high]
@@ -190,14 +214,14 @@ def _of_head(
             seen = mine if seen is None else seen & mine
         if seen is not None:
             scores = scores + jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
-        return _averaged(scores, value[:, low:high])
+        return _averaged(scores, value[:, :, low:high])
 
-    kept = jax.checkpoint_policies.save_only_these_names(_SUMS, _OUT)
+    kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
     parts = [
         jax.checkpoint(partial(of_block, block), prevent_cse=False, policy=kept)(query, key, value)
         for block in blocks
     ]
-    return jnp.concatenate(parts)
+    return jnp.concatenate(parts, axis=1)
 
 
 def _seen(block: _Block, order: _Order) -> Array | None:
@@ -211,24 +235,23 @@ def _seen(block: _Block, order: _Order) -> Array | None:
 
 
 def _product(a: Array, b: Array, axis: int) -> Array:
-    """a [N, M] times b [M, O], or [O, M] with `axis` 1, accumulated in float32."""
-    contracted = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
+    """a [N, I, J] times b [N, J, O] over `axis` 1, or [N, O, J] over 2, in float32: [N, I, O]."""
+    numbers = (((2,), (axis,)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
 
 
 @jax.custom_jvp
 def _averaged(scores: Array, value: Array) -> Array:
-    """Means of values [K, S] weighted by the softmax of scores [rows, S] float32: [rows, K]."""
+    """Means of values [N, K, S] weighted by the softmax of scores [N, rows, S]: [N, rows, K]."""
     return _weighted(scores, value)[0]
 
 
-def _weighted(scores: Array, value: Array) -> tuple[Array, Array]:
-    """The means in the values' dtype, and the logarithms of the sums of exponentials [rows, 1]."""
-    top = scores.max(axis=1, keepdims=True)
+def _weighted(scores: Array, value: Array) -> tuple[Array, Array, Array]:
+    """The means, and of the scores the largest ones and the sums of exponentials [N, rows, 1]."""
+    top = jax.lax.stop_gradient(scores.max(axis=2, keepdims=True))
     weights = jnp.exp(scores - top)
-    total = weights.sum(axis=1, keepdims=True)
-    out = _product(weights, value, 1) / total
-    return out, top + jnp.log(total)
+    total = weights.sum(axis=2, keepdims=True)
+    return _product(weights, value, 2) / total, top, total
 
 
 @_averaged.defjvp
@@ -236,11 +259,9 @@ def _averaged_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (scores, value), (dscores, dvalue) = primals, tangents
-    out, sums = _weighted(scores, value)
-    out, sums = checkpoint_name(out, _OUT), checkpoint_name(sums, _SUMS)
-    weights = jnp.exp(scores - sums)
+    out, top, total = (checkpoint_name(kept, _KEPT) for kept in _weighted(scores, value))
+    # One logarithm would do for both, but not beside what stands for minus infinity.
+    weights = jnp.exp(scores - top) * (1.0 / total)
     change = weights * dscores
-    dout = _product(weights, dvalue, 1)
-    dout += _product(change, value, 1)
-    dout -= out * change.sum(axis=1, keepdims=True)
-    return out, dout
+    dout = _product(weights, dvalue, 2) + _product(change, value, 2)
+    return out, dout - out * change.sum(axis=2, keepdims=True)

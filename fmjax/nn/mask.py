@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -41,6 +42,24 @@ class Mask:
 def keep_of(mask: Mask | Array | None) -> Array | None:
     """The mask as an array, bool, broadcastable to [B, H, T, S]; None for none."""
     return mask.keep if isinstance(mask, Mask) else mask
+
+
+def queries_that_see(keep: Array, length: int, causal: bool, window: int | None) -> Array:
+    """bool [B, T]: queries that see a key which counts.
+
+    Args:
+        keep: [B, S], 1 or True for keys that count.
+        length: T.
+        causal, window: see `Mask`.
+    """
+    keep = keep.astype(jnp.int32)
+    if not causal and window is None:
+        return jnp.broadcast_to(keep.max(axis=1, keepdims=True) > 0, (keep.shape[0], length))
+    place, reach = np.arange(length), length if window is None else window
+    last = np.minimum(place + (1 if causal else reach), keep.shape[1])
+    first = np.minimum(np.maximum(place + 1 - reach, 0), last)
+    until = jnp.cumsum(jnp.pad(keep, ((0, 0), (1, 0))), axis=1)  # keys that count before each
+    return until[:, last] > until[:, first]
 
 
 def check_mask(
