@@ -33,11 +33,6 @@ class Mask:
     causal: bool = False
     window: int | None = None
 
-    @property
-    def ordered(self) -> bool:
-        """Whether places alone hide something."""
-        return self.causal or self.window is not None
-
 
 def keep_of(mask: Mask | Array | None) -> Array | None:
     """The mask as an array, bool, broadcastable to [B, H, T, S]; None for none."""
