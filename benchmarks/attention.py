@@ -5,11 +5,12 @@
     python benchmarks/attention.py --smoke                short rows, seconds
 
 `fmjax.nn.attention.attend` forward, and forward and backward together ("gradient", of queries, keys
-and values), by products and a softmax ("plain"), by JAX's own composition ("xla") and, on an NVIDIA
-GPU in half precision, by cuDNN ("cudnn"). All cases have as many tokens: rows are fewer where they
-are longer. Masks: none; causal; padding, where rows end at different places; a window, causal, of
-128 keys. 12 heads of 64 features; "grouped" has 32 of queries on 8 of keys and values, and is
-causal. PyTorch gets `is_causal` for a causal mask and an array for padding and windows.
+and values), by products and a softmax ("plain"), by JAX's own composition ("xla"), on an NVIDIA GPU
+in half precision by cuDNN ("cudnn") and on a CPU in blocks of queries ("blocked"). All cases have
+as many tokens: rows are fewer where they are longer. Masks: none; causal; padding, where rows end
+at different places; a window, causal, of 128 keys. 12 heads of 64 features; "grouped" has 32 of
+queries on 8 of keys and values, and is causal. PyTorch gets `is_causal` for a causal mask and an
+array for padding and windows.
 
 Before anything is timed all must give the same. FLOPs are those of all pairs, masked or not, and
 the gradient's are three times the forward pass's; a kernel that skips what no query sees looks
@@ -95,7 +96,7 @@ class Row:
 
     Attributes:
         case: its name.
-        side: "plain", "xla", "cudnn" or "torch".
+        side: "plain", "xla", "cudnn", "blocked" or "torch".
         chosen: whether it is what fmjax chooses here by itself.
         dtype: of queries, keys and values.
         mask, length, batch_size, heads, groups, size: of the case; batch_size is B.
@@ -247,6 +248,8 @@ def kernels(query: jax.Array, key: jax.Array, value: jax.Array) -> Iterator[tupl
     """The kernels that there are here for these operands, and whether fmjax would choose it."""
     chosen = fused(query, key, value) or "plain"
     names: list[Kernel] = ["plain", "xla", chosen]
+    if jax.default_backend() == "cpu":
+        names.append("blocked")
     for name in dict.fromkeys(names):
         yield name, name == chosen
 

@@ -129,7 +129,8 @@ def attend(
 ) -> tuple[Array, Array | None]:
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
-    On a GPU or TPU a fused kernel computes it where one can; see `fmjax.nn.fused_attention`.
+    On a GPU or TPU a fused kernel computes it where one can, and on CPUs long rows are computed in
+    blocks; see `fmjax.nn.fused_attention`.
 
     Args:
         query: [B, T, H, K].

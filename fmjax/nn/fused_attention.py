@@ -1,9 +1,10 @@
-"""Attention by a platform's fused kernel, which never holds the scores of all pairs in memory.
+"""Attention that never holds the scores of all pairs in memory: a platform's fused kernel.
 
 On an NVIDIA GPU that is cuDNN's (`jax.nn.dot_product_attention`), for operands in bfloat16 or
 float16, on a TPU the one of `fmjax.nn.splash_attention`, for bfloat16: the algorithm of Dao 2023,
 arXiv:2307.08691. They have first derivatives alone, by `jax.grad` and `jax.vjp`; take gradients of
-gradients, and `jax.jvp`, with the plain one.
+gradients, and `jax.jvp`, with the plain one. On CPUs it is `fmjax.nn.blocked_attention`, for long
+rows, which has them all.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fmjax.nn import blocked_attention
 from fmjax.nn.mask import Mask, keep_of
 
-Fused = Literal["xla", "cudnn", "splash", "interpreted"]
+Fused = Literal["xla", "cudnn", "splash", "interpreted", "blocked"]
 Kernel = Literal["plain"] | Fused
 _CHOSEN: ContextVar[Kernel | None] = ContextVar("attention_kernel", default=None)
 
@@ -36,7 +38,8 @@ def attention_kernel(kernel: Kernel | None) -> Iterator[None]:
             JAX's own composition in place of cuDNN's, on any device and in any dtype (it checks
             that the two are called alike); "splash" for the kernel on TPUs, where the operands suit
             it, and "interpreted" for the same computed step by step, slowly, on any device and in
-            any dtype; None to choose by device, which is the default.
+            any dtype; "blocked" for that on CPUs, on any device and however short rows are; None to
+            choose by device, which is the default.
 
     Raises:
         ValueError: another kernel.
@@ -62,11 +65,12 @@ def fused(
 
     cuDNN takes heads of up to 128 features (256 since Hopper) that are a multiple of 8, keys and
     values alike. One query, as in decoding, reads each key once whatever the kernel. What splash
-    takes says `fmjax.nn.splash_attention.suits`.
+    takes says `fmjax.nn.splash_attention.suits`, and `fmjax.nn.blocked_attention.suits` what that
+    on CPUs does.
     """
     chosen = _CHOSEN.get()
     if chosen is None:
-        chosen = _of_device()
+        chosen = _of_device(query, key)
     if chosen == "plain":
         return None
     batch, length, _, size = query.shape
@@ -74,6 +78,8 @@ def fused(
         return None
     if chosen == "xla":
         return "xla"
+    if chosen == "blocked":
+        return "blocked" if blocked_attention.suits(query, key, value, mask, bias) else None
     if chosen in ("splash", "interpreted"):
         return chosen if _splashes(query, key, value, mask, bias, chosen) else None
     if (
@@ -84,17 +90,22 @@ def fused(
     return "cudnn" if size % 8 == 0 and size <= _widest_head() else None
 
 
-def _of_device() -> Kernel:
+def _of_device(query: Array, key: Array) -> Kernel:
     """The kernel of the device at hand.
 
-    XLA does not divide the TPU's over devices by itself: of several, the program has to be traced
-    under ``jax.set_mesh``, as `fmjax.train.jit_step` does, or inside ``jax.shard_map`` or a pmap.
+    XLA does not divide those of TPUs and CPUs over devices by itself: of several, the program has
+    to be traced under ``jax.set_mesh``, as `fmjax.train.jit_step` does, or inside ``jax.shard_map``
+    or a pmap.
     """
     backend = jax.default_backend()
     if backend == "gpu":
         return "cudnn"
-    alone = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
-    return "splash" if backend == "tpu" and alone else "plain"
+    if jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
+        return "plain"
+    if backend == "tpu":
+        return "splash"
+    shortest = min(query.shape[1], key.shape[2])
+    return "blocked" if backend == "cpu" and shortest >= blocked_attention.SHORTEST else "plain"
 
 
 def _splashes(
@@ -132,7 +143,7 @@ def fused_attention(
     """What `fmjax.nn.attention.attend` computes of the same arguments, [B, T, H, K].
 
     Where a mask with padding is causal, a query whose visible keys are all padding attends to
-    those alike, and not to the later ones too.
+    those alike, and not to the later ones too; "blocked" has it attend to all, as the plain way.
 
     Args:
         query: [B, T, H, K].
@@ -142,6 +153,9 @@ def fused_attention(
     """
     if scale is not None and not isinstance(scale, int | float):
         query, scale = (query * scale).astype(query.dtype), 1.0
+    if kernel == "blocked":
+        scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+        return blocked_attention.blocked_attention(query, key, value, mask=mask, scale=scale)
     if kernel in ("splash", "interpreted"):
         from fmjax.nn.splash_attention import splash_attention
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -23,7 +24,8 @@ class Mask:
         keep: the whole of it, bool [B | 1, 1, T | 1, S]; True = seen.
         padding: the part that was given, bool [B, 1, T | 1, S], or None where there was none.
         causal: whether the rest is that position t of T sees the keys up to t of the same T.
-        window: of a causal mask, how many keys a query sees, itself included; None for all.
+        window: of a causal mask, how many keys a query sees, itself included; of one that is not,
+            the rest is that keys of the same T at a distance below it are seen; None for all.
     """
 
     keep: Array
@@ -35,6 +37,24 @@ class Mask:
 def keep_of(mask: Mask | Array | None) -> Array | None:
     """The mask as an array, bool, broadcastable to [B, H, T, S]; None for none."""
     return mask.keep if isinstance(mask, Mask) else mask
+
+
+def queries_that_see(keep: Array, length: int, causal: bool, window: int | None) -> Array:
+    """bool [B, T]: queries that see a key which counts.
+
+    Args:
+        keep: [B, S], 1 or True for keys that count.
+        length: T.
+        causal, window: see `Mask`.
+    """
+    keep = keep.astype(jnp.int32)
+    if not causal and window is None:
+        return jnp.broadcast_to(keep.max(axis=1, keepdims=True) > 0, (keep.shape[0], length))
+    place, reach = np.arange(length), length if window is None else window
+    last = np.minimum(place + (1 if causal else reach), keep.shape[1])
+    first = np.minimum(np.maximum(place + 1 - reach, 0), last)
+    until = jnp.cumsum(jnp.pad(keep, ((0, 0), (1, 0))), axis=1)  # keys that count before each
+    return until[:, last] > until[:, first]
 
 
 def check_mask(
@@ -99,6 +119,6 @@ def make_attention_mask(
     near = near[None, None]  # [1, 1, T, S]
     keep = near if padding is None else padding & near
     whole = isinstance(start, int) and start == 0 and query_length == key_length
-    if causal and whole:
-        return Mask(keep, padding, True, window)
+    if whole:
+        return Mask(keep, padding, causal, window)
     return Mask(keep, padding)

@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
-from fmjax.nn.mask import Mask, keep_of
+from fmjax.nn.mask import Mask, keep_of, queries_that_see
 from fmjax.nn.placement import BATCH, TENSOR, axis_size, divided_over, on_a_mesh, parts_over
 
 LANES = 128
@@ -92,31 +91,17 @@ def splash_attention(
     if keep is not None:
         keep = jnp.broadcast_to(keep[:, 0, 0], (query.shape[0], keys))
         keep = _padded(keep, 1).astype(jnp.int32)  # [B, S]
-    sees = None if keep is None else _sees(keep, query.shape[2], causal, window)
+    # As segments, queries that see no key have those that are hidden: the kernel's gradients are
+    # wrong for queries without any (its sums of exponentials are lost beside what stands for minus
+    # infinity).
+    sees = None
+    if keep is not None:
+        sees = queries_that_see(keep, query.shape[2], causal, window).astype(jnp.int32)
     attend = partial(_of_device, causal=causal, window=window, interpret=interpret)
     if on_a_mesh():
         attend = _over_devices(attend, keep is not None)
     out = attend(query, key, value, sees, keep)
     return jnp.swapaxes(out[:, :, :length], 1, 2)
-
-
-def _sees(keep: Array, length: int, causal: bool, window: int | None) -> Array:
-    """int32 [B, T]: 1 for queries that see a key which counts, 0 for others.
-
-    As segments they have those others see hidden keys: the kernel's gradients are wrong for queries
-    without any (its sums of exponentials are lost beside what stands for minus infinity).
-
-    Args:
-        keep: int32 [B, S], 1 for keys that count.
-        length: T.
-        causal, window: see `fmjax.nn.mask.Mask`.
-    """
-    if not causal:
-        return jnp.broadcast_to(keep.max(axis=1, keepdims=True), (keep.shape[0], length))
-    last = np.minimum(np.arange(1, length + 1), keep.shape[1])
-    first = np.maximum(np.arange(length) + 1 - (length if window is None else window), 0)
-    until = jnp.cumsum(jnp.pad(keep, ((0, 0), (1, 0))), axis=1)  # keys that count before each
-    return (until[:, last] > until[:, np.minimum(first, last)]).astype(jnp.int32)
 
 
 def _over_devices(attend: Callable[..., Array], padded: bool) -> Callable[..., Array]:

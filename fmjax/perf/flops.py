@@ -2,9 +2,9 @@
 
 Counted on the program as traced, before any compiler sees it, so the number belongs to the
 mathematics and not to a backend. What is counted: `dot_general`, `ragged_dot_general`,
-`conv_general_dilated` and fused attention, cuDNN's and the TPU's. What is not: element-wise work,
-reductions, gathers, sorts, linear-algebra routines (Cholesky, SVD, FFT). One multiply-add is two
-FLOPs.
+`conv_general_dilated` and fused attention: cuDNN's, the TPU's, and the one in blocks on CPUs. What
+is not: element-wise work, reductions, gathers, sorts, linear-algebra routines (Cholesky, SVD, FFT).
+One multiply-add is two FLOPs.
 
 The model FLOPs of a train step are the count of `value_and_grad` of the plain loss. Give the loss
 without rematerialisation: a rematerialised gradient holds its recomputation in its jaxpr, which
@@ -17,12 +17,15 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
+
+from fmjax.nn.blocked_attention import share_of_pairs
 
 # Kernels whose arithmetic the jaxpr does not show.
 _OPAQUE = frozenset({"pallas_call", "ffi_call", "scaled_matmul_wrapper"})
@@ -142,6 +145,8 @@ def _walk(jaxpr: core.Jaxpr) -> _Tally:
             tally.flops[name] += _conv_flops(eqn)
         elif name.startswith("dot_product_attention_") and name.endswith("_wrapper"):
             tally.flops["dot_product_attention"] += _fused_attention_flops(eqn)
+        elif (share := share_of_pairs(str(eqn.params.get("name")))) is not None:
+            tally.flops["blocked_attention"] += _blocked_attention_flops(eqn, share)
         elif name == "pallas_call" and (products := _splash_products(eqn)) is not None:
             tally.flops["splash_attention"] += _splash_flops(eqn, products)
         elif name in _OPAQUE:
@@ -266,6 +271,27 @@ def _fused_attention_flops(eqn: core.JaxprEqn) -> int:
     key_length = key[2] if eqn.params["layout"] else key[1]
     products = 4 if "_bwd_" in eqn.primitive.name else 2
     return products * 2 * math.prod(query) * key_length
+
+
+def _blocked_attention_flops(eqn: core.JaxprEqn, share: Fraction) -> int:
+    """As of all pairs, of which only a share is computed, and without the recomputed scores: one of
+    the equal products of a block that is differentiated."""
+    (program,) = _subprograms(eqn)
+    total = _walk(program).total() / share
+    for one in _equations(program):
+        if one.params.get("differentiated"):
+            (block,) = _subprograms(one)
+            products = sum(inner.primitive.name == "dot_general" for inner in _equations(block))
+            return int(total * (products - 1) / products)
+    return int(total)
+
+
+def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """Those of a program and of the programs that they call."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for sub in _subprograms(eqn):
+            yield from _equations(sub)
 
 
 # By parts of the kernels' names: what of `_fused_attention_flops`' two and four products is theirs.

@@ -102,6 +102,10 @@ def test_masks_keep_their_reasons_only_where_they_hold() -> None:
     mask = made("window")
     assert mask is not None
     assert (mask.causal, mask.window, mask.padding) == (True, 4, None)
+    mask = made("padding, both ways")
+    assert mask is not None
+    assert mask.padding is not None
+    assert (mask.causal, mask.window) == (False, 3)
     for start, length in ((jnp.int32(0), T), (0, T - 2)):  # with a cache
         mask = make_attention_mask(
             None, query_length=length, key_length=T, causal=True, start=start

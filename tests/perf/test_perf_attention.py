@@ -32,7 +32,7 @@ def test_every_mask_is_measured(tmp_path):
     doc = json.loads(path.read_text())
     small = [name.replace("128", "32") for name in names]
     assert [(row["case"], row["side"]) for row in doc["rows"]] == [
-        (name, side) for name in small for side in ("plain", "xla", "torch")
+        (name, side) for name in small for side in ("plain", "xla", "blocked", "torch")
     ]
     pairs = 2 * 4 * 32 * 32 * 8  # B H T S K
     for row in doc["rows"]:
@@ -44,7 +44,7 @@ def test_every_mask_is_measured(tmp_path):
         )
         assert (row["temporary_bytes"] is None) == (row["side"] == "torch")
         assert row["chosen"] == (row["side"] == "plain")  # on a CPU
-    ours, _, theirs = doc["rows"][:3]
+    ours, _, _, theirs = doc["rows"][:4]
     ratio = theirs["seconds"]["median"] / ours["seconds"]["median"]
     assert doc["ratios"][small[0]] == pytest.approx(ratio)
 
@@ -62,7 +62,7 @@ def test_sides_that_differ_are_not_timed(attention):
 
     options = {"tokens": 32, "dtype": "float32", "repeats": 1, "peak": 1e9}
     rows = attention.run_case(case, **options, peer=None)
-    assert [row.side for row in rows] == ["plain", "xla"]
+    assert [row.side for row in rows] == ["plain", "xla", "blocked"]
     assert max(row.max_difference for row in rows) < 1e-5
     with pytest.raises(ValueError, match=r"grouped-16-gradient: .*'torch'.*not comparable"):
         attention.run_case(case, **options, peer=Wrong())
