@@ -2,6 +2,7 @@ import builtins
 import csv
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,6 +291,8 @@ def test_from_tfds_reads_files_that_were_written(tmp_path):
 
     class TinyText(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
+        # TFDS looks for it by name, and finds the "tests" that another package has installed.
+        pkg_dir_path = Path(__file__).parent
 
         def _info(self):
             features = {
