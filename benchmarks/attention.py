@@ -1,6 +1,6 @@
 """How fast is attention alone, by each kernel, next to PyTorch sdpa in the same run?
 
-    python benchmarks/attention.py                        about 12 minutes on 2 cores
+    python benchmarks/attention.py                        about 10 minutes on 2 cores
     python benchmarks/attention.py --cases causal-512-forward causal-512-gradient
     python benchmarks/attention.py --smoke                short rows, seconds
 
