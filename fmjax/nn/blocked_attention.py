@@ -22,15 +22,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from fmjax.nn.mask import Mask, keep_of, queries_that_see
-from fmjax.nn.placement import BATCH, TENSOR, axis_size, divided_over, on_a_mesh, parts_over
+from fmjax.nn.placement import BATCH, divided_over, divides_heads, on_a_mesh, on_each_device
 
 SHORTEST = 384
 """Queries and keys from which on it is chosen. There, of 12 heads, it took 0.3 (8 examples) to 1.0
 (one) of the plain way's time, and its gradient 0.6 to 0.8, on 2 cores; at 256 they were even."""
 _MOST = 8  # blocks of a head: each is compiled by itself
 _SCORES = 2**19  # of the heads together that are computed at once: 2 MiB
-_KEPT = "blocked_attention"  # of a block for its gradient
-_NAME = "blocked_attention"
+_NAME = "blocked_attention"  # of the function, and of what a block keeps for its gradient
 
 
 def suits(
@@ -47,9 +46,7 @@ def suits(
         and query.dtype == key.dtype == value.dtype
         and query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
         and (keep is None or (keep.ndim == 4 and keep.shape[1] == 1))
-        and query.shape[0] % parts_over(BATCH) == 0
-        and query.shape[2] % axis_size(TENSOR) == 0
-        and key.shape[1] % axis_size(TENSOR) == 0
+        and divides_heads(query, key)
     )
 
 
@@ -121,7 +118,9 @@ def blocked_attention(
     heads_first = jnp.swapaxes(query.astype(jnp.float32) * scale, 1, 2)  # [B, H, T, K]
     attend = _compiled(length, keys, order)
     if on_a_mesh():
-        attend = _over_devices(attend, keep)
+        whole = keep is None or keep.shape[0] == 1
+        rows = None if keep is None else P(None if whole else divided_over(BATCH))
+        attend = on_each_device(attend, rows)  # a loop over examples and heads gathers them
     out = jnp.swapaxes(attend(heads_first, key, value, keep).astype(query.dtype), 1, 2)
     if isinstance(mask, Mask) and order.hides() and keep is not None:
         # Queries that see nothing attend everywhere alike, behind their blocks too.
@@ -133,19 +132,6 @@ def blocked_attention(
         mean = jnp.repeat(mean, query.shape[2] // mean.shape[1], axis=1)[:, None]
         out = jnp.where(sees[:, :, None, None], out, mean)
     return out
-
-
-def _over_devices(attend: Callable[..., Array], keep: Array | None) -> Callable[..., Array]:
-    """Each device by itself: a loop over examples and heads would gather them."""
-    rows = divided_over(BATCH)
-    heads = P(rows, divided_over((TENSOR,)))
-    masks = P(rows if keep is not None and keep.shape[0] > 1 else None)
-    return jax.shard_map(
-        attend,
-        in_specs=(heads, heads, heads, None if keep is None else masks),
-        out_specs=heads,
-        axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
-    )
 
 
 @cache
@@ -216,7 +202,7 @@ def _of_heads(
             scores = scores + jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
         return _averaged(scores, value[:, :, low:high])
 
-    kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    kept = jax.checkpoint_policies.save_only_these_names(_NAME)
     parts = [
         jax.checkpoint(partial(of_block, block), prevent_cse=False, policy=kept)(query, key, value)
         for block in blocks
@@ -259,7 +245,7 @@ def _averaged_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (scores, value), (dscores, dvalue) = primals, tangents
-    out, top, total = (checkpoint_name(kept, _KEPT) for kept in _weighted(scores, value))
+    out, top, total = (checkpoint_name(kept, _NAME) for kept in _weighted(scores, value))
     # One logarithm would do for both, but not beside what stands for minus infinity.
     weights = jnp.exp(scores - top) * (1.0 / total)
     change = weights * dscores

@@ -153,13 +153,13 @@ def fused_attention(
     """
     if scale is not None and not isinstance(scale, int | float):
         query, scale = (query * scale).astype(query.dtype), 1.0
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
     if kernel == "blocked":
-        scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
         return blocked_attention.blocked_attention(query, key, value, mask=mask, scale=scale)
     if kernel in ("splash", "interpreted"):
         from fmjax.nn.splash_attention import splash_attention
 
-        scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
         return splash_attention(
             query, key, value, mask=mask, scale=scale, interpret=kernel == "interpreted"
         )

@@ -7,7 +7,7 @@ costs. Mesh axes are named by what they are for, and each of them may be missing
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -94,6 +94,36 @@ def constrain_heads(x: Array, name: str) -> Array:
             f"nearest sizes of {TENSOR} that do: {nearest_parts(heads, parts)}"
         )
     return constrain(x, BATCH, None, TENSOR)
+
+
+def divides_heads(query: Array, key: Array) -> bool:
+    """Whether queries [B, T, H, K] and keys [B, G, S, K] divide by the mesh, examples and heads."""
+    return (
+        query.shape[0] % parts_over(BATCH) == 0
+        and query.shape[2] % axis_size(TENSOR) == 0
+        and key.shape[1] % axis_size(TENSOR) == 0
+    )
+
+
+def on_each_device(
+    attend: Callable[..., Array], *others: P | None, check_vma: bool = True
+) -> Callable[..., Array]:
+    """Attention of each device's own examples and heads, which the compiler would gather.
+
+    Args:
+        attend: of queries [B, H, T, K], keys and values [B, G, S, K], and others; gives
+            [B, H, T, K].
+        others: how these are divided; None for what is None.
+        check_vma: see `jax.shard_map`.
+    """
+    heads = P(divided_over(BATCH), divided_over((TENSOR,)))
+    return jax.shard_map(
+        attend,
+        in_specs=(heads, heads, heads, *others),
+        out_specs=heads,
+        axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
+        check_vma=check_vma,
+    )
 
 
 def nearest_parts(size: int, parts: int) -> str:

@@ -203,6 +203,12 @@ def moved(move: Callable[..., Any], *arrays: Array) -> Any:
     return jax.tree.map(lambda bits: jax.lax.bitcast_convert_type(bits, dtype), move(*bits))
 
 
+def _row_sum(rows: Array) -> Array:
+    """The sum of rows as a product, float32: [N, O] -> [O]."""
+    ones = jnp.ones((1, len(rows)), rows.dtype)
+    return jnp.dot(ones, rows, preferred_element_type=jnp.float32)[0]
+
+
 @jax.custom_vjp
 def add_bias(x: Array, bias: Array) -> Array:
     """``x + bias`` for wide outputs: [..., V] + [V], both float32.
@@ -217,10 +223,8 @@ def add_bias(x: Array, bias: Array) -> Array:
 def _add_bias_backward(bias: Array, g: Array) -> tuple[Array, Array]:
     rows = g.reshape(-1, g.shape[-1])  # [N, V]
 
-    def on_cpu(rows: Array) -> Array:
-        return jnp.dot(jnp.ones((1, rows.shape[0]), g.dtype), rows)[0]
-
-    total = jax.lax.platform_dependent(rows, cpu=on_cpu, default=partial(jnp.sum, axis=0))
+    plain = partial(jnp.sum, axis=0, dtype=jnp.float32)
+    total = jax.lax.platform_dependent(rows, cpu=_row_sum, default=plain)
     return g, total.astype(bias.dtype)
 
 
@@ -239,9 +243,7 @@ def add_to_all(x: Array, rows: Array) -> Array:
 
 
 def _add_to_all_backward(rows: Array, g: Array) -> tuple[Array, Array]:
-    flat = g.reshape(len(g), -1)  # [B, N]
-    ones = jnp.ones((1, len(g)), g.dtype)
-    total = jnp.dot(ones, flat, preferred_element_type=jnp.float32)
+    total = _row_sum(g.reshape(len(g), -1))
     return g, total.reshape(rows.shape).astype(rows.dtype)
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from fmjax.nn.mask import Mask, keep_of, queries_that_see
-from fmjax.nn.placement import BATCH, TENSOR, axis_size, divided_over, on_a_mesh, parts_over
+from fmjax.nn.placement import BATCH, divided_over, divides_heads, on_a_mesh, on_each_device
 
 LANES = 128
 """Positions that the kernel takes at once: lengths are padded to a multiple."""
@@ -33,15 +32,13 @@ def suits(query: Array, key: Array, mask: Mask | Array | None, bias: Array | Non
     It knows causal masks with or without a window, and padding of keys; heads in groups; no bias.
     On a mesh examples and heads have to divide by its axes, as each device computes its own.
     """
-    batch, _, heads, size = query.shape
+    size = query.shape[-1]
     return (
         bias is None
         and (_hides_keys(mask) or _static(mask))
         and size % 8 == 0
         and size <= WIDEST
-        and batch % parts_over(BATCH) == 0
-        and heads % axis_size(TENSOR) == 0
-        and key.shape[1] % axis_size(TENSOR) == 0
+        and divides_heads(query, key)
     )
 
 
@@ -99,22 +96,11 @@ def splash_attention(
         sees = queries_that_see(keep, query.shape[2], causal, window).astype(jnp.int32)
     attend = partial(_of_device, causal=causal, window=window, interpret=interpret)
     if on_a_mesh():
-        attend = _over_devices(attend, keep is not None)
+        rows = None if keep is None else P(divided_over(BATCH))
+        # A kernel does not say how its results vary.
+        attend = on_each_device(attend, rows, rows, check_vma=False)
     out = attend(query, key, value, sees, keep)
     return jnp.swapaxes(out[:, :, :length], 1, 2)
-
-
-def _over_devices(attend: Callable[..., Array], padded: bool) -> Callable[..., Array]:
-    """Each device by itself: the compiler does not divide a kernel's work."""
-    rows = divided_over(BATCH)
-    heads = P(rows, divided_over((TENSOR,)))
-    return jax.shard_map(
-        attend,
-        in_specs=(heads, heads, heads, P(rows) if padded else None, P(rows) if padded else None),
-        out_specs=heads,
-        axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
-        check_vma=False,  # a kernel does not say how its results vary
-    )
 
 
 def _of_device(

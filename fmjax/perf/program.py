@@ -302,7 +302,7 @@ def _used(
                 continue  # passed on, or updated where it is
             else:
                 return _whole(one.shape)
-    return min(total, _whole(one.shape)) if cut else total
+    return min(total, _whole(one.shape))
 
 
 def _written(callee: _Computation, root: _Instruction, shape: str) -> int:

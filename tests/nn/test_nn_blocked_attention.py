@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_kernels import assert_nothing_is_sent, check_in_a_model, laid_over, rows_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import fmjax
-from fmjax.models import llama
 from fmjax.nn.attention import attend
 from fmjax.nn.blocked_attention import SHORTEST
 from fmjax.nn.fused_attention import attention_kernel, fused
@@ -187,44 +186,20 @@ def test_it_is_chosen_where_the_operands_suit_it(monkeypatch):
 )
 def test_each_device_computes_its_own(axes):
     """Examples and heads are divided, and nothing is sent."""
-    mesh = make_mesh(**axes)
-    rows = tuple(name for name in axes if name != "tensor")
-    place = NamedSharding(mesh, P(rows, None, "tensor" if "tensor" in axes else None))
-    heads_first = NamedSharding(mesh, P(*(place.spec[i] for i in (0, 2, 1))))
-    given = jax.device_put(operands(), (place, heads_first, heads_first))
+    mesh, given = laid_over(axes, operands())
     gradient = jax.grad(weighted, argnums=(1, 2, 3))
     plain = under("plain", gradient, made("padding, causal window"), *operands())
-    mask = jax.device_put(made("padding, causal window"), NamedSharding(mesh, P(rows)))
+    mask = jax.device_put(made("padding, causal window"), NamedSharding(mesh, P(rows_of(axes))))
     with jax.set_mesh(mesh):
         run = compiled(None, gradient, mask, *given)
         ours = run(mask, *given)
     chex.assert_trees_all_close(plain, ours, rtol=1e-5, atol=2e-6)
-    text = run.as_text() or ""
-    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+    assert_nothing_is_sent(run.as_text())
 
 
 @pytest.mark.slow
 def test_in_a_model():
-    """Scanned and recomputed."""
-    config = llama.Config(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1,
-    )  # fmt: skip
-    model, variables = fmjax.create(
-        "llama", config, head="causal_lm", rng=jax.random.key(0), scan=True, remat="block"
-    )
-    ids = jnp.arange(600)[None] % 16
-
-    def loss(params):
-        return jnp.sin(model.apply({"params": params}, ids).logits).sum()
-
-    found = {}
-    for kernel in ("plain", "blocked"):
-        found[kernel] = under(kernel, jax.value_and_grad(loss), variables["params"])
-        with attention_kernel(kernel):
-            program = str(jax.make_jaxpr(lambda params: loss(params))(variables["params"]))
-        assert ("blocked_attention" in program) == (kernel == "blocked")
-    chex.assert_trees_all_close(found["plain"], found["blocked"], rtol=1e-4, atol=1e-4)
+    check_in_a_model("blocked", 600, "blocked_attention", lambda loss: loss)
 
 
 @pytest.mark.parametrize("name", ["window", pytest.param("padding", marks=pytest.mark.slow)])

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from attention_kernels import assert_nothing_is_sent, check_in_a_model, laid_over, rows_of
 
-import fmjax
 from fmjax.config import config_to_json, write_json
-from fmjax.models import gpt2, llama
+from fmjax.models import gpt2
 from fmjax.nn.attention import attend
 from fmjax.nn.fused_attention import attention_kernel, fused
 from fmjax.nn.mask import Mask, make_attention_mask
@@ -159,13 +157,9 @@ MESHES = [{"data": 2, "tensor": 2}, {"tensor": 2}, {"fsdp": 2}]
 def test_each_device_computes_its_own(axes):
     """Examples and heads are divided, and nothing is sent."""
     mask = made("padding, causal window")
-    mesh = make_mesh(**axes)
-    rows = tuple(name for name in axes if name != "tensor")
-    place = NamedSharding(mesh, P(rows, None, "tensor" if "tensor" in axes else None))
-    heads_first = NamedSharding(mesh, P(*(place.spec[i] for i in (0, 2, 1))))
     query, key, value = operands()
     plain = outputs_and_gradients("plain", mask, query, key, value)
-    given = jax.device_put((query, key, value), (place, heads_first, heads_first))
+    mesh, given = laid_over(axes, (query, key, value))
 
     def total(query, key, value):
         out, _ = attend(query, key, value, mask=mask, scale=0.3)
@@ -176,34 +170,15 @@ def test_each_device_computes_its_own(axes):
         ours = grad(*given)
         text = grad.lower(*given).compile().as_text()
         assert fused_by("interpreted", *operands(batch=3)) == (
-            "interpreted" if not rows else None  # three examples do not divide by two
+            "interpreted" if not rows_of(axes) else None  # three examples do not divide by two
         )
     chex.assert_trees_all_close(plain, ours, rtol=1e-5, atol=1e-5)
-    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+    assert_nothing_is_sent(text)
 
 
 @pytest.mark.slow
 def test_in_a_model():
-    config = llama.Config(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1,
-    )  # fmt: skip
-    model, variables = fmjax.create(
-        "llama", config, head="causal_lm", rng=jax.random.key(0), scan=True, remat="block"
-    )
-    ids = jnp.arange(140)[None] % 16
-
-    def loss(params):
-        return jnp.sin(model.apply({"params": params}, ids).logits).sum()
-
-    found = {}
-    for kernel in ("plain", "interpreted"):
-        with attention_kernel(kernel):
-            found[kernel] = jax.jit(jax.value_and_grad(loss))(variables["params"])
-            assert ("pallas_call" in str(jax.make_jaxpr(jax.grad(loss))(variables["params"]))) == (
-                kernel == "interpreted"
-            )
-    chex.assert_trees_all_close(found["plain"], found["interpreted"], rtol=1e-4, atol=1e-4)
+    check_in_a_model("interpreted", 140, "pallas_call", jax.grad)
 
 
 def test_its_products_are_counted():
