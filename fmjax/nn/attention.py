@@ -150,9 +150,13 @@ def attend(
         ([B, T, H, K], [B, H, T, S] or None; [B, H, T, P + S] with a prefix, which comes first).
     """
     dropped_rate = dropout_rate if rng is not None else 0.0
-    plain = prefix is not None or softcap is not None or with_probabilities or dropped_rate > 0.0
-    if not plain and (kernel := fused(query, key, value, mask, bias)) is not None:
-        out = fused_attention(query, key, value, mask=mask, bias=bias, scale=scale, kernel=kernel)
+    drops = dropped_rate > 0.0
+    plain = prefix is not None or softcap is not None or with_probabilities
+    if not plain and (kernel := fused(query, key, value, mask, bias, drops=drops)) is not None:
+        out = fused_attention(
+            query, key, value, mask=mask, bias=bias, scale=scale, kernel=kernel,
+            rng=rng, dropout_rate=dropped_rate,
+        )  # fmt: skip
         return out, None
     mask = keep_of(mask)
     batch, length, heads, size = query.shape
@@ -178,7 +182,7 @@ def attend(
         scores = jnp.concatenate([capped(before), scores], axis=-1)  # [B, H, T, P + S]
     probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)  # [B, H, T, S]
     dropped = probabilities
-    if rng is not None and dropped_rate > 0.0:
+    if rng is not None and drops:
         dropped = dropout(rng, probabilities, dropped_rate)
     dropped = dropped.reshape(batch, groups, heads // groups * length, -1)
     if prefix is None:

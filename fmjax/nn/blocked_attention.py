@@ -4,16 +4,17 @@ where those of all pairs go through memory a dozen times.
 Rabe & Staats 2021, arXiv:2112.05682, whose blocks are computed again for the gradient; from what is
 kept of their sums, as in Dao 2023, arXiv:2307.08691. A block has all the keys that its queries can
 see, so that no sums have to be corrected, and none of those that an order or a window hides. It has
-derivatives of all orders, forward and reverse.
+derivatives of all orders, forward and reverse, and drops what the plain way drops.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,16 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from fmjax.nn.dropout import is_kept, seeds_of
 from fmjax.nn.mask import Mask, keep_of, queries_that_see
-from fmjax.nn.placement import BATCH, divided_over, divides_heads, on_a_mesh, on_each_device
+from fmjax.nn.placement import (
+    BATCH,
+    divided_over,
+    divides_heads,
+    heads_divided,
+    on_a_mesh,
+    on_each_device,
+)
 
 SHORTEST = 384
 """Queries and keys from which on it is chosen. There, of 12 heads, it took 0.3 (8 examples) to 1.0
@@ -101,27 +110,41 @@ def _blocks(length: int, keys: int, order: _Order) -> Iterator[_Block]:
 
 
 def blocked_attention(
-    query: Array, key: Array, value: Array, *, mask: Mask | Array | None, scale: float
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | Array | None,
+    scale: float,
+    rng: Array | None = None,
+    dropout_rate: float = 0.0,
 ) -> Array:
-    """What `fmjax.nn.attention.attend` computes of the same arguments, [B, T, H, K].
+    """What `fmjax.nn.attention.attend` computes of the same arguments, [B, T, H, K], but that
+    queries which see nothing drop nothing.
 
     Args:
         query: [B, T, H, K].
         key, value: [B, G, S, K].
         mask: that `suits`.
         scale: of the scores.
+        rng, dropout_rate: as there.
     """
     order, keep = _Order(False, None), keep_of(mask)
     if isinstance(mask, Mask) and (mask.causal or mask.window is not None):
         order, keep = _Order(mask.causal, mask.window), mask.padding
     length, keys = query.shape[1], key.shape[2]
     heads_first = jnp.swapaxes(query.astype(jnp.float32) * scale, 1, 2)  # [B, H, T, K]
-    attend = _compiled(length, keys, order)
+    seeds = None if rng is None or dropout_rate == 0.0 else seeds_of(rng)
+    number = jnp.arange(math.prod(heads_first.shape[:2]), dtype=jnp.uint32)
+    number = number.reshape(heads_first.shape[:2])  # of each head of all examples
+    attend = _compiled(length, keys, order, dropout_rate)
     if on_a_mesh():
         whole = keep is None or keep.shape[0] == 1
         rows = None if keep is None else P(None if whole else divided_over(BATCH))
-        attend = on_each_device(attend, rows)  # a loop over examples and heads gathers them
-    out = jnp.swapaxes(attend(heads_first, key, value, keep).astype(query.dtype), 1, 2)
+        others = (heads_divided(), rows, None if seeds is None else P())
+        attend = on_each_device(attend, *others)  # a loop over examples and heads gathers them
+    out = attend(heads_first, key, value, number, keep, seeds)
+    out = jnp.swapaxes(out.astype(query.dtype), 1, 2)
     if isinstance(mask, Mask) and order.hides() and keep is not None:
         # Queries that see nothing attend everywhere alike, behind their blocks too.
         if keep.shape[2] == 1:
@@ -135,14 +158,22 @@ def blocked_attention(
 
 
 @cache
-def _compiled(length: int, keys: int, order: _Order) -> Callable[..., Array]:
-    """A function of [B, H, T, K], [B, G, S, K] twice and a mask that gives [B, H, T, K].
+def _compiled(length: int, keys: int, order: _Order, rate: float) -> Callable[..., Array]:
+    """A function of [B, H, T, K], [B, G, S, K] twice, the heads' numbers [B, H], a mask, and the
+    seeds of what is dropped, that gives [B, H, T, K].
 
     Traced once for all layers; its name says what it skips, see `share_of_pairs`.
     """
     blocks = tuple(_blocks(length, keys, order))
 
-    def attend(query: Array, key: Array, value: Array, keep: Array | None) -> Array:
+    def attend(
+        query: Array,
+        key: Array,
+        value: Array,
+        number: Array,
+        keep: Array | None,
+        seeds: Array | None,
+    ) -> Array:
         batch, heads = query.shape[:2]
         together = _together(heads, blocks)
 
@@ -157,10 +188,14 @@ def _compiled(length: int, keys: int, order: _Order) -> Callable[..., Array]:
             return jax.lax.optimization_barrier(x)  # written out
 
         examples = jnp.arange(batch * heads // together) * together // heads
-        of_all = (examples, grouped(query), turned(key), turned(value))
-        of_heads = partial(_of_heads, blocks=blocks, order=order, keep=keep)
-        out = jax.lax.map(lambda given: of_heads(*given), of_all)
-        return out.reshape(query.shape)
+        numbers = number.reshape(-1, together)
+        of_all = (examples, numbers, grouped(query), turned(key), turned(value))
+        kept = None
+        if seeds is not None:
+            kept = partial(_kept, seeds=seeds, shape=(length, keys), rate=rate)
+        of_heads = partial(_of_heads, blocks=blocks, order=order, keep=keep, kept=kept)
+        out = jax.lax.map(lambda given: of_heads(*given), of_all).reshape(query.shape)
+        return out if seeds is None else out / (1.0 - rate)
 
     pairs = sum((b.last - b.first) * (b.high - b.low) for b in blocks)
     attend.__name__ = attend.__qualname__ = f"{_NAME}_{pairs}_of_{length * keys}"
@@ -180,6 +215,7 @@ def _together(heads: int, blocks: tuple[_Block, ...]) -> int:
 
 def _of_heads(
     example: Array,
+    number: Array,
     query: Array,
     key: Array,
     value: Array,
@@ -187,8 +223,9 @@ def _of_heads(
     blocks: tuple[_Block, ...],
     order: _Order,
     keep: Array | None,
+    kept: Callable[[_Block, Array], Array] | None,
 ) -> Array:
-    """[], [N, T, K], [N, K, S], [N, K, S] -> [N, T, K]."""
+    """[], [N], [N, T, K], [N, K, S], [N, K, S] -> [N, T, K]."""
 
     def of_block(block: _Block, query: Array, key: Array, value: Array) -> Array:
         first, last, low, high = block
@@ -200,11 +237,12 @@ def _of_heads(
             seen = mine if seen is None else seen & mine
         if seen is not None:
             scores = scores + jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
-        return _averaged(scores, value[:, :, low:high])
+        here = None if kept is None else kept(block, number)
+        return _averaged(scores, value[:, :, low:high], here)
 
-    kept = jax.checkpoint_policies.save_only_these_names(_NAME)
+    saved = jax.checkpoint_policies.save_only_these_names(_NAME)
     parts = [
-        jax.checkpoint(partial(of_block, block), prevent_cse=False, policy=kept)(query, key, value)
+        jax.checkpoint(partial(of_block, block), prevent_cse=False, policy=saved)(query, key, value)
         for block in blocks
     ]
     return jnp.concatenate(parts, axis=1)
@@ -220,6 +258,16 @@ def _seen(block: _Block, order: _Order) -> Array | None:
     return seen if order.window is None else seen & (jnp.abs(distance) < order.window)
 
 
+def _kept(
+    block: _Block, number: Array, *, seeds: Array, shape: tuple[int, int], rate: float
+) -> Array:
+    """bool [N, rows, columns]: which probabilities of numbered heads are kept."""
+    row = jnp.arange(block.first, block.last, dtype=jnp.uint32)[:, None]
+    column = jnp.arange(block.low, block.high, dtype=jnp.uint32)
+    index = (number[:, None, None] * shape[0] + row) * shape[1] + column
+    return is_kept(seeds, index, rate)
+
+
 def _product(a: Array, b: Array, axis: int) -> Array:
     """a [N, I, J] times b [N, J, O] over `axis` 1, or [N, O, J] over 2, in float32: [N, I, O]."""
     numbers = (((2,), (axis,)), ((0,), (0,)))
@@ -227,27 +275,30 @@ def _product(a: Array, b: Array, axis: int) -> Array:
 
 
 @jax.custom_jvp
-def _averaged(scores: Array, value: Array) -> Array:
-    """Means of values [N, K, S] weighted by the softmax of scores [N, rows, S]: [N, rows, K]."""
-    return _weighted(scores, value)[0]
+def _averaged(scores: Array, value: Array, kept: Array | None) -> Array:
+    """Sums of values [N, K, S] weighted by the softmax of scores [N, rows, S], where it is kept:
+    [N, rows, K]."""
+    return _weighted(scores, value, kept)[0]
 
 
-def _weighted(scores: Array, value: Array) -> tuple[Array, Array, Array]:
-    """The means, and of the scores the largest ones and the sums of exponentials [N, rows, 1]."""
+def _weighted(scores: Array, value: Array, kept: Array | None) -> tuple[Array, Array, Array]:
+    """The sums, and of the scores the largest ones and the sums of exponentials [N, rows, 1]."""
     top = jax.lax.stop_gradient(scores.max(axis=2, keepdims=True))
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=2, keepdims=True)
-    return _product(weights, value, 2) / total, top, total
+    return _product(_where(kept, weights), value, 2) / total, top, total
 
 
 @_averaged.defjvp
-def _averaged_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    (scores, value), (dscores, dvalue) = primals, tangents
-    out, top, total = (checkpoint_name(kept, _NAME) for kept in _weighted(scores, value))
+def _averaged_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    (scores, value, kept), (dscores, dvalue, _) = primals, tangents
+    out, top, total = (checkpoint_name(part, _NAME) for part in _weighted(scores, value, kept))
     # One logarithm would do for both, but not beside what stands for minus infinity.
     weights = jnp.exp(scores - top) * (1.0 / total)
     change = weights * dscores
-    dout = _product(weights, dvalue, 2) + _product(change, value, 2)
+    dout = _product(_where(kept, weights), dvalue, 2) + _product(_where(kept, change), value, 2)
     return out, dout - out * change.sum(axis=2, keepdims=True)
+
+
+def _where(kept: Array | None, x: Array) -> Array:
+    return x if kept is None else jnp.where(kept, x, 0.0)

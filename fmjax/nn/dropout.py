@@ -18,12 +18,31 @@ def dropout(rng: Array, x: Array, rate: float | Array) -> Array:
         x: any shape and floating dtype.
         rate: in [0, 1), float32 if it is an array.
     """
+    keep = is_kept(seeds_of(rng), _index(x.shape), rate)
+    return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+def is_kept(seeds: Array, index: Array, rate: float | Array) -> Array:
+    """What `dropout` keeps, for a part of an array too that is never whole.
+
+    Args:
+        seeds: from `seeds_of`.
+        index: uint32, of each element among all of the array, row by row (modulo 2 ** 32).
+        rate: as there.
+
+    Returns:
+        bool, of the index's shape.
+    """
     if isinstance(rate, Array):
         threshold = (rate * 2.0**32).astype(jnp.uint32)
     else:
         threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-    keep = random_bits(rng, x.shape) >= threshold
-    return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+    return _bits(seeds, index) >= threshold
+
+
+def seeds_of(rng: Array) -> Array:
+    """uint32 [2] of a typed key, for `is_kept`."""
+    return jax.random.bits(rng, (2,), jnp.uint32)
 
 
 def random_bits(rng: Array, shape: tuple[int, ...]) -> Array:
@@ -35,10 +54,15 @@ def random_bits(rng: Array, shape: tuple[int, ...]) -> Array:
     32-bit finaliser "lowbias32" (Wellons 2018, "Prospecting for Hash Functions", bias 0.17) over
     the element's index, which is two multiplications a round and fuses into the layer around it.
     """
-    size = math.prod(shape)
-    first, second = jax.random.bits(rng, (2,), jnp.uint32)
-    index = jax.lax.iota(jnp.uint32, size).reshape(shape)
-    return _lowbias32(_lowbias32(index ^ first) + second)
+    return _bits(seeds_of(rng), _index(shape))
+
+
+def _index(shape: tuple[int, ...]) -> Array:
+    return jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+
+
+def _bits(seeds: Array, index: Array) -> Array:
+    return _lowbias32(_lowbias32(index ^ seeds[0]) + seeds[1])
 
 
 def _lowbias32(x: Array) -> Array:

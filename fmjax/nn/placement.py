@@ -105,6 +105,11 @@ def divides_heads(query: Array, key: Array) -> bool:
     )
 
 
+def heads_divided() -> P:
+    """How the current mesh divides what begins with examples and heads, [B, H, ...]."""
+    return P(divided_over(BATCH), divided_over((TENSOR,)))
+
+
 def on_each_device(
     attend: Callable[..., Array], *others: P | None, check_vma: bool = True
 ) -> Callable[..., Array]:
@@ -116,7 +121,7 @@ def on_each_device(
         others: how these are divided; None for what is None.
         check_vma: see `jax.shard_map`.
     """
-    heads = P(divided_over(BATCH), divided_over((TENSOR,)))
+    heads = heads_divided()
     return jax.shard_map(
         attend,
         in_specs=(heads, heads, heads, *others),

@@ -1,6 +1,7 @@
 """Attention in blocks on CPUs: the plain one with all its derivatives, without its memory."""
 
 import re
+from functools import partial
 
 import chex
 import jax
@@ -45,9 +46,11 @@ def operands(dtype=jnp.float32, length=T, keys=T, batch=B):
     return query, key, value
 
 
-def weighted(mask, query, key, value):
+def weighted(mask, query, key, value, rate=0.0):
     """A sum of what is attended to by queries that see something."""
-    out, _ = attend(query, key, value, mask=mask, scale=0.3)
+    out, _ = attend(
+        query, key, value, mask=mask, scale=0.3, rng=jax.random.key(1), dropout_rate=rate
+    )
     if mask is not None:
         out = out * jnp.swapaxes(mask.keep.any(-1, keepdims=True), 1, 2)
     return (jnp.sin(out) * jnp.cos(jnp.arange(K))).sum()
@@ -63,8 +66,8 @@ def under(kernel, function, *args):
     return compiled(kernel, function, *args)(*args)
 
 
-def marked(names):
-    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in names]
+def marked(names, quick=QUICK):
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in names]
 
 
 @pytest.mark.parametrize("name", marked(MASKS))
@@ -98,6 +101,23 @@ def test_it_has_further_derivatives(name):
     plain, ours = (under(k, compute, made(name), *operands()) for k in ("plain", "blocked"))
     for one, other in zip(*map(jax.tree.leaves, (plain, ours)), strict=True):
         assert jnp.abs(one - other).max() <= 1e-5 * jnp.abs(one).max()  # measured: 1e-6
+
+
+@pytest.mark.parametrize("name", marked(MASKS, QUICK[1:]))
+def test_it_drops_what_the_plain_way_drops(name):
+    """Of the same key, in the gradients and the gradients' forward derivatives too."""
+
+    def compute(mask, *given):
+        gradient = jax.grad(partial(weighted, rate=0.25), argnums=(1, 2, 3))
+        along = tuple(jnp.cos(x) for x in given)
+        return jax.jvp(lambda *given: gradient(mask, *given), given, along)
+
+    plain, ours = (under(k, compute, made(name), *operands()) for k in ("plain", "blocked"))
+    whole = under("blocked", jax.grad(weighted, argnums=(1, 2, 3)), made(name), *operands())
+    for one, other in zip(*map(jax.tree.leaves, (plain, ours)), strict=True):
+        assert jnp.abs(one - other).max() <= 1e-5 * jnp.abs(one).max()  # measured: 2e-6
+    for one, other in zip(whole, plain[0], strict=True):
+        assert jnp.abs(one - other).max() > 0.02 * jnp.abs(one).max()
 
 
 @pytest.mark.slow
@@ -168,6 +188,7 @@ def test_it_is_chosen_where_the_operands_suit_it(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert chosen() == chosen(jnp.bfloat16) == "blocked"
     assert chosen(length=1) is chosen(length=short) is chosen(keys=short) is None
+    assert fused(*operands(length=long, keys=long), drops=True) == "blocked"
     with attention_kernel("blocked"):
         assert chosen(length=short, keys=2) == "blocked"
         assert chosen(length=1) is None
@@ -185,9 +206,9 @@ def test_it_is_chosen_where_the_operands_suit_it(monkeypatch):
     "axes", [{"data": 2, "tensor": 2}, pytest.param({"fsdp": 2}, marks=pytest.mark.slow)]
 )
 def test_each_device_computes_its_own(axes):
-    """Examples and heads are divided, and nothing is sent."""
+    """Examples and heads are divided, what is dropped is the same, and nothing is sent."""
     mesh, given = laid_over(axes, operands())
-    gradient = jax.grad(weighted, argnums=(1, 2, 3))
+    gradient = jax.grad(partial(weighted, rate=0.25), argnums=(1, 2, 3))
     plain = under("plain", gradient, made("padding, causal window"), *operands())
     mask = jax.device_put(made("padding, causal window"), NamedSharding(mesh, P(rows_of(axes))))
     with jax.set_mesh(mesh):
