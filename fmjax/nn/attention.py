@@ -151,11 +151,14 @@ def attend(
     """
     dropped_rate = dropout_rate if rng is not None else 0.0
     drops = dropped_rate > 0.0
-    plain = prefix is not None or softcap is not None or with_probabilities
-    if not plain and (kernel := fused(query, key, value, mask, bias, drops=drops)) is not None:
+    kernel = None
+    if prefix is None and not with_probabilities:
+        special = drops or softcap is not None
+        kernel = fused(query, key, value, mask, bias, drops_or_caps=special)
+    if kernel is not None:
         out = fused_attention(
-            query, key, value, mask=mask, bias=bias, scale=scale, kernel=kernel,
-            rng=rng, dropout_rate=dropped_rate,
+            query, key, value, mask=mask, bias=bias, scale=scale, softcap=softcap,
+            rng=rng, dropout_rate=dropped_rate, kernel=kernel,
         )  # fmt: skip
         return out, None
     mask = keep_of(mask)

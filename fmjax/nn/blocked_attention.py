@@ -25,8 +25,6 @@ from jax.sharding import PartitionSpec as P
 from fmjax.nn.dropout import is_kept, seeds_of
 from fmjax.nn.mask import Mask, keep_of, queries_that_see
 from fmjax.nn.placement import (
-    BATCH,
-    divided_over,
     divides_heads,
     heads_divided,
     on_a_mesh,
@@ -46,12 +44,12 @@ def suits(
 ) -> bool:
     """Whether it can compute this attention, on any device.
 
-    The operands are of one dtype of up to 32 bits, the mask is all heads' and there is no bias. On
-    a mesh examples and heads have to divide by its axes, as each device computes its own.
+    Operands are of one dtype of up to 32 bits, a mask is all heads' and a bias each head's. On a
+    mesh examples and heads have to divide by its axes, as each device computes its own.
     """
     keep = keep_of(mask)
     return (
-        bias is None
+        (bias is None or (bias.ndim == 4 and bias.shape[1] == query.shape[2]))
         and query.dtype == key.dtype == value.dtype
         and query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
         and (keep is None or (keep.ndim == 4 and keep.shape[1] == 1))
@@ -115,7 +113,9 @@ def blocked_attention(
     value: Array,
     *,
     mask: Mask | Array | None,
+    bias: Array | None = None,
     scale: float,
+    softcap: float | None = None,
     rng: Array | None = None,
     dropout_rate: float = 0.0,
 ) -> Array:
@@ -125,9 +125,8 @@ def blocked_attention(
     Args:
         query: [B, T, H, K].
         key, value: [B, G, S, K].
-        mask: that `suits`.
-        scale: of the scores.
-        rng, dropout_rate: as there.
+        mask, bias: that `suits`.
+        scale, softcap, rng, dropout_rate: as there.
     """
     order, keep = _Order(False, None), keep_of(mask)
     if isinstance(mask, Mask) and (mask.causal or mask.window is not None):
@@ -137,13 +136,12 @@ def blocked_attention(
     seeds = None if rng is None or dropout_rate == 0.0 else seeds_of(rng)
     number = jnp.arange(math.prod(heads_first.shape[:2]), dtype=jnp.uint32)
     number = number.reshape(heads_first.shape[:2])  # of each head of all examples
-    attend = _compiled(length, keys, order, dropout_rate)
+    attend = _compiled(length, keys, order, softcap, dropout_rate)
     if on_a_mesh():
-        whole = keep is None or keep.shape[0] == 1
-        rows = None if keep is None else P(None if whole else divided_over(BATCH))
-        others = (heads_divided(), rows, None if seeds is None else P())
-        attend = on_each_device(attend, *others)  # a loop over examples and heads gathers them
-    out = attend(heads_first, key, value, number, keep, seeds)
+        # A loop over examples and heads gathers them.
+        others = (heads_divided(), _divided(bias), _divided(keep), None if seeds is None else P())
+        attend = on_each_device(attend, *others)
+    out = attend(heads_first, key, value, number, bias, keep, seeds)
     out = jnp.swapaxes(out.astype(query.dtype), 1, 2)
     if isinstance(mask, Mask) and order.hides() and keep is not None:
         # Queries that see nothing attend everywhere alike, behind their blocks too.
@@ -157,9 +155,19 @@ def blocked_attention(
     return out
 
 
+def _divided(x: Array | None) -> P | None:
+    """How a mesh divides a mask or a bias, whose examples and heads may be one for all."""
+    if x is None:
+        return None
+    axes = zip(heads_divided(), x.shape[:2], strict=True)
+    return P(*(None if size == 1 else names for names, size in axes))
+
+
 @cache
-def _compiled(length: int, keys: int, order: _Order, rate: float) -> Callable[..., Array]:
-    """A function of [B, H, T, K], [B, G, S, K] twice, the heads' numbers [B, H], a mask, and the
+def _compiled(
+    length: int, keys: int, order: _Order, softcap: float | None, rate: float
+) -> Callable[..., Array]:
+    """A function of [B, H, T, K], [B, G, S, K] twice, the heads' numbers [B, H], bias, mask and the
     seeds of what is dropped, that gives [B, H, T, K].
 
     Traced once for all layers; its name says what it skips, see `share_of_pairs`.
@@ -171,30 +179,46 @@ def _compiled(length: int, keys: int, order: _Order, rate: float) -> Callable[..
         key: Array,
         value: Array,
         number: Array,
+        bias: Array | None,
         keep: Array | None,
         seeds: Array | None,
     ) -> Array:
         batch, heads = query.shape[:2]
         together = _together(heads, blocks)
 
-        def grouped(x: Array) -> Array:
-            return x.reshape(-1, together, *x.shape[2:])
+        def grouped(x: Array) -> Array:  # [B, H, ...] -> [H / together, B, together, ...]
+            return jnp.swapaxes(x.reshape(len(x), -1, together, *x.shape[2:]), 0, 1)
 
-        def turned(x: Array) -> Array:  # [B, G, S, K] -> [groups, together, K, S]
+        def turned(x: Array) -> Array:  # [B, G, S, K] -> [H / together, B, together, K, S]
             # A product with the many scores as the left one, contracted over its rows, takes twice
             # as long as with the few features there: so gradients of keys and values are turned.
             x = jnp.swapaxes(x.astype(jnp.float32), 2, 3)
             x = grouped(jnp.repeat(x, heads // x.shape[1], axis=1))
             return jax.lax.optimization_barrier(x)  # written out
 
-        examples = jnp.arange(batch * heads // together) * together // heads
-        numbers = number.reshape(-1, together)
-        of_all = (examples, numbers, grouped(query), turned(key), turned(value))
         kept = None
         if seeds is not None:
             kept = partial(_kept, seeds=seeds, shape=(length, keys), rate=rate)
-        of_heads = partial(_of_heads, blocks=blocks, order=order, keep=keep, kept=kept)
-        out = jax.lax.map(lambda given: of_heads(*given), of_all).reshape(query.shape)
+        of_heads = partial(
+            _of_heads, blocks=blocks, order=order, softcap=softcap, keep=keep, kept=kept
+        )
+        example = jnp.broadcast_to(jnp.arange(batch), (heads // together, batch))
+        given = (example, *map(grouped, (number, query)), turned(key), turned(value))
+
+        def of_examples(given: tuple[Any, ...], bias: Array | None) -> Array:
+            if bias is not None and len(bias) == 1:
+                return jax.lax.map(lambda own: of_heads(own, bias[0]), given)
+            return jax.lax.map(lambda own: of_heads(*own), (given, bias))
+
+        if bias is None:
+            merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), given)
+            out = of_examples(merged, None)
+        else:
+            # One head's examples behind each other, which sums the gradient of their bias.
+            grouped_bias = grouped(bias.astype(jnp.float32))
+            out = jax.lax.map(lambda own: of_examples(*own), (given, grouped_bias))
+        out = jnp.swapaxes(out.reshape(-1, batch, together, *query.shape[2:]), 0, 1)
+        out = out.reshape(query.shape)
         return out if seeds is None else out / (1.0 - rate)
 
     pairs = sum((b.last - b.first) * (b.high - b.low) for b in blocks)
@@ -214,22 +238,28 @@ def _together(heads: int, blocks: tuple[_Block, ...]) -> int:
 
 
 def _of_heads(
-    example: Array,
-    number: Array,
-    query: Array,
-    key: Array,
-    value: Array,
+    given: tuple[Array, Array, Array, Array, Array],
+    bias: Array | None,
     *,
     blocks: tuple[_Block, ...],
     order: _Order,
+    softcap: float | None,
     keep: Array | None,
     kept: Callable[[_Block, Array], Array] | None,
 ) -> Array:
-    """[], [N], [N, T, K], [N, K, S], [N, K, S] -> [N, T, K]."""
+    """([], [N], [N, T, K], [N, K, S], [N, K, S]), [N, T | 1, S | 1] -> [N, T, K]."""
+    example, number, *operands = given
 
-    def of_block(block: _Block, query: Array, key: Array, value: Array) -> Array:
+    def of_block(
+        block: _Block, query: Array, key: Array, value: Array, bias: Array | None
+    ) -> Array:
         first, last, low, high = block
         scores = _product(query[:, first:last], key[:, :, low:high], 1)  # [N, rows, columns]
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        if bias is not None:
+            bias = bias if bias.shape[1] == 1 else bias[:, first:last]
+            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, low:high])
         seen = _seen(block, order)
         if keep is not None:
             mine = keep[example if keep.shape[0] > 1 else 0, 0, :, low:high]
@@ -242,7 +272,7 @@ def _of_heads(
 
     saved = jax.checkpoint_policies.save_only_these_names(_NAME)
     parts = [
-        jax.checkpoint(partial(of_block, block), prevent_cse=False, policy=saved)(query, key, value)
+        jax.checkpoint(partial(of_block, block), prevent_cse=False, policy=saved)(*operands, bias)
         for block in blocks
     ]
     return jnp.concatenate(parts, axis=1)

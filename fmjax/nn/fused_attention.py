@@ -61,14 +61,14 @@ def fused(
     mask: Mask | Array | None = None,
     bias: Array | None = None,
     *,
-    drops: bool = False,
+    drops_or_caps: bool = False,
 ) -> Fused | None:
     """The fused kernel for these operands of `fmjax.nn.attention.attend`; None for the plain way.
 
     cuDNN takes heads of up to 128 features (256 since Hopper) that are a multiple of 8, keys and
     values alike. One query, as in decoding, reads each key once whatever the kernel. What splash
     takes says `fmjax.nn.splash_attention.suits`, and `fmjax.nn.blocked_attention.suits` what that
-    on CPUs does, which alone drops probabilities.
+    on CPUs does, which alone drops probabilities and caps scores.
     """
     chosen = _CHOSEN.get()
     if chosen is None:
@@ -76,7 +76,9 @@ def fused(
     if chosen == "plain":
         return None
     batch, length, _, size = query.shape
-    if length == 1 or batch == 0 or key.shape != value.shape or (drops and chosen != "blocked"):
+    if length == 1 or batch == 0 or key.shape != value.shape:
+        return None
+    if drops_or_caps and chosen != "blocked":
         return None
     if chosen == "xla":
         return "xla"
@@ -141,6 +143,7 @@ def fused_attention(
     bias: Array | None,
     scale: float | Array | None,
     kernel: Fused,
+    softcap: float | None = None,
     rng: Array | None = None,
     dropout_rate: float = 0.0,
 ) -> Array:
@@ -154,7 +157,7 @@ def fused_attention(
         key, value: [B, G, S, K].
         mask, bias, scale: as there.
         kernel: from `fused`.
-        rng, dropout_rate: as there, of a kernel that drops.
+        softcap, rng, dropout_rate: as there, of a kernel that caps and drops.
     """
     if scale is not None and not isinstance(scale, int | float):
         query, scale = (query * scale).astype(query.dtype), 1.0
@@ -162,8 +165,9 @@ def fused_attention(
         scale = 1.0 / math.sqrt(query.shape[-1])
     if kernel == "blocked":
         return blocked_attention.blocked_attention(
-            query, key, value, mask=mask, scale=scale, rng=rng, dropout_rate=dropout_rate
-        )
+            query, key, value, mask=mask, bias=bias, scale=scale, softcap=softcap,
+            rng=rng, dropout_rate=dropout_rate,
+        )  # fmt: skip
     if kernel in ("splash", "interpreted"):
         from fmjax.nn.splash_attention import splash_attention
 

@@ -46,11 +46,12 @@ def operands(dtype=jnp.float32, length=T, keys=T, batch=B):
     return query, key, value
 
 
-def weighted(mask, query, key, value, rate=0.0):
+def weighted(mask, query, key, value, bias=None, softcap=None, rate=0.0):
     """A sum of what is attended to by queries that see something."""
     out, _ = attend(
-        query, key, value, mask=mask, scale=0.3, rng=jax.random.key(1), dropout_rate=rate
-    )
+        query, key, value, mask=mask, bias=bias, scale=0.3, softcap=softcap,
+        rng=jax.random.key(1), dropout_rate=rate,
+    )  # fmt: skip
     if mask is not None:
         out = out * jnp.swapaxes(mask.keep.any(-1, keepdims=True), 1, 2)
     return (jnp.sin(out) * jnp.cos(jnp.arange(K))).sum()
@@ -103,20 +104,35 @@ def test_it_has_further_derivatives(name):
         assert jnp.abs(one - other).max() <= 1e-5 * jnp.abs(one).max()  # measured: 1e-6
 
 
-@pytest.mark.parametrize("name", marked(MASKS, QUICK[1:]))
-def test_it_drops_what_the_plain_way_drops(name):
-    """Of the same key, in the gradients and the gradients' forward derivatives too."""
+SPECIAL = {  # shapes of biases, caps and rates
+    "dropped": (None, None, 0.25),
+    "biased, dropped": ((1, H, T, T), None, 0.25),
+    "biased by keys": ((1, H, 1, T), None, 0.0),
+    "biased, capped": ((B, H, T, T), 2.0, 0.0),
+    "capped": (None, 2.0, 0.0),
+}
 
-    def compute(mask, *given):
-        gradient = jax.grad(partial(weighted, rate=0.25), argnums=(1, 2, 3))
+
+@pytest.mark.parametrize("special", marked(SPECIAL, ("biased, dropped",)))
+@pytest.mark.parametrize("name", marked(QUICK, QUICK[1:]))
+def test_what_other_kernels_lack(name, special):
+    """Gradients and their forward derivatives with biases, caps, and what the same key drops."""
+    shape, softcap, rate = SPECIAL[special]
+    drawn = [] if shape is None else [jax.random.normal(jax.random.key(2), shape)]
+    given = (*operands(), *drawn)
+
+    def compute(mask, softcap, rate, *given):
+        which = range(1, 1 + len(given))
+        gradient = jax.grad(partial(weighted, softcap=softcap, rate=rate), argnums=which)
         along = tuple(jnp.cos(x) for x in given)
         return jax.jvp(lambda *given: gradient(mask, *given), given, along)
 
-    plain, ours = (under(k, compute, made(name), *operands()) for k in ("plain", "blocked"))
-    whole = under("blocked", jax.grad(weighted, argnums=(1, 2, 3)), made(name), *operands())
+    special = partial(compute, made(name), softcap, rate)
+    plain, ours = (under(k, special, *given) for k in ("plain", "blocked"))
     for one, other in zip(*map(jax.tree.leaves, (plain, ours)), strict=True):
         assert jnp.abs(one - other).max() <= 1e-5 * jnp.abs(one).max()  # measured: 2e-6
-    for one, other in zip(whole, plain[0], strict=True):
+    usual = under("blocked", partial(compute, made(name), None, 0.0), *operands())[0]
+    for one, other in zip(usual, ours[0], strict=False):
         assert jnp.abs(one - other).max() > 0.02 * jnp.abs(one).max()
 
 
@@ -188,7 +204,7 @@ def test_it_is_chosen_where_the_operands_suit_it(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert chosen() == chosen(jnp.bfloat16) == "blocked"
     assert chosen(length=1) is chosen(length=short) is chosen(keys=short) is None
-    assert fused(*operands(length=long, keys=long), drops=True) == "blocked"
+    assert fused(*operands(length=long, keys=long), drops_or_caps=True) == "blocked"
     with attention_kernel("blocked"):
         assert chosen(length=short, keys=2) == "blocked"
         assert chosen(length=1) is None
@@ -196,7 +212,8 @@ def test_it_is_chosen_where_the_operands_suit_it(monkeypatch):
         assert fused(query, key, value.astype(jnp.bfloat16)) is None
         assert fused(query, key, value, jnp.ones((B, 1, 1, T), bool)) == "blocked"
         assert fused(query, key, value, jnp.ones((B, H, 1, T), bool)) is None
-        assert fused(query, key, value, None, jnp.zeros((1, H, T, T))) is None
+        assert fused(query, key, value, None, jnp.zeros((1, H, T, T))) == "blocked"
+        assert fused(query, key, value, None, jnp.zeros((1, 1, T, T))) is None
         assert attend(query, key, value, with_probabilities=True)[1] is not None
     with attention_kernel("plain"):
         assert chosen() is None
@@ -208,7 +225,8 @@ def test_it_is_chosen_where_the_operands_suit_it(monkeypatch):
 def test_each_device_computes_its_own(axes):
     """Examples and heads are divided, what is dropped is the same, and nothing is sent."""
     mesh, given = laid_over(axes, operands())
-    gradient = jax.grad(partial(weighted, rate=0.25), argnums=(1, 2, 3))
+    bias = jax.random.normal(jax.random.key(2), (1, H, T, T))
+    gradient = jax.grad(partial(weighted, bias=bias, rate=0.25), argnums=(1, 2, 3))
     plain = under("plain", gradient, made("padding, causal window"), *operands())
     mask = jax.device_put(made("padding, causal window"), NamedSharding(mesh, P(rows_of(axes))))
     with jax.set_mesh(mesh):
