@@ -1,22 +1,24 @@
 """The cases that the benchmarks run, the same for fmjax and for its peer.
 
 The peer is PyTorch with `transformers` and scaled dot-product attention, on the same weights: the
-fmjax model is saved and PyTorch loads it. Before anything is timed the two must give the same
-logits; timing a different function would compare nothing.
+fmjax model is saved and PyTorch loads it; where their Python is given, Hugging Face's Flax classes
+do so too. Before anything is timed all must give the same logits; timing a different function would
+compare nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
-import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from peer import Peer
+from peer import FlaxPeer, Peer
 from record import named
 
 import fmjax
@@ -189,39 +191,56 @@ def torch_is_there() -> bool:
     return jax.default_backend() == "cpu" or torch.cuda.is_available()
 
 
-def start_peer(
+@contextlib.contextmanager
+def peers_of(
     case: Case,
     model: Any,
     variables: Variables,
     batch: dict[str, np.ndarray],
     *,
+    torch: bool,
+    flax_python: Path | None = None,
     learning_rate: float = 0.0,
     weight_decay: float = 0.0,
-) -> Peer:
-    """The case in PyTorch, with the same weights and the same batch, in its own process."""
-    folder = tempfile.mkdtemp()
-    try:
-        fmjax.save(folder, model, variables)
-        peer = Peer(
-            folder,
-            family=case.family,
-            model_class=family_of(case.family).HEADS[case.head],
-            dtype=case.dtype,
-            device="cpu" if jax.default_backend() == "cpu" else "cuda",
-            batch=batch,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-        )
-        peer.logits(1)  # by then it has read the folder
-    finally:
-        shutil.rmtree(folder)
-    return peer
+) -> Iterator[dict[str, Peer]]:
+    """The case by others, each in its own process, with the same weights and the same batch.
+
+    Args:
+        torch: whether PyTorch is one, if it is installed.
+        flax_python: see `FlaxPeer`; None for none.
+    """
+    with contextlib.ExitStack() as stack:
+        peers: dict[str, Peer] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            given: dict[str, Any] = {
+                "model_class": family_of(case.family).HEADS[case.head],
+                "dtype": case.dtype,
+                "batch": batch,
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+            }
+            torch = torch and torch_is_there()
+            if torch or flax_python is not None:
+                fmjax.save(folder, model, variables)
+            if torch:
+                device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+                peer = Peer(folder, family=case.family, device=device, **given)
+                peers["torch"] = stack.enter_context(peer)
+            if flax_python is not None:
+                peers["hf-flax"] = stack.enter_context(FlaxPeer(flax_python, folder, **given))
+            for peer in peers.values():
+                peer.logits(1)  # by then it has read the folder
+        yield peers
 
 
 def compare(
-    case: Case, model: Any, variables: Variables, batch: dict[str, np.ndarray], peer: Peer
-) -> float:
-    """The largest difference of the two sides' outputs, over the largest output.
+    case: Case,
+    model: Any,
+    variables: Variables,
+    batch: dict[str, np.ndarray],
+    peers: Mapping[str, Peer],
+) -> dict[str, float]:
+    """By peer, the largest difference between its outputs and ours, over its largest output.
 
     Raises:
         ValueError: it is beyond `TOLERANCE`: the benchmark would be void.
@@ -229,11 +248,14 @@ def compare(
     forward = jax.jit(forward_fn(model, case))
     few = {name: value[:COMPARED] for name, value in inputs_of(batch).items()}
     ours = np.asarray(forward(variables, few), np.float32)
-    theirs = peer.logits(COMPARED)
-    difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-    if not difference <= TOLERANCE[case.dtype]:
-        raise ValueError(
-            f"{case.name}: fmjax and PyTorch differ by {difference:.2g} of the largest output, "
-            f"more than {TOLERANCE[case.dtype]:.0e}; their times are not comparable"
-        )
-    return difference
+    differences = {}
+    for side, peer in peers.items():
+        theirs = peer.logits(COMPARED)
+        difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+        if not difference <= TOLERANCE[case.dtype]:
+            raise ValueError(
+                f"{case.name}: fmjax and {side} differ by {difference:.2g} of the largest output, "
+                f"more than {TOLERANCE[case.dtype]:.0e}; their times are not comparable"
+            )
+        differences[side] = difference
+    return differences

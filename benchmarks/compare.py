@@ -122,7 +122,7 @@ def draw(found: Sequence[Line], path: Path) -> None:
     panels = [(title, values) for title, values in panels if any(values)]
     size = (5 + 4 * len(panels), 1 + 0.28 * len(ordered))
     figure = Figure(figsize=size, layout="constrained")
-    sides = {"fmjax": "tab:blue", "torch": "tab:orange"}
+    sides = {"fmjax": "tab:blue", "torch": "tab:orange", "hf-flax": "tab:green"}
     names = [f"{line.case}, {line.side}\n{line.device}" for line in ordered]
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for place, (title, values) in zip(axes, panels, strict=True):

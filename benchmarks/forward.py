@@ -11,8 +11,6 @@ autocast does. Run it on an idle machine: other load slows the two sides unequal
 
 from __future__ import annotations
 
-import contextlib
-
 import jax
 import tyro
 from cases import (
@@ -23,8 +21,7 @@ from cases import (
     forward_fn,
     inputs_of,
     make_batch,
-    start_peer,
-    torch_is_there,
+    peers_of,
 )
 from record import Row
 from run import Settings, rows_of, run
@@ -45,12 +42,12 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     forward = forward_fn(model, case)
     compiled = compile_time(jax.jit(forward), variables, inputs)
     thunks = {"fmjax": lambda: jax.block_until_ready(compiled.call(variables, inputs))}
-    difference = None
-    with contextlib.ExitStack() as stack:
-        if settings.peer and torch_is_there():
-            peer = stack.enter_context(start_peer(case, model, variables, batch))
-            difference = compare(case, model, variables, batch, peer)
-            thunks["torch"] = peer.forward
+    others = peers_of(
+        case, model, variables, batch, torch=settings.peer, flax_python=settings.flax_python
+    )
+    with others as peers:
+        differences = compare(case, model, variables, batch, peers)
+        thunks |= {side: peer.forward for side, peer in peers.items()}
         timings = time_alternately(thunks, repeats=settings.repeats)
     flops = count_flops(forward, variables, inputs).total
     return rows_of(
@@ -59,7 +56,7 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
         compiled={"fmjax": compiled},
         model_flops=flops,
         matmul_peak=peak,
-        max_difference=difference,
+        differences=differences,
     )
 
 

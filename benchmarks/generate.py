@@ -15,14 +15,14 @@ an idle machine: other load slows the two sides unequally.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
-from cases import Case, compare, create, inputs_of, make_batch, start_peer, torch_is_there
+from cases import Case, compare, create, inputs_of, make_batch, peers_of
 from record import Row
 from record import row as make_row
 from run import Settings, run
@@ -60,9 +60,14 @@ def weight_bytes(variables: Variables) -> int:
 
 
 def check_same_text(
-    model: Any, variables: Variables, case: Case, ours: np.ndarray, theirs: np.ndarray
+    model: Any,
+    variables: Variables,
+    case: Case,
+    ours: np.ndarray,
+    side: str,
+    theirs: np.ndarray,
 ) -> None:
-    """Both texts [B, P + N] are the same, or part where two tokens are equally likely.
+    """Our texts [B, P + N] and a side's are the same, or part where two tokens are equally likely.
 
     Raises:
         ValueError: they are not: their times are not comparable.
@@ -75,7 +80,7 @@ def check_same_text(
         gap = abs(logits[mine[at]] - logits[other[at]]) / np.abs(logits).max()
         if gap > 1e-5:
             raise ValueError(
-                f"{case.name}: fmjax and PyTorch generate different texts in row {row} from token "
+                f"{case.name}: fmjax and {side} generate different texts in row {row} from token "
                 f"{at} on, and their likelihoods differ; their times are not comparable"
             )
 
@@ -95,13 +100,14 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
     with compile_events() as first:
         text = generate()
     thunks: dict[str, Any] = {"fmjax": generate}
-    difference = None
-    with contextlib.ExitStack() as stack:
-        if settings.peer and torch_is_there():
-            peer = stack.enter_context(start_peer(prompts, model, variables, batch))
-            difference = compare(prompts, model, variables, batch, peer)
-            check_same_text(model, variables, case, text, peer.generate(case.length))
-            thunks["torch"] = lambda: peer.generate(case.length)
+    others = peers_of(
+        prompts, model, variables, batch, torch=settings.peer, flax_python=settings.flax_python
+    )
+    with others as peers:
+        differences = compare(prompts, model, variables, batch, peers)
+        for side, peer in peers.items():
+            check_same_text(model, variables, case, text, side, peer.generate(case.length))
+            thunks[side] = partial(peer.generate, case.length)
         with compile_events() as later:
             timings = time_alternately(thunks, repeats=settings.repeats)
     if later.compilations:
@@ -121,7 +127,7 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
             model_flops=flops,
             matmul_peak=peak,
             compiled=None,
-            max_difference=difference,
+            max_difference=differences.get(side, max(differences.values(), default=None)),
         )
         rate = read / timing.median
         rows.append(

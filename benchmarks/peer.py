@@ -1,4 +1,4 @@
-"""PyTorch as the peer, in a process of its own.
+"""PyTorch, and Hugging Face's Flax classes, as the peers: each in a process of its own.
 
 In one process the two runtimes would slow each other: each keeps a pool of threads that spins for
 a while after its work, and their allocators share the heap. Here the peer waits, without using the
@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -43,12 +44,15 @@ class Served:
             self._process.terminate()
 
     def _ask(self, *what: Any) -> Any:
-        self._connection.send(what)
-        return self._connection.recv()
+        try:
+            self._connection.send(what)
+            return self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise ValueError(f"the peer ended before it answered {what[0]!r}: see above") from None
 
 
 class Peer(Served):
-    """A case in PyTorch with scaled dot-product attention, with the same weights and batch.
+    """A case with the same weights and batch, in PyTorch with scaled dot-product attention.
 
     Args:
         folder: what `fmjax.save` wrote.
@@ -110,6 +114,30 @@ class Peer(Served):
     def generate(self, max_new_tokens: int) -> np.ndarray:
         """The tokens, prompt included, of greedy search that no token ends."""
         return self._ask("generate", max_new_tokens)
+
+
+class FlaxPeer(Peer):
+    """A case with the same weights and batch, by the Flax classes that transformers once had.
+
+    Args:
+        python: of an environment that has them; see `flax_peer.py`.
+        folder, model_class, dtype, batch, learning_rate, weight_decay: as of `Peer`.
+    """
+
+    def __init__(self, python: Path, folder: str, **case: Any) -> None:
+        self._begun = False
+        Served.__init__(self, _become_flax, str(python))
+        self._connection.send({"folder": folder, **case})
+
+
+def _become_flax(connection: Connection, python: str) -> None:
+    """This process goes on as another Python, which finds nothing of ours but the connection."""
+    os.set_inheritable(connection.fileno(), True)
+    script = str(Path(__file__).with_name("flax_peer.py"))
+    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [python, script, str(connection.fileno())]
+    os.execve(python, command, {**environment, "USE_TORCH": "0", "USE_TF": "0"})
 
 
 def _serve(

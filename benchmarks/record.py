@@ -8,7 +8,7 @@
      "load_before": the machine's load average when the run began; 0 is idle,
      "matmul_peak": {"float32": FLOP/s, ...},           measured in the same run
      "rows": [one object per case and side: the fields of `Row`],
-     "ratios": {case: the peer's median time / fmjax's},  > 1 means fmjax is faster
+     "ratios": {case: PyTorch's median time / fmjax's},  > 1 means fmjax is faster
      "peak_memory": {"host": bytes, "device": bytes or null}}   of the whole process
 """
 
@@ -41,7 +41,8 @@ class Row:
 
     Attributes:
         case: its name.
-        side: "fmjax" or "torch"; of a train step's other ways "mesh", "pmap" and "accumulate-4".
+        side: "fmjax", "torch" or "hf-flax"; of a train step's other ways "mesh", "pmap" and
+            "accumulate-4".
         dtype: of the matrix products, "float32" or "bfloat16".
         batch_size: B, examples.
         length: T, tokens.
@@ -53,8 +54,8 @@ class Row:
         compile_seconds: {"lower", "compile"}; None for the peer, a mesh and pmap.
         planned_bytes: what the compiler plans to hold: arguments, outputs that do not reuse them,
             temporaries; None for the same.
-        max_difference: largest difference of the two sides' logits, over the largest logit;
-            measured before anything was timed. None when there is no peer.
+        max_difference: largest difference of the side's logits from ours, over the largest logit
+            (of ours, from any side's), measured before anything was timed; None without a peer.
         weight_bytes_per_second: of generation, bytes of all weights times tokens of a text, over
             the median; else None.
         bandwidth_share: the same over that of a matrix-vector product in the same run.
@@ -301,13 +302,14 @@ def show(doc: Mapping[str, Any]) -> None:
     for column in (
         "min ms", "median ms", "max ms", "examples/s", "tokens/s", "GFLOP", "of peak",
         "MFU", "tokens/J", "weights GB/s", "of matvec", "compile s", "planned GB", "peak GB",
-        "torch / fmjax",
+        "of fmjax",
     ):  # fmt: skip
         table.add_column(column, justify="right")
+    medians = {
+        row["case"]: row["seconds"]["median"] for row in doc["rows"] if row["side"] == "fmjax"
+    }
     for entry in doc["rows"]:
         seconds, compiling = entry["seconds"], entry["compile_seconds"]
-        ours = entry["side"] == "fmjax"
-        ratio = doc["ratios"].get(entry["case"]) if ours else None
         table.add_row(
             entry["case"],
             entry["side"],
@@ -326,7 +328,7 @@ def show(doc: Mapping[str, Any]) -> None:
             f"{sum(compiling.values()):.1f}" if compiling else "",
             f"{entry['planned_bytes'] / 1e9:.2f}" if entry["planned_bytes"] else "",
             or_empty(entry["peak_bytes"], lambda x: f"{x / 1e9:.1f}"),
-            f"{ratio:.2f}" if ratio else "",
+            f"{seconds['median'] / medians[entry['case']]:.2f}",
         )
     # A pipe has no width of its own; 80 columns would fold every cell.
     Console(width=None if Console().is_terminal else 240).print(table)

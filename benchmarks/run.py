@@ -39,6 +39,9 @@ class Settings(OwnSettings):
     """Timed turns of each side."""
     peer: bool = True
     """Whether PyTorch runs too, when it is installed."""
+    flax_python: Path | None = None
+    """The Python of an environment with transformers' Flax classes, which then run too; see
+    flax_peer.py."""
     profile: Path | None = None
     """Where a trace of a few of our train steps goes, by case; none without."""
     wait_for: Path | None = None
@@ -63,11 +66,12 @@ def rows_of(
     compiled: Mapping[str, Compiled],
     model_flops: int,
     matmul_peak: float,
-    max_difference: float | None,
+    differences: Mapping[str, float],
     peak_bytes: Mapping[str, int | None] = MappingProxyType({}),
     joules: Mapping[str, float | None] = MappingProxyType({}),
 ) -> list[Row]:
-    """A row for each side of a case; what was compiled, peaks of memory and joules by side."""
+    """A row for each side of a case; what was compiled, peaks of memory and joules by side, and
+    what `compare` found."""
     return [
         row(
             timing,
@@ -79,7 +83,7 @@ def rows_of(
             model_flops=model_flops,
             matmul_peak=matmul_peak,
             compiled=compiled.get(side),
-            max_difference=max_difference,
+            max_difference=differences.get(side, max(differences.values(), default=None)),
             peak_bytes=peak_bytes.get(side),
             joules=joules.get(side),
         )

@@ -35,8 +35,7 @@ from cases import (
     compare,
     create,
     make_batch,
-    start_peer,
-    torch_is_there,
+    peers_of,
 )
 from record import Row
 from run import Settings, rows_of, run, turn
@@ -146,12 +145,16 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
         with turn(settings.wait_for, alone=False):
             model, variables = create(case)
             batch = make_batch(case)
-            difference, peer = None, None
-            if settings.peer and torch_is_there():
-                rates = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
-                peer = stack.enter_context(start_peer(case, model, variables, batch, **rates))
-                difference = compare(case, model, variables, batch, peer)
-                if not on_cpu:
+            peers = stack.enter_context(
+                peers_of(
+                    case, model, variables, batch,
+                    torch=settings.peer, flax_python=settings.flax_python,
+                    learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY,
+                )
+            )  # fmt: skip
+            differences = compare(case, model, variables, batch, peers)
+            if not on_cpu:
+                for peer in peers.values():
                     peer.warm_up()
             tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
             grad_fn = gradient(loss_of(case, model))
@@ -174,8 +177,8 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
                         call = all_compiled[way].call
                     thunks[way] = stepper(call, own, device_batch, steps)
             thunks = {"fmjax": stepper(compiled.call, state, device_batch, steps), **thunks}
-            if peer is not None:
-                thunks["torch"] = partial(peer.train_steps, steps)
+            for side, peer in peers.items():
+                thunks[side] = partial(peer.train_steps, steps)
                 peer.wait()
         with turn(settings.wait_for, alone=True):
             timings = time_alternately(thunks, repeats=settings.repeats)
@@ -183,14 +186,15 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
             if settings.profile is not None:
                 with jax.profiler.trace(str(settings.profile / case.name)):
                     thunks["fmjax"]()
-            peaks = {"fmjax": peak_memory_bytes().device, "torch": peer and peer.peak_bytes()}
+            peaks = {"fmjax": peak_memory_bytes().device}
+            peaks |= {side: peer.peak_bytes() for side, peer in peers.items()}
     return rows_of(
         case,
         {side: timing.of_each(steps) for side, timing in timings.items()},
         compiled=all_compiled,
         model_flops=flops,
         matmul_peak=peak,
-        max_difference=difference,
+        differences=differences,
         peak_bytes=peaks,
         joules={side: energy and energy / steps for side, energy in joules.items()},
     )

@@ -122,11 +122,24 @@ def test_a_wrong_model_is_not_timed(benchmarks) -> None:
     case = cases.Case("tiny", cases.SMOKE, "masked_lm", 2, 8, "float32")
     model, variables = cases.create(case)
     batch = cases.make_batch(case)
-    peer = cases.start_peer(case, model, variables, batch)
-    assert cases.compare(case, model, variables, batch, peer) < 1e-5
-    wrong = jax.tree.map(lambda leaf: leaf * 1.01, variables)
-    with pytest.raises(ValueError, match="not comparable"):
-        cases.compare(case, model, wrong, batch, peer)
+    with cases.peers_of(case, model, variables, batch, torch=True) as peers:
+        assert cases.compare(case, model, variables, batch, peers)["torch"] < 1e-5
+        wrong = jax.tree.map(lambda leaf: leaf * 1.01, variables)
+        with pytest.raises(ValueError, match="not comparable"):
+            cases.compare(case, model, wrong, batch, peers)
+
+
+def test_a_python_without_flax_classes_says_what_to_install(benchmarks, capfd) -> None:
+    """As that of the tests, which has transformers 5."""
+    cases, _ = benchmarks
+    case = cases.Case("tiny", cases.SMOKE, "masked_lm", 2, 8, "float32")
+    flax_python = Path(sys.executable)
+    others = cases.peers_of(
+        case, *cases.create(case), cases.make_batch(case), torch=False, flax_python=flax_python
+    )
+    with pytest.raises(ValueError, match="ended before it answered"), others:
+        pass
+    assert "install transformers==4.57.6" in capfd.readouterr().err
 
 
 def test_train_step_flops_by_hand(benchmarks) -> None:
