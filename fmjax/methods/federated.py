@@ -252,7 +252,8 @@ def proximal(mu: float) -> optax.GradientTransformation:
         pulled = jax.tree.map(lambda g, w, w0: g + mu * (w - w0), updates, params, state)
         return pulled, state
 
-    return optax.GradientTransformation(lambda params: params, update)
+    # Copies: outside of a client the state may be donated, and one buffer must not be twice.
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.copy, params), update)
 
 
 class Moments(NamedTuple):
