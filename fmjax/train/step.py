@@ -51,9 +51,10 @@ def init_state(
     Raises:
         ValueError: nothing is trainable, or `rng` is not a typed key.
     """
-    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+    if not (isinstance(rng, Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
+        kind = f"has dtype {rng.dtype}" if isinstance(rng, Array) else f"is {rng!r}"
         raise ValueError(
-            f"rng has dtype {rng.dtype}; a typed key is needed: jax.random.key(seed), "
+            f"rng {kind}; a typed key is needed: jax.random.key(seed), "
             "not jax.random.PRNGKey(seed)"
         )
     trainable, non_trainable = split(_unshared(variables), is_trainable)
