@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn
+from fmjax.tasks.apply import apply_fn, row_weights
 from fmjax.tree import flatten, merge
 from fmjax.types import Aux, Batch, GradFn, LossFn, Mean, Variables
 
@@ -265,7 +265,7 @@ def trades(
         # With the key that the loss had: the compiler sees one forward pass, not two.
         p = said(variables, batch, first, True)
         q = said(variables, changed, second, True)
-        extra = Mean.of(_divergence(p, q), batch["weight"])
+        extra = Mean.of(_divergence(p, q), row_weights(batch, len(clean)))
         metrics = {**aux.metrics, "divergence": extra}
         return loss + beta * extra.value, aux._replace(metrics=metrics)
 

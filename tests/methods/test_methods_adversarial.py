@@ -131,6 +131,8 @@ def test_trades():
     np.testing.assert_allclose(plain, loss(variables, batch, first)[0], rtol=1e-6)
     assert aux.metrics["divergence"].value > 0
     assert aux.metrics["divergence"].weight == 7
+    del batch["weight"]  # all rows count
+    assert trades(model, loss, **sizes)(variables, batch, rng)[1].metrics["divergence"].weight == 8
 
 
 def sentences(family="bert"):
