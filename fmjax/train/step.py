@@ -54,8 +54,7 @@ def init_state(
     if not (isinstance(rng, Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
         kind = f"has dtype {rng.dtype}" if isinstance(rng, Array) else f"is {rng!r}"
         raise ValueError(
-            f"rng {kind}; a typed key is needed: jax.random.key(seed), "
-            "not jax.random.PRNGKey(seed)"
+            f"rng {kind}; a typed key is needed: jax.random.key(seed), not jax.random.PRNGKey(seed)"
         )
     trainable, non_trainable = split(_unshared(variables), is_trainable)
     if not trainable:
