@@ -48,8 +48,9 @@ def class_weighted(loss_fn: LossFn, weights: Sequence[float] | np.ndarray) -> Lo
     The mean is over the weights' sum, as in PyTorch's cross-entropy with weights.
 
     Args:
-        loss_fn: of batches with ``labels`` int [B] and perhaps ``weight`` float [B]. A label that has no
-            weight makes the loss nan, but for -100, which does not count, and in rows of weight 0.
+        loss_fn: of batches with ``labels`` int [B] and perhaps ``weight`` float [B]. A label that
+            has no weight makes the loss nan, but for -100, which does not count, and in rows of
+            weight 0.
         weights: [C], such as `effective_number_weights`.
 
     Raises:
