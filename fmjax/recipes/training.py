@@ -52,7 +52,7 @@ from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.sharding import placed
 from fmjax.train.signals import stop_signals
 from fmjax.tree import cast_as, count, count_parameters, map_with_path, merge
-from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables
+from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables, at_least_float32
 
 Schedule = Literal["linear", "cosine", "inverse_sqrt", "stable"]
 Optimizer = Literal["adamw", "muon", "lamb", "adafactor", "lion"]
@@ -303,7 +303,7 @@ def computed(loss: LossFn, precision: Precision, matmuls: Matmuls = "float") -> 
 def masters(leaf: Array) -> Array:
     """Weights below float32 in it: updates of a thousandth would be lost in bfloat16."""
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if floating else leaf
+    return leaf.astype(at_least_float32(leaf.dtype)) if floating else leaf
 
 
 class RunSettings(Protocol):

@@ -25,6 +25,7 @@ from fmjax.types import (
     StepFn,
     TrainState,
     Variables,
+    at_least_float32,
 )
 
 
@@ -202,7 +203,7 @@ def _scaled(values: PyTree, weight: Array) -> PyTree:
     """values * weight, of float32 at the least: below it, sums of many pieces stop growing."""
 
     def scaled(x: Array) -> Array:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(at_least_float32(x.dtype))
         return x * weight.astype(x.dtype)
 
     return jax.tree.map(scaled, values)
