@@ -152,6 +152,21 @@ def mask_of(chosen: Callable[[str], bool]) -> Callable[[PyTree], PyTree]:
     return lambda params: map_with_path(lambda path, _: chosen(path), params)
 
 
+def clip_gradient(max_grad_norm: float) -> optax.GradientTransformation:
+    """Gradients scaled down to a global norm, as `adamw` and the other optimizers begin.
+
+    Args:
+        max_grad_norm: the norm; infinity for none.
+
+    Raises:
+        ValueError: it is not above 0: at 0 nothing would train, below gradients would turn round.
+    """
+    # One that is part of an optimizer's state is an array, on which no branch may depend.
+    if isinstance(max_grad_norm, int | float) and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm} must be above 0; math.inf clips nothing")
+    return optax.clip_by_global_norm(max_grad_norm)
+
+
 def adamw(
     learning_rate: float | Callable,
     *,
@@ -167,11 +182,11 @@ def adamw(
 
     Args:
         learning_rate: a number or an Optax schedule of the step.
-        max_grad_norm: global norm the gradient is clipped to.
+        max_grad_norm: global norm the gradient is clipped to; infinity for none.
         decay: says by leaf path which weights decay.
         moments: as what both moments are kept, see `fmjax.train.moments.keep_moments`.
     """
     tx = optax.adamw(
         learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask_of(decay)
     )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), keep_moments(tx, moments))
+    return optax.chain(clip_gradient(max_grad_norm), keep_moments(tx, moments))
