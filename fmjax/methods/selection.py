@@ -375,9 +375,11 @@ def depths(variables: Variables) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _of(depth: Mapping[str, np.ndarray], path: str) -> np.ndarray:
-    if path not in depth:
+    # Several arrays may stand for one leaf, below its path.
+    leaf = path if path in depth else path.rpartition("/")[0]
+    if leaf not in depth:
         raise ValueError(f"{path} is not a leaf of the variables whose depths were asked for")
-    return depth[path]
+    return depth[leaf]
 
 
 def _along(values: Any, leaf: Array) -> Any:

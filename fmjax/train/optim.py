@@ -142,9 +142,11 @@ def bounded(limits: Mapping[str, tuple[float, float]]) -> optax.GradientTransfor
 def decays(path: str) -> bool:
     """Whether weight decay applies: kernels and embeddings, not biases or norm scales.
 
-    The rule of BERT's and GPT's training code, where decay is for matrices alone.
+    The rule of BERT's and GPT's training code, where decay is for matrices alone. A kernel in
+    factors is one, too.
     """
-    return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
+    *_, above, name = f"/{path}".split("/")
+    return name in ("kernel", "embedding") or above == "kernel"
 
 
 def mask_of(chosen: Callable[[str], bool]) -> Callable[[PyTree], PyTree]:
