@@ -158,7 +158,7 @@ def test_adaptive_servers_are_algorithm_2():
     for tx, b1, second in (
         (fed_adagrad(0.1), 0.0, lambda v, s: v + s),
         (fed_adam(0.1), 0.9, lambda v, s: 0.99 * v + 0.01 * s),
-        (fed_yogi(0.1), 0.9, lambda v, s: v - 0.01 * s * np.sign(v - s)),
+        (fed_yogi(optax.constant_schedule(0.1)), 0.9, lambda v, s: v - 0.01 * s * np.sign(v - s)),
     ):
         w, m, v = np.zeros(3), np.zeros(3), np.full(3, 1e-6)
         params = jnp.zeros(3)
