@@ -45,7 +45,8 @@ def effective_number_weights(counts: Sequence[int], beta: float) -> np.ndarray:
 def class_weighted(loss_fn: LossFn, weights: Sequence[float] | np.ndarray) -> LossFn:
     """The loss with each example weighing as its class does.
 
-    The mean is over the weights' sum, as in PyTorch's cross-entropy with weights.
+    The mean is over the weights' sum, as in PyTorch's cross-entropy with weights. With label
+    smoothing PyTorch weighs each class that has a share; here an example has the weight of its own.
 
     Args:
         loss_fn: of batches with ``labels`` int [B] and perhaps ``weight`` float [B]. A label that
