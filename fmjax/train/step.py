@@ -50,7 +50,7 @@ def init_state(
             is a split, not a mask: frozen leaves get no gradient, decay or optimizer memory.
 
     Raises:
-        ValueError: nothing is trainable, or `rng` is not a typed key.
+        ValueError: nothing is trainable, or what has no gradient, or `rng` is not a typed key.
     """
     if not (isinstance(rng, Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
         kind = f"has dtype {rng.dtype}" if isinstance(rng, Array) else f"is {rng!r}"
@@ -63,6 +63,12 @@ def init_state(
             f"is_trainable holds for none of the {len(flatten(variables))} leaves; "
             f"paths look like {next(iter(flatten(variables)), '(no leaves)')!r}"
         )
+    if whole := [path for path, leaf in flatten(trainable).items() if not _has_gradient(leaf)]:
+        raise ValueError(
+            f"is_trainable chooses {', '.join(whole[:3])} ({len(whole)} in all), which are whole "
+            "numbers and have no gradient; choose others (of a quantised model its adapters, or "
+            "fmjax.methods.quantization.is_float(variables))"
+        )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
@@ -73,6 +79,11 @@ def init_state(
             jnp.array(jax.random.key_data(rng)), impl=jax.random.key_impl(rng)
         ),
     )
+
+
+def _has_gradient(leaf: Any) -> bool:
+    """Whether all arrays that a leaf is made of are floating-point numbers."""
+    return all(jnp.issubdtype(part.dtype, jnp.inexact) for part in jax.tree.leaves(leaf))
 
 
 def _unshared(variables: Variables) -> Variables:
