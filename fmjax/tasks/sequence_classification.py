@@ -59,6 +59,9 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         train: whether dropout is on.
         label_smoothing: share of probability spread over all classes (Szegedy et al. 2016,
             arXiv:1512.00567, section 7); for single labels only.
+
+    Raises:
+        ValueError: smoothing out of range; when called, labels that are neither classes nor shares.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1)")
@@ -84,6 +87,11 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         weights = row_weights(batch, len(labels))
         metrics = {}
         if kind == SINGLE:
+            if labels.ndim != 1 and not jnp.issubdtype(labels.dtype, jnp.floating):
+                raise ValueError(
+                    f"labels are {labels.dtype} {list(labels.shape)}; classes are int [B], and the "
+                    "classes' shares float [B, C]"
+                )
             if labels.ndim == 1:
                 true, weights = labels, weigh(batch, labels)
             else:

@@ -98,6 +98,8 @@ def test_labels_that_are_no_class():
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     assert aux.weight == aux.metrics["accuracy"].weight == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match=r"labels are int.* \[4, 1\]; classes are int \[B\]"):
+        run(variables, {}, batch | {"labels": batch["labels"][:, None]}, None)
     for wrong in (3, -1):
         assert np.isnan(run(variables, {}, batch | {"labels": np.array([0, wrong, 1, 7])}, None)[1])
 
