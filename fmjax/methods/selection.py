@@ -28,7 +28,7 @@ import optax
 from jax import Array
 
 from fmjax.tree import flatten, is_running, layer_paths, map_with_path, path_of
-from fmjax.types import PyTree, Variables
+from fmjax.types import PyTree, Variables, one_text
 
 ATTACHES = ("variables", "update")
 
@@ -49,6 +49,8 @@ def matching(patterns: Sequence[str], variables: Variables) -> Callable[[str], b
         ValueError: a pattern matches nothing, all together match nothing or everything, or a
             running statistic, which has no gradient.
     """
+    if wrong := one_text("patterns", patterns):
+        raise ValueError("what trains: " + "; ".join(wrong))
     paths = list(flatten(variables))
     wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
     unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
