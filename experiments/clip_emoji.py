@@ -104,7 +104,7 @@ class Settings(Training):
     """Peak of the projections' schedule."""
     weight_decay: float = 0.1
     """Of kernels."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Looks at held-out pairs an epoch; the last weights are kept, whatever they score."""
 
 

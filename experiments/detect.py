@@ -68,7 +68,7 @@ class Settings(Training):
     """Scenes a step, over all devices."""
     learning_rate: float = 1e-3
     """Peak of the schedule."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
 
 

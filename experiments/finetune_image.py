@@ -59,7 +59,7 @@ class Settings(Base):
     """Peak of the schedule."""
     shift: int = 8
     """Pixels that pictures are moved by at most, in each direction."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
     scratch: bool = True
     """Whether EfficientNet-Lite0 is trained from new weights too, for comparison."""

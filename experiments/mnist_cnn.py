@@ -31,7 +31,7 @@ class Settings(Base):
     """Pictures a step, over all devices."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
 
 

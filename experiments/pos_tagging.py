@@ -59,7 +59,7 @@ class Settings(Training):
     """Passes over the training sentences."""
     learning_rate: float = 3e-4
     """Peak of the schedule."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
 
 

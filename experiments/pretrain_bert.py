@@ -81,7 +81,7 @@ class Settings(Corpus, Training):
     """Peak of the schedule."""
     schedule: Schedule = "stable"
     """Of the learning rate: most is learnt once the model has begun to look at its context."""
-    evaluations: int = 8
+    evaluations: float = 8.0
     """Evaluations an epoch; each may set the best checkpoint."""
     tagged: str = "brown"
     """Sentences to fine-tune on: the Brown corpus, or a file in columns."""

@@ -63,7 +63,7 @@ class Settings(Corpus, Training):
     """Of kernels and embeddings."""
     warmup: float = 0.05
     """Share of the steps that warm up."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
     ngram: int = 6
     """Bytes of the baseline's n-grams."""

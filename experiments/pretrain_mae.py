@@ -59,7 +59,7 @@ class Settings(Base):
     """Peak of the schedule."""
     weight_decay: float = 0.05
     """Of kernels."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
     probe_pictures: int = 10_000
     """How many training pictures the probe is fitted on, at most."""

@@ -61,7 +61,7 @@ class Settings(Files, Training):
     """Pairs a step, over all devices; each one's negatives are the others."""
     learning_rate: float = 1e-4
     """Peak of the schedule."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
 
 

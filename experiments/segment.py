@@ -76,7 +76,7 @@ class Settings(Training):
     """Peak of the schedule."""
     weight_decay: float = 0.05
     """Of kernels."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
     drawings: int = 24
     """How many test scenes the report shows."""

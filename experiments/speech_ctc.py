@@ -113,7 +113,7 @@ class Settings(Training):
     """Peak of the schedule."""
     schedule: Schedule = "cosine"
     """See `Training`."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
 
 

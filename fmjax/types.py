@@ -29,6 +29,11 @@ Remat = Literal["none", "dots", "block", "offload"]
 """
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """float32, or the dtype itself where it is wider: in what sums and small updates are kept."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def one_text(name: str, texts: Any, *, rows: bool = False) -> list[str]:
     """What is wrong where a string stands in a list's place: it would be read by its characters.
 

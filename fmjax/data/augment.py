@@ -228,7 +228,7 @@ def shares(labels: Array | np.ndarray, num_labels: int) -> Array:
 
 def _partner(batch: Batch) -> Array:
     """Which example each is blended with, int [B]: the next one of weight, so never padding."""
-    weight = jnp.asarray(batch["weight"])
+    weight = jnp.asarray(batch.get("weight", jnp.ones(len(batch["labels"]))))
     count = jnp.sum(weight > 0)
     order = jnp.argsort(weight <= 0, stable=True)  # examples first
     rank = jnp.argsort(order)

@@ -20,7 +20,7 @@ from jax import Array
 from fmjax.nn.adapter import AXES, LOW_RANK, column_norms
 from fmjax.nn.compact import Compact, whole
 from fmjax.tree import flatten, is_stacked, layer_paths, merge, override, unflatten
-from fmjax.types import Variables
+from fmjax.types import Variables, one_text
 
 ATTACHES = ("variables", "loss")
 
@@ -63,8 +63,8 @@ def dense_kernels(variables: Variables, targets: Sequence[str]) -> dict[str, Any
         for path, leaf in flat.items()
         if path.endswith("/kernel") and leaf.ndim == 2 + is_stacked(path.removesuffix("/kernel"))
     }
-    problems, chosen = [], {}
-    for target in targets:
+    problems, chosen = one_text("targets", targets), {}
+    for target in () if problems else targets:
         found = {path: leaf for path, leaf in kernels.items() if fnmatchcase(path, target)}
         chosen |= found
         if found:
@@ -75,13 +75,19 @@ def dense_kernels(variables: Variables, targets: Sequence[str]) -> dict[str, Any
                 "(embeddings, norms, convolutions and experts cannot be adapted)"
             )
         else:
-            near = difflib.get_close_matches(target, [*kernels], 5, 0.0)
+            near = difflib.get_close_matches(target, {*map(_glob, kernels)}, 6, 0.0)
             problems.append(f"{target!r} matches no module; near are {', '.join(near)}")
     if not targets:
         problems.append("there are none")
     if problems:
         raise ValueError("targets of adapters:\n  " + "\n  ".join(problems))
     return chosen
+
+
+def _glob(module: str) -> str:
+    """What matches a module in every layer: "*/attn/query"."""
+    parts = module.split("/")
+    return module if len(parts) < 3 else "*/" + "/".join(parts[-2:])
 
 
 def with_adapters(variables: Variables, modules: Mapping[str, Mapping[str, Any]]) -> Variables:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn
+from fmjax.tasks.apply import apply_fn, row_weights
 from fmjax.tree import flatten, merge
 from fmjax.types import Aux, Batch, GradFn, LossFn, Mean, Variables
 
@@ -222,7 +222,8 @@ def trades(
 ) -> LossFn:
     """TRADES (Zhang et al. 2019, arXiv:1901.08573, eq. 5 and algorithm 1): the loss of clean inputs
     plus `beta` times the divergence of what the model says of changed ones from what it says of
-    clean ones.
+    clean ones. Both passes drop the same units: the divergence is of one function, and is 0 where
+    nothing is changed.
 
     Args:
         model: a classifier; its logits are [B, C].
@@ -250,7 +251,7 @@ def trades(
     def trades_loss(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         if rng is None:
             raise ValueError("TRADES draws where its attack begins: give it a key")
-        start, first, second = jax.random.split(rng, 3)
+        start, rng = jax.random.split(rng)
         clean = _floats(batch, name)
         fixed = jax.lax.stop_gradient(variables)
         target = said(fixed, batch, None, False)
@@ -261,11 +262,11 @@ def trades(
         # At the clean input itself the divergence has no gradient.
         near = clean + 1e-3 * jax.random.normal(start, clean.shape, clean.dtype)
         changed = {**batch, name: climb(of_input, near, clean)}
-        loss, aux = loss_fn(variables, batch, first)
+        loss, aux = loss_fn(variables, batch, rng)
         # With the key that the loss had: the compiler sees one forward pass, not two.
-        p = said(variables, batch, first, True)
-        q = said(variables, changed, second, True)
-        extra = Mean.of(_divergence(p, q), batch["weight"])
+        p = said(variables, batch, rng, True)
+        q = said(variables, changed, rng, True)
+        extra = Mean.of(_divergence(p, q), row_weights(batch, len(clean)))
         metrics = {**aux.metrics, "divergence": extra}
         return loss + beta * extra.value, aux._replace(metrics=metrics)
 

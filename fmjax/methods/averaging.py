@@ -27,6 +27,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from fmjax.tasks.apply import row_weights
 from fmjax.train.optim import tracked, tracking
 from fmjax.tree import cast_as, flatten, is_running, override, unflatten
 from fmjax.types import Batch, LossFn, PyTree, TrainState, Variables
@@ -178,7 +179,7 @@ def with_statistics(
     moving: list[str] = []
     sums, added, total = {}, {}, 0.0
     for number, batch in enumerate(batches):
-        counted = np.asarray(batch["weight"]) > 0
+        counted = np.asarray(row_weights(batch)) > 0
         if not counted.any():
             continue
         rows = {name: np.asarray(leaf)[counted] for name, leaf in batch.items()}

@@ -252,7 +252,12 @@ def proximal(mu: float) -> optax.GradientTransformation:
         pulled = jax.tree.map(lambda g, w, w0: g + mu * (w - w0), updates, params, state)
         return pulled, state
 
-    return optax.GradientTransformation(lambda params: params, update)
+    # Copies: outside of a client the state may be donated, and one buffer must not be twice.
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.copy, params), update)
+
+
+Rate = float | Callable[[Any], Any]
+"""A learning rate, or an Optax schedule of the round."""
 
 
 class Moments(NamedTuple):
@@ -262,13 +267,13 @@ class Moments(NamedTuple):
     square: Any
 
 
-def fed_adagrad(learning_rate: float, *, tau: float = 1e-3) -> optax.GradientTransformation:
+def fed_adagrad(learning_rate: Rate, *, tau: float = 1e-3) -> optax.GradientTransformation:
     """FedAdagrad: ``v += change^2``, without momentum (arXiv:2003.00295, Algorithm 2)."""
     return _adaptive(learning_rate, 0.0, tau, lambda v, square: v + square)
 
 
 def fed_adam(
-    learning_rate: float, *, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3
+    learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3
 ) -> optax.GradientTransformation:
     """FedAdam: ``v = b2 * v + (1 - b2) * change^2`` (arXiv:2003.00295, Algorithm 2).
 
@@ -278,7 +283,7 @@ def fed_adam(
 
 
 def fed_yogi(
-    learning_rate: float, *, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3
+    learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3
 ) -> optax.GradientTransformation:
     """FedYogi: ``v -= (1 - b2) * change^2 * sign(v - change^2)`` (Algorithm 2 there)."""
     return _adaptive(
@@ -290,7 +295,7 @@ def fed_yogi(
 
 
 def _adaptive(
-    learning_rate: float, b1: float, tau: float, second: Callable[[Array, Array], Array]
+    learning_rate: Rate, b1: float, tau: float, second: Callable[[Array, Array], Array]
 ) -> optax.GradientTransformation:
     """Algorithm 2: ``x += learning_rate * m / (sqrt(v) + tau)``; v begins at tau^2, its least."""
     if not (0 <= b1 < 1 and tau > 0):
@@ -305,10 +310,13 @@ def _adaptive(
     def update(updates: Any, state: Moments, params: Any = None) -> tuple[Any, Moments]:
         mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
         square = jax.tree.map(lambda v, g: second(v, jnp.square(g)), state.square, updates)
-        steps = jax.tree.map(lambda m, v: -learning_rate * m / (jnp.sqrt(v) + tau), mean, square)
+        steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), mean, square)
         return steps, Moments(mean, square)
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.chain(
+        optax.GradientTransformation(init, update),  # pyright: ignore[reportArgumentType]
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
 
 def _trained(

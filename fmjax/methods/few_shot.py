@@ -51,7 +51,8 @@ def prototypical(encode: Encode, ways: int, *, train: bool = True) -> LossFn:
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         support, query = part(batch, "support"), part(batch, "query")
         tasks, shots = support["labels"].shape
-        queries, weight = query["labels"].shape[1], jnp.asarray(query["weight"])
+        queries = query["labels"].shape[1]
+        weight = jnp.asarray(query.get("weight", jnp.ones((tasks, queries))))
         every = {
             name: jnp.concatenate([x, query[name]], axis=1).reshape(-1, *x.shape[2:])
             for name, x in support.items()

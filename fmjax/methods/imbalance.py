@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn
+from fmjax.tasks.apply import apply_fn, row_weights
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.vocabulary_loss import is_known
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
@@ -45,11 +45,13 @@ def effective_number_weights(counts: Sequence[int], beta: float) -> np.ndarray:
 def class_weighted(loss_fn: LossFn, weights: Sequence[float] | np.ndarray) -> LossFn:
     """The loss with each example weighing as its class does.
 
-    The mean is over the weights' sum, as in PyTorch's cross-entropy with weights.
+    The mean is over the weights' sum, as in PyTorch's cross-entropy with weights. With label
+    smoothing PyTorch weighs each class that has a share; here an example has the weight of its own.
 
     Args:
-        loss_fn: of batches with ``labels`` int [B] and ``weight`` float [B]. A label that has no
-            weight makes the loss nan, but for -100, which does not count, and in rows of weight 0.
+        loss_fn: of batches with ``labels`` int [B] and perhaps ``weight`` float [B]. A label that
+            has no weight makes the loss nan, but for -100, which does not count, and in rows of
+            weight 0.
         weights: [C], such as `effective_number_weights`.
 
     Raises:
@@ -96,7 +98,7 @@ def focal(model: Any, *, gamma: float = 2.0, train: bool = True) -> LossFn:
         output, updates = apply(variables, batch, rng, train=train)
         logits, labels = output.logits, jnp.asarray(batch["labels"])
         assert logits is not None
-        weight = jnp.asarray(batch["weight"])
+        weight = row_weights(batch, len(labels))
         weight = weight.reshape(*weight.shape, *(1 for _ in labels.shape[1:])) * (labels >= 0)
         right = jnp.maximum(labels, 0)[..., None]
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), right, axis=-1)[..., 0]

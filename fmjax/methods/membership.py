@@ -18,6 +18,7 @@ from jax import Array
 
 from fmjax.methods.ensembles import member_step
 from fmjax.metrics.optional import optional_library
+from fmjax.tasks.apply import row_weights
 from fmjax.types import Batch, LossFn, StepFn, Variables
 
 ATTACHES = ("program",)
@@ -240,6 +241,6 @@ def shadow_step(step: StepFn, included: np.ndarray, *, at_once: int | None = Non
     table = jnp.asarray(np.pad(included, ((0, 0), (0, 1))))  # row -1 is padding
 
     def see(batch: Batch, model: Array) -> Batch:
-        return {**batch, "weight": batch["weight"] * table[model][batch["index"]]}
+        return {**batch, "weight": row_weights(batch) * table[model][batch["index"]]}
 
     return member_step(step, see=see, at_once=at_once)

@@ -15,7 +15,7 @@ import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
 from fmjax.train.moments import Moments, keep_moments
-from fmjax.train.optim import decays, mask_of
+from fmjax.train.optim import clip_gradient, decays, mask_of
 from fmjax.tree import is_stacked, map_with_path, merge, split
 from fmjax.types import PyTree
 
@@ -68,7 +68,7 @@ def lamb(
 
     Args:
         learning_rate: a number or an Optax schedule of the step.
-        max_grad_norm: global norm the gradient is clipped to.
+        max_grad_norm: global norm the gradient is clipped to; infinity for none.
         decay: says by leaf path which weights decay.
         moments: as what they are kept, see `fmjax.train.moments.keep_moments`.
     """
@@ -78,7 +78,7 @@ def lamb(
         optax.scale_by_trust_ratio(),
     )
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
+        clip_gradient(max_grad_norm),
         keep_moments(layer_by_layer(scaled), moments),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -106,7 +106,7 @@ def adafactor(
         threshold: d, the root mean square that updates are clipped to.
         relative: whether rates are relative to the weights (section 8).
         min_dim_size_to_factor: smaller matrices keep all their squares.
-        max_grad_norm: global norm the gradient is clipped to.
+        max_grad_norm: global norm the gradient is clipped to; infinity for none.
         decay: says by leaf path which weights decay, by ``learning_rate * weight_decay``.
         moments: as what factors, and squares of what has none, are kept, see
             `fmjax.train.moments.keep_moments`.
@@ -120,7 +120,7 @@ def adafactor(
     if relative:
         parts.append(optax.scale_by_param_block_rms())
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
+        clip_gradient(max_grad_norm),
         keep_moments(layer_by_layer(optax.chain(*parts)), moments),
         optax.add_decayed_weights(weight_decay, mask_of(decay)),
         optax.scale_by_learning_rate(learning_rate),
@@ -144,12 +144,12 @@ def lion(
 
     Args:
         learning_rate: a number or an Optax schedule of the step.
-        max_grad_norm: global norm the gradient is clipped to.
+        max_grad_norm: global norm the gradient is clipped to; infinity for none.
         decay: says by leaf path which weights decay.
         moments: as what they are kept, see `fmjax.train.moments.keep_moments`.
     """
     tx = optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask_of(decay))
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), keep_moments(tx, moments))
+    return optax.chain(clip_gradient(max_grad_norm), keep_moments(tx, moments))
 
 
 def hidden_matrix(path: str) -> bool:
@@ -176,7 +176,7 @@ def muon(
         learning_rate: a number or an Optax schedule of the step.
         beta: of the momentum.
         weight_decay: of the matrices, and of what else decays.
-        max_grad_norm: global norm the gradient is clipped to.
+        max_grad_norm: global norm the gradient is clipped to; infinity for none.
         matrix: says by leaf path what Muon updates; of a leaf with more than two axes each matrix
             of the last two, as of scanned layers, by itself.
         moments: as what they are kept, see `fmjax.train.moments.keep_moments`.
@@ -197,6 +197,6 @@ def muon(
         muon_weight_dimension_numbers=axes,
     )
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
+        clip_gradient(max_grad_norm),
         keep_moments(optax.partition({"muon": matrices, "adamw": rest}, labels), moments),
     )

@@ -46,7 +46,8 @@ def loss(
             (Engstrom et al. 2020, arXiv:2005.12729, section 3).
         value_coefficient: of half the squared error.
         entropy_coefficient: of the entropy, which is taken from the loss.
-        normalise: whether advantages are standardised over the batch.
+        normalise: whether advantages are standardised over the batch (a piece of an accumulated
+            one, or a device's of a mapped one, by itself).
 
     Returns:
         A LossFn; among its metrics ``approximate_kl``, the mean of ``ratio - 1 - log ratio``, and

@@ -95,7 +95,16 @@ def save(path: str | Path, model: Any, variables: Variables, tokenizer: Any = No
 
 
 def values_of(variables: Variables, scores: Scores) -> Array:
-    """float32 [R, N]: the return that the critic expects before each token."""
+    """float32 [R, N]: the return that the critic expects before each token.
+
+    Raises:
+        ValueError: there is no critic.
+    """
+    if VALUE_HEAD not in variables:
+        raise ValueError(
+            f"the variables have the collections {sorted(variables)} and no {VALUE_HEAD!r}; make "
+            "them by with_critic(model, variables)"
+        )
     head = variables[VALUE_HEAD]
     hidden = scores.hidden.astype(jnp.float32)
     return (hidden @ head["kernel"].astype(jnp.float32))[..., 0] + head["bias"]

@@ -64,7 +64,12 @@ def clip_automatically(
 
     Bu et al. 2022, "Automatic Clipping", arXiv:2206.07136, equation 4 (AUTO-S): the bound is then
     no more than a factor of the learning rate, and need not be searched for.
+
+    Raises:
+        ValueError: an infinite bound, to which nothing can be scaled.
     """
+    if not math.isfinite(bound):
+        raise ValueError(f"the bound is {bound}: automatic clipping scales to it, so give a number")
     norm = optax.tree.norm(tree)
     return _scaled(tree, bound / (norm + stability)), norm
 

@@ -88,6 +88,8 @@ def create(
     problems = []
     if length < 1 or sets < 1:
         problems.append(f"length={length} and sets={sets} must be at least 1")
+    if init not in ("random", "vocabulary"):
+        problems.append(f"init={init!r} is not 'random' or 'vocabulary'")
     if vocabulary < 1:
         problems.append(f"vocabulary={vocabulary} must be at least 1")
     if tokens is not None:

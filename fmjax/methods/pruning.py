@@ -21,7 +21,7 @@ from jax import Array
 
 from fmjax.methods.weight_matrices import HEAD, KERNELS, matrices
 from fmjax.train.optim import states_of
-from fmjax.tree import flatten, is_stacked, map_with_path, unflatten
+from fmjax.tree import flatten, is_stacked, map_with_path, path_of, unflatten
 from fmjax.types import PyTree, Variables
 
 ATTACHES = ("variables", "update")
@@ -290,13 +290,12 @@ def _through(
         masks = renew(step, new, state.masks)
         keep = flatten(masks)
 
-        def final(path: str, update: Array, param: Array) -> Array:
+        def final(keys: tuple[Any, ...], update: Array, param: Array) -> Array:
             # Its own negative takes a number to exactly zero.
-            mask = keep.get(path)
+            mask = keep.get(path_of(keys))
             return update if mask is None else jnp.where(mask, update, -param)
 
-        flat = flatten(params)
-        updates = map_with_path(lambda path, update: final(path, update, flat[path]), updates)
+        updates = jax.tree_util.tree_map_with_path(final, updates, params)
         return updates, PrunedState(step, masks, moved)
 
     return optax.GradientTransformationExtraArgs(init, update)

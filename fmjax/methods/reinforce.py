@@ -39,7 +39,7 @@ def loss(
             take none either (``bootstrap=False``).
         value_coefficient: of half the squared error of the baseline.
         entropy_coefficient: of the policy's entropy, taken from the loss (Williams & Peng 1991).
-        normalise: whether advantages are standardised over the batch.
+        normalise: whether advantages are standardised over the batch, as in `fmjax.methods.ppo`.
 
     Raises:
         ValueError: coefficients below 0.

@@ -28,7 +28,7 @@ import optax
 from jax import Array
 
 from fmjax.tree import flatten, is_running, layer_paths, map_with_path, path_of
-from fmjax.types import PyTree, Variables
+from fmjax.types import PyTree, Variables, one_text
 
 ATTACHES = ("variables", "update")
 
@@ -49,6 +49,8 @@ def matching(patterns: Sequence[str], variables: Variables) -> Callable[[str], b
         ValueError: a pattern matches nothing, all together match nothing or everything, or a
             running statistic, which has no gradient.
     """
+    if wrong := one_text("patterns", patterns):
+        raise ValueError("what trains: " + "; ".join(wrong))
     paths = list(flatten(variables))
     wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
     unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
@@ -375,9 +377,11 @@ def depths(variables: Variables) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _of(depth: Mapping[str, np.ndarray], path: str) -> np.ndarray:
-    if path not in depth:
+    # Several arrays may stand for one leaf, below its path.
+    leaf = path if path in depth else path.rpartition("/")[0]
+    if leaf not in depth:
         raise ValueError(f"{path} is not a leaf of the variables whose depths were asked for")
-    return depth[path]
+    return depth[leaf]
 
 
 def _along(values: Any, leaf: Array) -> Any:

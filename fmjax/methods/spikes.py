@@ -44,7 +44,8 @@ def skip_spikes(
     (OLMo Team 2025, arXiv:2501.00656, section 3; OLMo-core's defaults). A deviation counts as a
     thousandth of the mean at least, so that after steps that are all alike not every rise is a
     spike. Until half the window is known only what is not finite is left out. `make_train_step`
-    gives the loss.
+    gives the loss; `fmjax.train.fit` goes on behind losses that are not finite only as far as its
+    `forgiven` says. Running statistics of batch normalisation are no update, and have moved.
 
     Args:
         tx: the whole chain; clipping belongs inside, or norms would never jump.
@@ -82,11 +83,13 @@ def skip_spikes(
             jump = now - mean > deviations * spread
             spike = spike | (jump & (state.count >= window // 2))
 
-        def stay(_: None) -> tuple[PyTree, Any]:
-            return jax.tree.map(jnp.zeros_like, updates), state.inner
-
         def go(_: None) -> tuple[PyTree, Any]:
             return inner.update(updates, state.inner, params, value=value, **others)
+
+        def stay(_: None) -> tuple[PyTree, Any]:
+            # An update need not have the gradient's dtype.
+            like = jax.eval_shape(go, None)[0]
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), state.inner
 
         new_updates, new_inner = jax.lax.cond(spike, stay, go, None)
         place = state.count % window

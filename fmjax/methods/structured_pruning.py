@@ -58,7 +58,7 @@ def head_importance(
         model: whose attention has the kernels query, key, value and out.
         loss: of the model, such as a task's with ``train=False``.
         variables: its variables.
-        batches: with ``weight`` [B]; rows of weight 0 do not count.
+        batches: rows of ``weight`` 0 do not count.
 
     Returns:
         [H], or [L, H] of a scanned model, by the path of the attention.
@@ -92,7 +92,7 @@ def _sensitivities(
 
     @jax.jit
     def gradients(variables: Variables, batch: Batch) -> tuple[dict[str, Array], Array]:
-        size = batch["weight"].shape[0]
+        size = len(next(iter(batch.values())))
 
         def of_factors(factors: dict[str, Array]) -> tuple[Array, Array]:
             modules = {f"{place}/{name}": {"in_scale": x} for place, x in factors.items()}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fmjax.nn.compact import Compact
 from fmjax.tree import flatten
-from fmjax.types import Variables
+from fmjax.types import Variables, one_text
 
 ATTACHES = ("variables",)
 
@@ -29,6 +29,8 @@ def matrices(
         targets: globs over paths of leaves; ``*`` matches any part of a path.
         but: globs of those that are not meant.
     """
+    if wrong := [*one_text("targets", targets), *one_text("but", but)]:
+        return {}, wrong
     flat = flatten(variables)
     problems = [
         f"{target!r} matches no leaf; paths are like {next(iter(flat), '(none)')!r}"

@@ -46,7 +46,7 @@ class CaptionTraining(Training):
     """Hypotheses of the beam search that writes."""
     frozen: bool = True
     """The picture encoder stays as it is, and each picture passes it once."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
 
 

@@ -97,6 +97,11 @@ def plan(settings: Settings) -> dict[str, Any]:
         )
     if settings.chart is not None and settings.chart.suffix not in (".png", ".svg", ".pdf"):
         problems.append(f"chart={settings.chart} must end with .png, .svg or .pdf")
+    problems += [
+        f"{name}={file}: there is no folder {file.parent}; make it first"
+        for name, file in (("json", settings.json), ("chart", settings.chart))
+        if file is not None and not file.parent.is_dir()
+    ]
     if problems:
         raise ValueError("; ".join(problems))
     axes = None if settings.mesh is None else _checked_axes(settings.mesh, target, settings)

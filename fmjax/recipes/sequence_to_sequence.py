@@ -32,7 +32,7 @@ class PairTraining(Training):
     """Share of probability spread over the vocabulary."""
     num_beams: int = 4
     """Hypotheses of the beam search that writes."""
-    evaluations: int = 1
+    evaluations: float = 1.0
     """Evaluations an epoch; each may set the best checkpoint."""
 
 

@@ -52,7 +52,7 @@ from fmjax.train.recording import Recorder, progress, recording, writable_folder
 from fmjax.train.sharding import placed
 from fmjax.train.signals import stop_signals
 from fmjax.tree import cast_as, count, count_parameters, map_with_path, merge
-from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables
+from fmjax.types import GradFn, LossFn, Remat, StepFn, TrainState, Variables, at_least_float32
 
 Schedule = Literal["linear", "cosine", "inverse_sqrt", "stable"]
 Optimizer = Literal["adamw", "muon", "lamb", "adafactor", "lion"]
@@ -109,8 +109,9 @@ class Training:
     remat: Remat = "none"
     """What of layers the backward pass recomputes, to save memory: nothing; what lies between their
     products; all of them; or all, with their inputs kept in the host's memory."""
-    evaluations: int = 2
-    """Evaluations an epoch; each may set the best checkpoint."""
+    evaluations: float = 2.0
+    """Evaluations an epoch, each with a checkpoint, which may be the best; 0.5 is one in two
+    epochs."""
     patience: int | None = None
     """Evaluations without improvement after which the run ends; never if None."""
     mesh: str | None = None
@@ -197,22 +198,18 @@ def train(
         FloatingPointError: the loss is not finite.
         MemoryError: the step does not fit; it says what fills the device and what would need less.
     """
-    problems = []
-    if not 0 < settings.epochs < math.inf:
-        problems.append(f"epochs={settings.epochs} must be a number above 0")
-    if settings.max_steps is not None and settings.max_steps < 1:
-        problems.append(f"max_steps={settings.max_steps} must be at least 1, or None")
-    if settings.evaluations < 1:
-        problems.append(f"evaluations={settings.evaluations} must be at least 1")
-    raise_problems("training", problems)
+    raise_problems("training", _problems_of(settings))
     traced = None if settings.profile is None else parse_steps(settings.profile)
-    run = writable_folder(settings.output)
     steps = max(1, math.ceil(settings.epochs * stream.batches_per_epoch))
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
-    schedule = SCHEDULES[settings.schedule](
-        settings.learning_rate, steps=steps, warmup=int(settings.warmup * steps)
-    )
+    if traced is not None and traced[1] > steps:
+        raise ValueError(f"profile={settings.profile!r} ends after the run, of {steps} steps")
+    run = writable_folder(settings.output)
+    warmup = int(settings.warmup * steps)
+    if settings.schedule == "inverse_sqrt":
+        warmup = max(1, warmup)  # it has no rate without one
+    schedule = SCHEDULES[settings.schedule](settings.learning_rate, steps=steps, warmup=warmup)
     tx = OPTIMIZERS[settings.optimizer](
         schedule, weight_decay=settings.weight_decay, moments=settings.moments
     )
@@ -262,7 +259,7 @@ def train(
             step,
             stream,
             steps=steps,
-            every=max(1, min(steps, stream.batches_per_epoch) // settings.evaluations),
+            every=max(1, int(min(steps, stream.batches_per_epoch) / settings.evaluations)),
             evaluate=evaluate,
             metric=metric,
             mode=mode,
@@ -275,6 +272,27 @@ def train(
         )
 
 
+def _problems_of(settings: Training) -> list[str]:
+    """What is wrong with settings, whatever is trained."""
+    most, ema, patience = settings.max_steps, settings.ema, settings.patience
+    rate, decay, times = settings.learning_rate, settings.weight_decay, settings.evaluations
+    return [
+        f"{name}={value} must be {rule}"
+        for name, value, rule, right in [
+            ("epochs", settings.epochs, "a number above 0", 0 < settings.epochs < math.inf),
+            ("max_steps", most, "at least 1, or None", most is None or most >= 1),
+            ("microbatches", settings.microbatches, "at least 1", settings.microbatches >= 1),
+            ("learning_rate", rate, "a number, at least 0", 0 <= rate < math.inf),
+            ("warmup", settings.warmup, "a share of the steps below 1", 0 <= settings.warmup < 1),
+            ("weight_decay", decay, "a number, at least 0", 0 <= decay < math.inf),
+            ("ema", ema, "at least 0 and below 1, or None", ema is None or 0 <= ema < 1),
+            ("evaluations", times, "a number above 0", 0 < times < math.inf),
+            ("patience", patience, "at least 1, or None", patience is None or patience >= 1),
+        ]
+        if not right
+    ]
+
+
 def computed(loss: LossFn, precision: Precision, matmuls: Matmuls = "float") -> LossFn:
     """The loss computed as `Training.precision` and `Training.matmuls` say."""
     if matmuls != "float":
@@ -285,7 +303,7 @@ def computed(loss: LossFn, precision: Precision, matmuls: Matmuls = "float") -> 
 def masters(leaf: Array) -> Array:
     """Weights below float32 in it: updates of a thousandth would be lost in bfloat16."""
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if floating else leaf
+    return leaf.astype(at_least_float32(leaf.dtype)) if floating else leaf
 
 
 class RunSettings(Protocol):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fmjax.nn.vision import grid_of, pair, patchify, unpatchify
-from fmjax.tasks.apply import apply_fn, means, once
+from fmjax.tasks.apply import apply_fn, means, once, row_weights
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 
@@ -59,7 +59,7 @@ def loss(model: Any, *, train: bool = True) -> LossFn:
         assert output.logits is not None
         assert output.mask is not None
         errors = jnp.square(output.logits - targets(model, pixels)).mean(axis=-1)  # [B, N]
-        weights = output.mask * jnp.asarray(batch["weight"])[:, None]
+        weights = output.mask * row_weights(batch, len(pixels))[:, None]
         mean = Mean.of(errors, weights)
         return mean.value, Aux(mean.weight, {}, updates)
 

@@ -14,7 +14,7 @@ from jax import Array
 
 from fmjax.metrics.classification import classification_metrics, multi_label_metrics
 from fmjax.metrics.regression import regression_metrics
-from fmjax.tasks.apply import apply_fn, collect, once
+from fmjax.tasks.apply import apply_fn, collect, once, row_weights
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.vocabulary_loss import is_known
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
@@ -51,13 +51,17 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
 
     Batches have ``labels``: int [B], -100 where a row does not count (or the classes' shares, float
     [B, C], where examples are blended), float [B, C] of 0 and 1, or float [B] (or [B, C]); and
-    ``weight`` float [B], 0 for padding rows. Another label that is no class makes the loss nan.
+    perhaps ``weight`` float [B], 0 for padding rows. Another label that is no class makes the loss
+    nan.
 
     Args:
         model: with the head ``sequence_classification`` or ``image_classification``.
         train: whether dropout is on.
         label_smoothing: share of probability spread over all classes (Szegedy et al. 2016,
             arXiv:1512.00567, section 7); for single labels only.
+
+    Raises:
+        ValueError: smoothing out of range; when called, labels that are neither classes nor shares.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1)")
@@ -78,10 +82,16 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
 
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         output, updates = apply(variables, batch, rng, train=train)
-        logits, labels, weights = output.logits, jnp.asarray(batch["labels"]), batch["weight"]
+        logits, labels = output.logits, jnp.asarray(batch["labels"])
         assert logits is not None  # [B, C]
+        weights = row_weights(batch, len(labels))
         metrics = {}
         if kind == SINGLE:
+            if labels.ndim != 1 and not jnp.issubdtype(labels.dtype, jnp.floating):
+                raise ValueError(
+                    f"labels are {labels.dtype} {list(labels.shape)}; classes are int [B], and the "
+                    "classes' shares float [B, C]"
+                )
             if labels.ndim == 1:
                 true, weights = labels, weigh(batch, labels)
             else:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fmjax.nn.placement import BATCH, parts_over
-from fmjax.types import Mean, PyTree, Variables
+from fmjax.types import Mean, PyTree, Variables, at_least_float32
 
 CHUNK_SIZE = 1024
 """Tokens whose logits exist at one time, on each device that has examples of its own. Each chunk
@@ -282,7 +282,7 @@ def _weighted_sums(
             return added(total, (weighed(part, weights), to_params)), (to_hidden, losses)
 
         zero = jnp.zeros(())
-        start = [jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)) for p in params]
+        start = [jnp.zeros(p.shape, at_least_float32(p.dtype)) for p in params]
         (total, to_params), (to_hidden, losses) = jax.lax.scan(
             chunk, ((zero, zero, zero), start), (hidden, labels, weights)
         )

@@ -194,11 +194,13 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         try:
-            return self._manager.restore(
+            run = self._manager.restore(
                 step,
                 args=ocp.args.Composite(run=ocp.args.JsonRestore()),
             )["run"]
-        except (ValueError, OSError, KeyError) as error:
+            Memory.from_json(run["memory"])
+            return {name: run[name] for name in ("leaves", "settings", "data", "memory")}
+        except (ValueError, OSError, KeyError, TypeError) as error:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> ValueError:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -198,6 +199,15 @@ def _checked(step: Callable[..., Any], parts: int) -> StepFn:
     """The step of batches of which this process's rows divide by `parts`."""
 
     def checked(state: Any, batch: Batch) -> Any:
+        if odd := [
+            name
+            for name, leaf in batch.items()
+            if not (isinstance(leaf, np.ndarray | jax.Array) and leaf.ndim)
+        ]:
+            raise ValueError(
+                f"batch {odd} are no arrays with an axis of examples to divide over devices; give "
+                "every leaf one"
+            )
         uneven = {name: leaf.shape[0] for name, leaf in batch.items() if leaf.shape[0] % parts}
         if uneven:
             size = next(iter(uneven.values()))

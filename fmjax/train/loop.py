@@ -126,6 +126,7 @@ def fit(
     hooks: Sequence[tuple[int, Hook]] = (),
     memory: Memory | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    forgiven: int = 0,
 ) -> TrainState:
     """Runs steps ``state.step + 1 .. steps`` and returns the state after the last one.
 
@@ -145,11 +146,14 @@ def fit(
             one to resume. A run that a hook ended stays ended.
         should_stop: asked after each step (`stop_signals`). On True the hooks due are called and
             the state is returned; it is the caller who then saves it.
+        forgiven: steps in a row whose loss or gradient norm may be not finite, because the
+            optimizer leaves them out (`fmjax.methods.spikes.skip_spikes`, which counts them); their
+            metrics are no part of the means.
 
     Raises:
         ValueError: the state is past `steps`, a period is not positive, or the batches run out.
-        FloatingPointError: a loss or gradient norm is not finite; it names the step, the batch and
-            its examples.
+        FloatingPointError: a loss or gradient norm is not finite, once more than is forgiven; it
+            names the step, the batch and its examples.
     """
     memory = Memory() if memory is None else memory
     done = int(state.step)
@@ -163,7 +167,7 @@ def fit(
         raise ValueError(f"hook periods {wrong} must be at least 1 step")
     waiting: list[_Pending] = []
     clock = time.perf_counter()
-    leaving = False
+    leaving, in_a_row = False, 0
     while done < steps and not memory.stopped and not leaving:
         try:
             batch: Any = next(batches)  # host arrays: the compiled step places them
@@ -179,7 +183,7 @@ def fit(
         due = {period for period in periods if done == steps or done % period == 0}
         if not (due or leaving or done == steps or len(waiting) == RUN_AHEAD):
             continue
-        _deliver(waiting, memory.windows, periods)
+        in_a_row = _deliver(waiting, memory.windows, periods, in_a_row, forgiven)
         waiting.clear()
         for period in periods:
             memory.windows[str(period)].seconds += time.perf_counter() - clock
@@ -210,15 +214,37 @@ class _Pending:
         return cls(step, metrics, index, int(real.sum()), tokens)
 
 
-def _deliver(waiting: list[_Pending], windows: dict[str, Window], periods: set[int]) -> None:
-    """Fetches the metrics of the waiting steps, checks them, and adds them to the windows."""
+def _deliver(
+    waiting: list[_Pending],
+    windows: dict[str, Window],
+    periods: set[int],
+    in_a_row: int,
+    forgiven: int,
+) -> int:
+    """Fetches the metrics of the waiting steps, checks them, and adds them to the windows.
+
+    Args:
+        waiting, windows, periods: see `fit`.
+        in_a_row: how many steps before them, up to the last one, were not finite.
+        forgiven: how many may be.
+
+    Returns:
+        How many up to the last one now are.
+    """
     fetched = jax.device_get([pending.metrics for pending in waiting])
-    for pending, metrics in zip(waiting, fetched, strict=True):
-        for kind in ("loss", "grad_norm"):
-            for name, mean in metrics.items():
-                # Of several players each has its own, {player}/loss.
-                if name.rpartition("/")[2] == kind and not math.isfinite(mean.total):
-                    raise FloatingPointError(_not_finite(pending, name, mean))
+    for place, (pending, metrics) in enumerate(zip(waiting, fetched, strict=True)):
+        wrong = [
+            name
+            for kind in ("loss", "grad_norm")
+            for name, mean in metrics.items()
+            # Of several players each has its own, {player}/loss.
+            if name.rpartition("/")[2] == kind and not math.isfinite(mean.total)
+        ]
+        in_a_row = in_a_row + 1 if wrong else 0
+        if in_a_row > forgiven:
+            raise FloatingPointError(_not_finite(pending, wrong[0], metrics[wrong[0]]))
+        if wrong:
+            fetched[place] = {}
     open_windows = [windows.setdefault(str(period), Window()) for period in periods]
     for pending, metrics in zip(waiting, fetched, strict=True):
         for window in open_windows:
@@ -229,6 +255,7 @@ def _deliver(waiting: list[_Pending], windows: dict[str, Window], periods: set[i
                 # Python floats: adding one step after the other in float64 gives the same bits
                 # wherever the boundaries, or a restart, fall between them.
                 window.sums[name] = [total + float(mean.total), weight + float(mean.weight)]
+    return in_a_row
 
 
 def _not_finite(pending: _Pending, name: str, mean: Mean) -> str:

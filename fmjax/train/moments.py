@@ -44,8 +44,10 @@ def keep_moments(
     alone: a run that is resumed draws the same.
 
     Args:
-        tx: any optimizer. What of its state is no array of floats, or a single number, is kept as
-            it is.
+        tx: an optimizer whose state is moments; what of it is no array of floats, or a single
+            number, is kept as it is. One that has weights in its state (averages of them,
+            schedule-free optimizers) would have these rounded, too, by more than a step moves
+            them: leave it, or what averages, outside of this.
         moments: "float32" is `tx` itself.
 
     Raises:

@@ -142,14 +142,31 @@ def bounded(limits: Mapping[str, tuple[float, float]]) -> optax.GradientTransfor
 def decays(path: str) -> bool:
     """Whether weight decay applies: kernels and embeddings, not biases or norm scales.
 
-    The rule of BERT's and GPT's training code, where decay is for matrices alone.
+    The rule of BERT's and GPT's training code, where decay is for matrices alone. A kernel in
+    factors is one, too.
     """
-    return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
+    *_, above, name = f"/{path}".split("/")
+    return name in ("kernel", "embedding") or above == "kernel"
 
 
 def mask_of(chosen: Callable[[str], bool]) -> Callable[[PyTree], PyTree]:
     """An Optax mask, ``params -> tree of bools``, of the leaves whose path is chosen."""
     return lambda params: map_with_path(lambda path, _: chosen(path), params)
+
+
+def clip_gradient(max_grad_norm: float) -> optax.GradientTransformation:
+    """Gradients scaled down to a global norm, as `adamw` and the other optimizers begin.
+
+    Args:
+        max_grad_norm: the norm; infinity for none.
+
+    Raises:
+        ValueError: it is not above 0: at 0 nothing would train, below gradients would turn round.
+    """
+    # One that is part of an optimizer's state is an array, on which no branch may depend.
+    if isinstance(max_grad_norm, int | float) and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm} must be above 0; math.inf clips nothing")
+    return optax.clip_by_global_norm(max_grad_norm)
 
 
 def adamw(
@@ -167,11 +184,11 @@ def adamw(
 
     Args:
         learning_rate: a number or an Optax schedule of the step.
-        max_grad_norm: global norm the gradient is clipped to.
+        max_grad_norm: global norm the gradient is clipped to; infinity for none.
         decay: says by leaf path which weights decay.
         moments: as what both moments are kept, see `fmjax.train.moments.keep_moments`.
     """
     tx = optax.adamw(
         learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask_of(decay)
     )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), keep_moments(tx, moments))
+    return optax.chain(clip_gradient(max_grad_norm), keep_moments(tx, moments))

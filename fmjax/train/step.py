@@ -25,6 +25,7 @@ from fmjax.types import (
     StepFn,
     TrainState,
     Variables,
+    at_least_float32,
 )
 
 
@@ -49,18 +50,24 @@ def init_state(
             is a split, not a mask: frozen leaves get no gradient, decay or optimizer memory.
 
     Raises:
-        ValueError: nothing is trainable, or `rng` is not a typed key.
+        ValueError: nothing is trainable, or what has no gradient, or `rng` is not a typed key.
     """
-    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+    if not (isinstance(rng, Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
+        kind = f"has dtype {rng.dtype}" if isinstance(rng, Array) else f"is {rng!r}"
         raise ValueError(
-            f"rng has dtype {rng.dtype}; a typed key is needed: jax.random.key(seed), "
-            "not jax.random.PRNGKey(seed)"
+            f"rng {kind}; a typed key is needed: jax.random.key(seed), not jax.random.PRNGKey(seed)"
         )
     trainable, non_trainable = split(_unshared(variables), is_trainable)
     if not trainable:
         raise ValueError(
             f"is_trainable holds for none of the {len(flatten(variables))} leaves; "
             f"paths look like {next(iter(flatten(variables)), '(no leaves)')!r}"
+        )
+    if whole := [path for path, leaf in flatten(trainable).items() if not _has_gradient(leaf)]:
+        raise ValueError(
+            f"is_trainable chooses {', '.join(whole[:3])} ({len(whole)} in all), which are whole "
+            "numbers and have no gradient; choose others (of a quantised model its adapters, or "
+            "fmjax.methods.quantization.is_float(variables))"
         )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -72,6 +79,11 @@ def init_state(
             jnp.array(jax.random.key_data(rng)), impl=jax.random.key_impl(rng)
         ),
     )
+
+
+def _has_gradient(leaf: Any) -> bool:
+    """Whether all arrays that a leaf is made of are floating-point numbers."""
+    return all(jnp.issubdtype(part.dtype, jnp.inexact) for part in jax.tree.leaves(leaf))
 
 
 def _unshared(variables: Variables) -> Variables:
@@ -202,7 +214,7 @@ def _scaled(values: PyTree, weight: Array) -> PyTree:
     """values * weight, of float32 at the least: below it, sums of many pieces stop growing."""
 
     def scaled(x: Array) -> Array:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(at_least_float32(x.dtype))
         return x * weight.astype(x.dtype)
 
     return jax.tree.map(scaled, values)

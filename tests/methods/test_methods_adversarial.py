@@ -127,10 +127,17 @@ def test_trades():
     whole, aux = trades(model, loss, beta=6.0, **sizes)(variables, batch, rng)
     plain, _ = trades(model, loss, beta=0.0, **sizes)(variables, batch, rng)
     np.testing.assert_allclose(whole, plain + 6 * aux.metrics["divergence"].value, rtol=1e-5)
-    first = jax.random.split(rng, 3)[1]
-    np.testing.assert_allclose(plain, loss(variables, batch, first)[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        plain, loss(variables, batch, jax.random.split(rng)[1])[0], rtol=1e-6
+    )
     assert aux.metrics["divergence"].value > 0
     assert aux.metrics["divergence"].weight == 7
+    assert model.config.dropout
+    del batch["weight"]  # all rows count
+    still = trades(model, loss, **(sizes | {"epsilon": 0.0}))(variables, batch, rng)[1]
+    divergence = still.metrics["divergence"]
+    assert divergence.total == 0, "both passes drop the same units"
+    assert divergence.weight == 8
 
 
 def sentences(family="bert"):

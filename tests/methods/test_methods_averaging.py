@@ -74,7 +74,7 @@ class Net(nn.Module):
 
 def net_loss(variables, batch, rng):
     x, updates = Net().apply(variables, batch["x"], mutable=["batch_stats"])
-    mean = Mean.of(jnp.sum(x, axis=-1), batch["weight"])
+    mean = Mean.of(jnp.sum(x, axis=-1), batch.get("weight", jnp.ones(len(x))))
     return mean.value, Aux(mean.weight, {}, updates)
 
 
@@ -113,6 +113,8 @@ def test_statistics_are_those_of_pytorch_after_a_pass():
         assert int(ours["count"]) == int(reference.num_batches_tracked) == 3
     jax.tree.map(np.testing.assert_array_equal, found["batch_stats"]["constant"], constant)
     jax.tree.map(np.testing.assert_array_equal, found["params"], variables["params"])
+    plain = with_statistics(net_loss, variables, [{"x": part} for part in parts])
+    jax.tree.map(np.testing.assert_array_equal, plain, found)
 
 
 def test_statistics_that_cannot_be_are_refused():

@@ -21,7 +21,7 @@ from fmjax.methods.federated import (
     pseudo_gradient,
 )
 from fmjax.methods.privacy import private_gradient
-from fmjax.train import accumulate, gradient, init_state, make_train_step
+from fmjax.train import accumulate, gradient, init_state, jit_step, make_train_step
 from fmjax.types import Aux, Mean
 
 KEY = jax.random.key(5)
@@ -146,6 +146,11 @@ def test_proximal_pulls_by_the_gradient_of_its_term():
     tx = proximal(mu)
     grads, _ = tx.update(gradient(plain_loss)(params, {}, batch, None)[0], tx.init(anchor), params)
     chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
+    # Outside of a client, too, where a step donates the state.
+    whole = optax.chain(tx, optax.sgd(0.1))
+    step = jit_step(make_train_step(gradient(plain_loss), whole))
+    state, _ = step(init_state(jax.tree.map(jnp.copy, params), whole, KEY), batch)
+    chex.assert_trees_all_equal(state.opt_state[0], params)
 
 
 def test_adaptive_servers_are_algorithm_2():
@@ -153,7 +158,7 @@ def test_adaptive_servers_are_algorithm_2():
     for tx, b1, second in (
         (fed_adagrad(0.1), 0.0, lambda v, s: v + s),
         (fed_adam(0.1), 0.9, lambda v, s: 0.99 * v + 0.01 * s),
-        (fed_yogi(0.1), 0.9, lambda v, s: v - 0.01 * s * np.sign(v - s)),
+        (fed_yogi(optax.constant_schedule(0.1)), 0.9, lambda v, s: v - 0.01 * s * np.sign(v - s)),
     ):
         w, m, v = np.zeros(3), np.zeros(3), np.full(3, 1e-6)
         params = jnp.zeros(3)

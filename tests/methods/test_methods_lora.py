@@ -271,6 +271,10 @@ def test_bad_targets_and_numbers(base, tmp_path):
         lora.add(variables, key, rank=0, alpha=-1, dropout=1)
     with pytest.raises(ValueError, match=r"(?s)no module; near are .*attn/query.*no dense kernel"):
         lora.add(variables, key, rank=2, alpha=2, targets=("*/attn/querry", "embed/word"))
+    with pytest.raises(ValueError, match=r"'q_proj' .* near are .*\*/attn/query"):
+        lora.add(variables, key, rank=2, alpha=2, targets=("q_proj",))
+    with pytest.raises(ValueError, match="targets: one text was given where a list"):
+        lora.add(variables, key, rank=2, alpha=2, targets="*/attn/query")
     with pytest.raises(ValueError, match="width=0"):
         bottleneck.add(variables, key, width=0)
     with pytest.raises(ValueError, match="nothing to adapt"):

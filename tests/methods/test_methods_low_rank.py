@@ -3,14 +3,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from made_up import made
 
 from fmjax.methods import lora
 from fmjax.methods.adapted_layers import merge_adapters
 from fmjax.methods.low_rank import factorise
+from fmjax.methods.pruning import masked, n_of_m_masks
+from fmjax.methods.selection import gradual_unfreezing, layerwise_decay
 from fmjax.nn.compact import Factors, whole_arrays
 from fmjax.perf.flops import count_flops
+from fmjax.train import adamw
 from fmjax.tree import count_parameters, flatten, stack_layers, unstack_layers
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
@@ -71,6 +75,34 @@ def test_adapters_on_factors():
     merged = merge_adapters(adapted)
     assert not any(isinstance(leaf, Factors) for leaf in flatten(merged).values())
     np.testing.assert_allclose(apply(merged), apply(adapted), rtol=1e-5, atol=1e-6)
+
+
+def test_optimizers_see_factors_as_the_kernel_they_stand_for():
+    """Decay, rates by depth, and masks of other kernels; all from gradients of 0."""
+    kernel = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    block = {"up": {"kernel": jnp.asarray(kernel)}, "down": {"kernel": jnp.asarray(kernel)}}
+    whole = {"params": {"layers_0": block, "head": {"bias": jnp.ones(2)}}}
+    thin = factorise(whole, targets=("*/up",), rank=2)
+    masks = n_of_m_masks(whole, targets=("*/down/kernel",))
+    tx = optax.chain(
+        adamw(1.0, weight_decay=0.5),
+        layerwise_decay(0.5, thin),
+        gradual_unfreezing(optax.identity(), thin, starts=[0]),
+    )
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, thin), tx.init(thin), thin)
+    found, before = flatten(updates), flatten(thin)
+    for place in ("up", "down"):
+        path = f"params/layers_0/{place}/kernel"
+        expected = jax.tree.map(lambda x: -0.25 * x, before[path])
+        jax.tree.map(np.testing.assert_array_equal, found[path], expected)
+    pruned = masked(tx, masks)
+    updates, _ = pruned.update(jax.tree.map(jnp.zeros_like, thin), pruned.init(thin), thin)
+    done = flatten(optax.apply_updates(thin, updates))
+    assert (done["params/layers_0/down/kernel"] == 0).sum() == 8
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, 0.75 * y, rtol=1e-6),
+        done["params/layers_0/up/kernel"], before["params/layers_0/up/kernel"],
+    )  # fmt: skip
 
 
 def test_refusals():

@@ -165,3 +165,18 @@ def test_matrices_of_squares_are_spared():
 def test_weights_are_needed():
     with pytest.raises(ValueError, match="needs the params"):
         layer_by_layer(optax.identity()).update({}, ((), ()))
+
+
+@pytest.mark.parametrize("make", [adamw, muon, lamb, adafactor, lion])
+def test_a_norm_that_would_stop_or_turn_gradients_is_refused(make):
+    for norm in (0, -1.0, np.nan):
+        with pytest.raises(ValueError, match=f"max_grad_norm={norm} must be above 0"):
+            make(0.1, max_grad_norm=norm)
+
+
+def test_an_infinite_norm_clips_nothing():
+    params, (grads, *_) = kernel_and_bias()
+    (free,) = taken(adamw(0.1, max_grad_norm=np.inf), params, [grads])
+    (large,) = taken(adamw(0.1, max_grad_norm=1e9), params, [grads])
+    for path, leaf in free.items():
+        np.testing.assert_array_equal(leaf, large[path])

@@ -216,6 +216,8 @@ def test_what_would_break_the_guarantee_is_refused():
         private(clip_norm=0, noise_multiplier=-1, expected_batch_size=0, microbatch_size=0)
     with pytest.raises(ValueError, match="relative to the bound"):
         private(clip_norm=np.inf, noise_multiplier=1.0)
+    with pytest.raises(ValueError, match="the bound is inf"):
+        private(clip_norm=np.inf, clip=clip_automatically)(params, {}, batch, KEY)
     with pytest.raises(ValueError, match="do not accumulate"):
         accumulate(private(expected_batch_size=16, microbatch_size=4), 2)(params, {}, batch, KEY)
     with pytest.raises(ValueError, match="no multiple of microbatch_size=5"):

@@ -212,6 +212,8 @@ def test_prompts_that_do_not_fit():
         call({"input_ids": IDS}, after=-1)
     with pytest.raises(ValueError, match="already"):
         prompt_tuning.create(tuned, jax.random.key(0), length=2)
+    with pytest.raises(ValueError, match="init='zeros' is not"):
+        prompt_tuning.create(variables, jax.random.key(0), length=2, init="zeros")
     with pytest.raises(ValueError, match=r"length=0.*\n.*vocabulary=0"):
         prompt_tuning.create(variables, jax.random.key(0), length=0, vocabulary=0)
     with pytest.raises(ValueError, match=r"rows for sets=2.*\n.*\[200\]"):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from made_up import made, texts
 
@@ -18,7 +19,7 @@ from fmjax.methods.quantization import (
 )
 from fmjax.nn.compact import Quantized, normal_levels, packed, rows, unpacked, whole, whole_arrays
 from fmjax.tasks import sequence_classification
-from fmjax.train import gradient
+from fmjax.train import gradient, init_state
 from fmjax.tree import flatten, stack_layers, unstack_layers
 
 W = np.random.default_rng(0).normal(size=(3, 16, 6)).astype(np.float32)
@@ -209,5 +210,11 @@ def test_twice_is_refused():
     assert whole(flatten(kept)["params/dense_0/kernel"]).shape == (3, 8)
     with pytest.raises(ValueError, match="Quantized"):
         quantize(kept, bits=8)
+    with pytest.raises(ValueError, match="targets: one text was given"):
+        quantize(variables, bits=8, targets="params/*/kernel")
+    with pytest.raises(
+        ValueError, match=r"chooses params/dense_0/kernel \(1 in all\), which are w"
+    ):
+        init_state(kept, optax.sgd(0.1), jax.random.key(0))
     with pytest.raises(ValueError, match="2 to 16"):
         quantization_aware(lambda *_: None, bits=1)

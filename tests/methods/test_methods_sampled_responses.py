@@ -295,6 +295,9 @@ def test_what_does_not_fit_is_refused(policy, drawn):
     without = {name: leaf for name, leaf in drawn.items() if name != "reference_log_probs"}
     with pytest.raises(ValueError, match="needs reference_log_probs"):
         grpo_loss(model)(variables, {**without, "advantages": jnp.ones(12)}, None)
+    values = {"values": jnp.zeros((12, 8)), "returns": jnp.zeros((12, 8))}
+    with pytest.raises(ValueError, match="no 'value_head'; make them by with_critic"):
+        ppo_loss(model)(variables, {**drawn, "advantages": jnp.ones((12, 8)), **values}, None)
     with pytest.raises(ValueError, match=r"no \['values'\]"):
         ppo_prepare()(variables, drawn, jnp.ones(12))
     state = init_state({"params": variables["params"]}, optax.sgd(0.1), jax.random.key(0))

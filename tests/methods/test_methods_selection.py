@@ -65,6 +65,7 @@ def test_patterns():
         (["!params/head/*"], "without '!'"),
         (["params/head/*", "!params/*"], "leave nothing"),
         (["params/*"], "give no is_trainable"),
+        ("params/*", "patterns: one text was given where a list"),
         (["*"], "give no is_trainable"),
     ],
 )

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from fmjax.methods.spikes import skip_spikes
-from fmjax.train import gradient, init_state, make_train_step
+from fmjax.train import adamw, fit, gradient, init_state, jit_step, make_train_step
 from fmjax.types import Aux
 
 PARAMS = {"params": {"w": jnp.ones(2)}}
@@ -83,6 +83,40 @@ def test_the_train_step_gives_the_loss():
     state, _ = step(state, {"x": jnp.array([[jnp.inf, 1.0]])})
     np.testing.assert_array_equal(state.trainable["params"]["w"], np.ones(2))
     assert int(state.opt_state.skipped) == 1
+
+
+def test_updates_of_another_dtype_than_the_gradients():
+    """As `keep_moments` makes them, which computes in float32."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    tx = skip_spikes(adamw(0.1, moments="bfloat16"))
+    updates, state = tx.update(params, tx.init(params), params, value=jnp.float32(1.0))
+    assert (updates["params"]["w"] != 0).all()
+    updates, state = tx.update(params, state, params, value=jnp.float32(jnp.nan))
+    assert (updates["params"]["w"] == 0).all()
+    assert int(state.skipped) == 1
+
+
+def test_a_run_goes_on_behind_them():
+    def loss(variables, batch, rng):
+        return jnp.sum(variables["params"]["w"] * batch["x"][0]), Aux(jnp.ones(()), {}, {})
+
+    def run(tx, numbers, forgiven):
+        events = []
+        step = jit_step(make_train_step(gradient(loss), tx))
+        state = init_state(jax.tree.map(jnp.copy, PARAMS), tx, jax.random.key(0))
+        batches = iter([{"x": np.array([[x, 1.0]], np.float32)} for x in numbers])
+        hooks = [(len(numbers), events.append)]
+        state = fit(state, step, batches, steps=len(numbers), hooks=hooks, forgiven=forgiven)
+        return state, events[0].metrics["loss"]
+
+    numbers = [1.0, np.inf, np.nan, 1.0, np.inf]
+    state, mean = run(skip_spikes(optax.sgd(0.1)), numbers, 2)
+    alone, expected = run(optax.sgd(0.1), [1.0, 1.0], 0)
+    chex.assert_trees_all_equal(state.trainable, alone.trainable)
+    assert mean == expected
+    assert int(state.opt_state.skipped) == 3
+    with pytest.raises(FloatingPointError, match="step 3: loss is nan"):
+        run(skip_spikes(optax.sgd(0.1)), numbers, 1)
 
 
 def test_bad_settings():

@@ -41,10 +41,10 @@ def run(tmp_path):
             seen.append(jax.device_get(flatten(state.trainable["params"])))
             return {"loss": float(len(seen))}  # the first is the best
 
-        settings = {"epochs": 1, "evaluations": 3, "learning_rate": 0.1} | settings
+        settings = {"epochs": 1, "evaluations": 3, "learning_rate": 0.1, "warmup": 0.0} | settings
         settings = Training(
-            output=tmp_path / str(ema), batch_size=4, warmup=0.0, ema=ema, mesh=mesh, **settings,
-        )  # fmt: skip
+            output=tmp_path / str(ema), batch_size=4, ema=ema, mesh=mesh, **settings
+        )
         state = train(
             settings,
             model,
@@ -74,8 +74,6 @@ def test_averages_are_evaluated_and_returned(run):
     for name in by_hand:  # of the best evaluation
         np.testing.assert_array_equal(left[name], seen[1][name])
         np.testing.assert_array_equal(left_average[name], averaged[1][name])
-    with pytest.raises(ValueError, match=r"decay is 1\.5"):
-        run(1.5)
 
 
 def test_a_run_goes_on_on_another_mesh(run, tmp_path):
@@ -96,9 +94,22 @@ def test_a_run_goes_on_on_another_mesh(run, tmp_path):
 
 
 def test_lengths_of_no_run_are_refused(run):
-    problems = "(?s)epochs=-1.0 .*max_steps=0 .*evaluations=-3 "
+    wrong = {
+        "epochs": -1.0, "max_steps": 0, "microbatches": 0, "learning_rate": -1.0, "warmup": 10.0,
+        "weight_decay": -1.0, "ema": 1.5, "evaluations": -3, "patience": 0,
+    }  # fmt: skip
+    problems = "(?s)" + "".join(f".*{name}={value} must be " for name, value in wrong.items())
     with pytest.raises(ValueError, match=problems):
-        run(None, epochs=-1.0, max_steps=0, evaluations=-3)
+        run(**wrong)
+    with pytest.raises(ValueError, match=r"warmup=-0\.1 must be a share"):
+        run(None, warmup=-0.1)
+    with pytest.raises(ValueError, match=r"profile='2:4' ends after .* 3 steps"):
+        run(None, profile="2:4")
+
+
+def test_evaluated_less_often_than_once_an_epoch(run):
+    seen, _ = run(None, epochs=3, evaluations=0.5, schedule="inverse_sqrt")
+    assert len(seen) == 1 + 2, "after 6 of 9 steps, and at the end"
 
 
 def test_precisions_reach_the_step(run, monkeypatch):

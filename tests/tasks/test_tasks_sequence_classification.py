@@ -78,7 +78,7 @@ def test_padding_rows_do_not_count(kind):
     model, variables = make_model(kind)
     loss_fn = task.loss(model, train=False)
     part, aux = loss_fn(variables, make_batch(kind, (1, 0, 1, 0)), None)
-    kept = {name: value[[0, 2]] for name, value in make_batch(kind).items()}
+    kept = {n: value[[0, 2]] for n, value in make_batch(kind).items() if n != "weight"}
     whole, kept_aux = loss_fn(variables, kept, None)
     np.testing.assert_allclose(part, whole, rtol=1e-5)
     for name, mean in aux.metrics.items():
@@ -98,6 +98,8 @@ def test_labels_that_are_no_class():
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     assert aux.weight == aux.metrics["accuracy"].weight == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match=r"labels are int.* \[4, 1\]; classes are int \[B\]"):
+        run(variables, {}, batch | {"labels": batch["labels"][:, None]}, None)
     for wrong in (3, -1):
         assert np.isnan(run(variables, {}, batch | {"labels": np.array([0, wrong, 1, 7])}, None)[1])
 

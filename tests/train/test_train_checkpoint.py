@@ -277,12 +277,16 @@ def test_an_unreadable_checkpoint_is_named_with_the_way_out(tmp_path):
             checkpoints.restore_last(abstract())
         assert str(tmp_path / "5") in str(error.value)
     shutil.rmtree(tmp_path / "5")
-    (tmp_path / "3" / "run" / "metadata").write_text('{"leaves": ')
-    with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(ValueError, match=r"cannot be read.*delete.* to start again"),
-    ):
-        checkpoints.restore_last(abstract())
+    file = tmp_path / "3" / "run" / "metadata"
+    run = json.loads(file.read_text())
+    others = [[], run | {"memory": {"windows": {}, "best": 3}}, {"leaves": run["leaves"]}]
+    for text in ('{"leaves": ', *map(json.dumps, others)):
+        file.write_text(text)
+        with (
+            Checkpoints(tmp_path) as checkpoints,
+            pytest.raises(ValueError, match=r"cannot be read.*delete.* to start again"),
+        ):
+            checkpoints.restore_last(abstract())
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):

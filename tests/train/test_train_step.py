@@ -325,6 +325,7 @@ def test_warmup_linear():
     ("call", "words"),
     [
         (lambda: init_state(make_variables(), TX, jax.random.PRNGKey(0)), "typed key"),
+        (lambda: init_state(make_variables(), TX, 0), "rng is 0; a typed key"),
         (lambda: init_state(make_variables(), TX, jax.random.key(0), lambda p: False), "none of"),
         (lambda: accumulate(gradient(loss_fn), 0), "num_microbatches is 0"),
         (lambda: run(jit_step(make_train_step(accumulate(gradient(loss_fn), 3), TX))), "16"),
@@ -360,6 +361,8 @@ def test_a_batch_that_does_not_divide_is_refused(wrap):
     state = init_state(make_variables(), TX, jax.random.key(0))
     with pytest.raises(ValueError, match=r"18.*do not divide by the 4 devices"):
         step(state, make_batch(size=18))
+    with pytest.raises(ValueError, match=r"batch \['one', 'two'\] are no arrays"):
+        step(state, make_batch() | {"one": 1.0, "two": [1, 2]})
 
 
 def test_a_sharding_table_that_does_not_fit_lists_every_problem():
