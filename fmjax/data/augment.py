@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from fmjax.data.columns import IGNORED_LABEL
 from fmjax.types import Batch
 
 ImageFn = Callable[[Array, Array], Array]
@@ -27,7 +27,11 @@ BatchFn = Callable[[Array, Batch], Batch]
 
 
 def each_image(*functions: ImageFn) -> BatchFn:
-    """Applies functions of a picture to every picture, one after another, each with its own key."""
+    """Applies functions of a picture to every picture, one after another, each with its own key.
+
+    Raises:
+        ValueError: when called, pictures that are not floats.
+    """
 
     def of_image(rng: Array, image: Array) -> Array:
         for key, function in zip(jax.random.split(rng, len(functions)), functions, strict=True):
@@ -35,7 +39,7 @@ def each_image(*functions: ImageFn) -> BatchFn:
         return image
 
     def of_batch(rng: Array, batch: Batch) -> Batch:
-        images = jnp.asarray(batch["pixel_values"])
+        images = _floats(batch)
         keys = jax.random.split(rng, len(images))
         return {**batch, "pixel_values": jax.vmap(of_image)(keys, images)}
 
@@ -175,17 +179,22 @@ def mixup(alpha: float, num_labels: int) -> BatchFn:
 
     Args:
         alpha: of the Beta distribution of the share, one draw a batch.
-        num_labels: C, for labels that are class indices.
+        num_labels: C, for labels that are class indices; rows of -100 get no weight.
+
+    Raises:
+        ValueError: an alpha that is not positive; when called, pictures that are not floats.
     """
     if alpha <= 0:
         raise ValueError(f"alpha is {alpha}; it must be positive")
 
     def of_batch(rng: Array, batch: Batch) -> Batch:
         share = jax.random.beta(rng, alpha, alpha)
-        images, labels = jnp.asarray(batch["pixel_values"]), shares(batch["labels"], num_labels)
-        other = _partner(batch)
+        images = _floats(batch)
+        labels, weight = shares(batch, num_labels)
+        other = _partner(weight)
         return {
             **batch,
+            "weight": weight,
             "pixel_values": share * images + (1 - share) * images[other],
             "labels": share * labels + (1 - share) * labels[other],
         }
@@ -199,21 +208,26 @@ def cutmix(alpha: float, num_labels: int) -> BatchFn:
 
     Args:
         alpha: of the Beta distribution of the share that stays, one draw a batch.
-        num_labels: C, for labels that are class indices.
+        num_labels: C, for labels that are class indices; rows of -100 get no weight.
+
+    Raises:
+        ValueError: an alpha that is not positive.
     """
     if alpha <= 0:
         raise ValueError(f"alpha is {alpha}; it must be positive")
 
     def of_batch(rng: Array, batch: Batch) -> Batch:
         first, second = jax.random.split(rng)
-        images, labels = jnp.asarray(batch["pixel_values"]), shares(batch["labels"], num_labels)
+        images = jnp.asarray(batch["pixel_values"])
+        labels, weight = shares(batch, num_labels)
         rows, columns = images.shape[1:3]
         side = jnp.sqrt(1 - jax.random.beta(first, alpha, alpha))
         inside = _rectangle(second, (rows, columns), rows * side, columns * side)
-        other = _partner(batch)
+        other = _partner(weight)
         kept = 1 - jnp.mean(inside.astype(jnp.float32))
         return {
             **batch,
+            "weight": weight,
             "pixel_values": jnp.where(inside[None, :, :, None], images[other], images),
             "labels": kept * labels + (1 - kept) * labels[other],
         }
@@ -221,14 +235,33 @@ def cutmix(alpha: float, num_labels: int) -> BatchFn:
     return of_batch
 
 
-def shares(labels: Array | np.ndarray, num_labels: int) -> Array:
-    """Class indices [B] as shares [B, C]; shares stay as they are."""
-    return jax.nn.one_hot(labels, num_labels) if labels.ndim == 1 else jnp.asarray(labels)
+def shares(batch: Batch, num_labels: int) -> tuple[Array, Array]:
+    """Labels as shares [B, C], and each row's weight [B].
+
+    Class indices [B] become shares, of one that is no class nan, and rows of -100 lose their
+    weight, as those of losses have none; what are shares stays.
+    """
+    labels = jnp.asarray(batch["labels"])
+    weight = jnp.asarray(batch.get("weight", jnp.ones(len(labels))), jnp.float32)
+    if labels.ndim > 1:
+        return labels, weight
+    weight = jnp.where(labels == IGNORED_LABEL, 0.0, weight)
+    unknown = ((labels < 0) | (labels >= num_labels)) & (weight > 0)
+    return jnp.where(unknown[:, None], jnp.nan, jax.nn.one_hot(labels, num_labels)), weight
 
 
-def _partner(batch: Batch) -> Array:
+def _floats(batch: Batch) -> Array:
+    images = jnp.asarray(batch["pixel_values"])
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"pixel_values are {images.dtype}; augmentation takes floats from 0 to 1: put the "
+            "functions before the loss by fmjax.tasks.pixels.augmented, or divide bytes by 255"
+        )
+    return images
+
+
+def _partner(weight: Array) -> Array:
     """Which example each is blended with, int [B]: the next one of weight, so never padding."""
-    weight = jnp.asarray(batch["weight"])
     count = jnp.sum(weight > 0)
     order = jnp.argsort(weight <= 0, stable=True)  # examples first
     rank = jnp.argsort(order)
