@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fmjax.nn.vision import grid_of, pair, patchify, unpatchify
-from fmjax.tasks.apply import apply_fn, means, once
+from fmjax.tasks.apply import apply_fn, means, once, row_weights
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 
@@ -39,8 +39,8 @@ def targets(model: Any, pixel_values: Array) -> Array:
 def loss(model: Any, *, train: bool = True) -> LossFn:
     """The mean squared error of masked patches' pixels, averaged over them.
 
-    Batches have ``pixel_values`` float [B, X, Y, C], ``weight`` float [B], 0 for padding rows, and
-    perhaps ``noise`` [B, N]; without it the call's key draws which patches are masked.
+    Batches have ``pixel_values`` float [B, X, Y, C], perhaps ``weight`` float [B], 0 for padding
+    rows, and perhaps ``noise`` [B, N]; without it the call's key draws which patches are masked.
 
     Args:
         model: a ViT-MAE with the head ``pretraining``.
@@ -59,7 +59,7 @@ def loss(model: Any, *, train: bool = True) -> LossFn:
         assert output.logits is not None
         assert output.mask is not None
         errors = jnp.square(output.logits - targets(model, pixels)).mean(axis=-1)  # [B, N]
-        weights = output.mask * jnp.asarray(batch["weight"])[:, None]
+        weights = output.mask * row_weights(batch, len(pixels))[:, None]
         mean = Mean.of(errors, weights)
         return mean.value, Aux(mean.weight, {}, updates)
 

@@ -14,7 +14,7 @@ from jax import Array
 
 from fmjax.metrics.classification import classification_metrics, multi_label_metrics
 from fmjax.metrics.regression import regression_metrics
-from fmjax.tasks.apply import apply_fn, collect, once
+from fmjax.tasks.apply import apply_fn, collect, once, row_weights
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.vocabulary_loss import is_known
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
@@ -51,13 +51,17 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
 
     Batches have ``labels``: int [B], -100 where a row does not count (or the classes' shares, float
     [B, C], where examples are blended), float [B, C] of 0 and 1, or float [B] (or [B, C]); and
-    ``weight`` float [B], 0 for padding rows. Another label that is no class makes the loss nan.
+    perhaps ``weight`` float [B], 0 for padding rows. Another label that is no class makes the loss
+    nan.
 
     Args:
         model: with the head ``sequence_classification`` or ``image_classification``.
         train: whether dropout is on.
         label_smoothing: share of probability spread over all classes (Szegedy et al. 2016,
             arXiv:1512.00567, section 7); for single labels only.
+
+    Raises:
+        ValueError: `label_smoothing` out of range; of the loss, labels of another shape.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1)")
@@ -66,11 +70,23 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         raise ValueError(f"label_smoothing={label_smoothing} is for single labels, not for {kind}")
     apply = apply_fn(model)
 
+    def check(labels: Array, shape: tuple[int, ...]) -> None:
+        """What has not its own shape would be repeated over rows or classes, and trained on."""
+        shapes = [shape]
+        if kind == SINGLE or (kind == REGRESSION and shape[1] == 1):
+            shapes.insert(0, shape[:1])
+        if labels.shape not in shapes:
+            raise ValueError(
+                f"labels have the shape {labels.shape}; for logits {shape} of {kind} they must be "
+                f"{' or '.join(map(str, shapes))}"
+            )
+
     def losses_of(logits: Array, labels: Array) -> Array:  # [B, C] -> [B]
         if kind == SINGLE:
             if labels.ndim == 1:
                 return class_losses(logits, labels, label_smoothing)
-            return optax.softmax_cross_entropy(logits, optax.smooth_labels(labels, label_smoothing))
+            shares = optax.smooth_labels(labels.astype(jnp.float32), label_smoothing)
+            return optax.softmax_cross_entropy(logits, shares)
         if kind == MULTI:
             return optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=-1)
         labels = labels.reshape(logits.shape).astype(jnp.float32)
@@ -78,8 +94,10 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
 
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         output, updates = apply(variables, batch, rng, train=train)
-        logits, labels, weights = output.logits, jnp.asarray(batch["labels"]), batch["weight"]
+        logits, labels = output.logits, jnp.asarray(batch["labels"])
         assert logits is not None  # [B, C]
+        check(labels, logits.shape)
+        weights = row_weights(batch, len(labels))
         metrics = {}
         if kind == SINGLE:
             if labels.ndim == 1:
