@@ -28,7 +28,7 @@ def pair(size: int | tuple[int, ...]) -> tuple[int, int]:
 
 
 def check_pixels(pixel_values: Array, channels: int) -> None:
-    """Refuses anything but images [B, X, Y, C] of floats: bytes were read as if they were normalised.
+    """Refuses anything but images [B, X, Y, C] of floats: bytes would pass for normalised ones.
 
     Raises:
         ValueError: the shape or the kind of number is another.
