@@ -1,17 +1,20 @@
 """Augmentation as pure functions that run on the device, on whole batches of pictures.
 
-Three kinds of function, each made by one that takes its strength:
+Two kinds of function, each made by one that takes its strength:
 
 - of a picture: ``(rng, image [X, Y, C]) -> image``, pixels from 0 to 1 (`flip`, `shift_crop`,
   `resized_crop`, `erase`); `each_image` makes a batch's of several.
-- of a batch: ``(rng, batch) -> batch`` (`mixup`, `cutmix`), where labels become shares [B, C].
-- `fmjax.tasks.pixels.augmented` puts them before a loss.
+- of a batch: ``(rng, batch) -> batch`` (`mixup`, `cutmix`), where labels become shares [B, C];
+  `flip_objects` and `flip_segments` turn boxes and labels of pixels with the pictures.
+
+`fmjax.tasks.pixels.augmented` puts them before a loss.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,9 @@ BatchFn = Callable[[Array, Batch], Batch]
 
 def each_image(*functions: ImageFn) -> BatchFn:
     """Applies functions of a picture to every picture, one after another, each with its own key.
+
+    Nothing but ``pixel_values`` changes: what is known of places in the picture is turned with it
+    by `flip_objects` and `flip_segments` alone.
 
     Raises:
         ValueError: when called, pictures that are not floats.
@@ -66,20 +72,42 @@ def flip(share: float = 0.5) -> ImageFn:
 
 
 def flip_objects(share: float = 0.5) -> BatchFn:
-    """Left becomes right for a share of the pictures, and of the ``boxes`` [B, M, 4] with them."""
+    """Left becomes right for a share of the pictures, and of their ``boxes`` [B, M, 4] and, where
+    there is padding, their ``pixel_mask`` [B, X, Y] with them."""
     check_share("share", share)
 
     def of_batch(rng: Array, batch: Batch) -> Batch:
-        images, boxes = jnp.asarray(batch["pixel_values"]), jnp.asarray(batch["boxes"])
-        chosen = jax.random.bernoulli(rng, share, (len(images),))
+        boxes = jnp.asarray(batch["boxes"])
+        chosen = jax.random.bernoulli(rng, share, (len(boxes),))
         turned = boxes.at[..., 0].set(1 - boxes[..., 0])
         return {
-            **batch,
-            "pixel_values": jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images),
+            **_flipped(batch, chosen, ("pixel_values", "pixel_mask")),
             "boxes": jnp.where(chosen[:, None, None], turned, boxes),
         }
 
     return of_batch
+
+
+def flip_segments(share: float = 0.5) -> BatchFn:
+    """Left becomes right for a share of the pictures, and of their pixels' ``labels`` [B, X, Y]."""
+    check_share("share", share)
+
+    def of_batch(rng: Array, batch: Batch) -> Batch:
+        chosen = jax.random.bernoulli(rng, share, (len(batch["labels"]),))
+        return _flipped(batch, chosen, ("pixel_values", "labels"))
+
+    return of_batch
+
+
+def _flipped(batch: Batch, chosen: Array, names: tuple[str, ...]) -> dict[str, Any]:
+    """The batch with those of `names` that it has, [B, X, Y, ...], left for right where chosen."""
+    result = dict(batch)
+    for name in names:
+        if name in batch:
+            maps = jnp.asarray(batch[name])
+            where = chosen.reshape(-1, *[1] * (maps.ndim - 1))
+            result[name] = jnp.where(where, maps[:, :, ::-1], maps)
+    return result
 
 
 def shift_crop(padding: int) -> ImageFn:
@@ -240,8 +268,16 @@ def shares(batch: Batch, num_labels: int) -> tuple[Array, Array]:
 
     Class indices [B] become shares, of one that is no class nan, and rows of -100 lose their
     weight, as those of losses have none; what are shares stays.
+
+    Raises:
+        ValueError: labels of another shape, such as those of pixels.
     """
     labels = jnp.asarray(batch["labels"])
+    if labels.ndim != 1 and labels.shape[1:] != (num_labels,):
+        raise ValueError(
+            f"labels have the shape {labels.shape}; those of blended pictures must be class "
+            f"indices [B] or shares [B, {num_labels}]"
+        )
     weight = jnp.asarray(batch.get("weight", jnp.ones(len(labels))), jnp.float32)
     if labels.ndim > 1:
         return labels, weight
