@@ -494,9 +494,16 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     Raises:
         OSError: there is none.
     """
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
-    return AutoTokenizer.from_pretrained(find_folder(path_or_id))
+    folder = find_folder(path_or_id)
+    options = {}
+    # Of a family that is ours alone transformers would warn, and then do this itself.
+    if (folder / "config.json").is_file() and (
+        read_config(folder).get("model_type") not in CONFIG_MAPPING
+    ):
+        options["config"] = PreTrainedConfig()
+    return AutoTokenizer.from_pretrained(folder, **options)
 
 
 def load_generation_config(path_or_id: str | Path) -> GenerationConfig:

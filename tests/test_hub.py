@@ -15,7 +15,8 @@ from chex import assert_trees_all_close, assert_trees_all_equal
 
 import fmjax
 from fmjax import hub
-from fmjax.models import family_of
+from fmjax.data.tokenizer import train_tokenizer
+from fmjax.models import dalle, family_of
 from fmjax.tree import stack_layers
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -216,3 +217,13 @@ def test_a_key_gives_the_same_weights_however_layers_run(name):
     assert any(jax.tree.leaves(moved))
     _, low = fmjax.create(name, "tiny", rng=rng, dtype=jnp.bfloat16)
     assert_trees_all_equal(low, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loop))
+
+
+def test_tokenizers_of_families_that_are_ours_alone_come_without_a_warning(tmp_path, capfd):
+    tokenizer = train_tokenizer(["a red heart", "a blue flag"], kind="bytebpe", vocab_size=270)
+    config = dataclasses.replace(dalle.VARIANTS["tiny"], text_vocab_size=len(tokenizer))
+    model, variables = fmjax.create("dalle", config, head="causal_lm", rng=jax.random.key(0))
+    fmjax.save(tmp_path, model, variables, tokenizer)
+    read = fmjax.load_tokenizer(tmp_path)
+    assert read("a red flag")["input_ids"] == tokenizer("a red flag")["input_ids"]
+    assert "model of type" not in capfd.readouterr().err

@@ -77,5 +77,12 @@ def test_bad_recordings_are_refused():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="6 problems") as error:
         LogMel()(bad)
-    for words in ("one channel", "divide integers", "empty", "1 samples that are nan", "31.0 s", "of 9000"):
+    for words in (
+        "one channel",
+        "divide integers",
+        "empty",
+        "1 samples that are nan",
+        "31.0 s",
+        "of 9000",
+    ):
         assert words in str(error.value)

@@ -42,7 +42,7 @@ def test_bad_sounds_and_files_are_refused(tmp_path):
     for words in ("sound 0 has the shape (4, 2)", "above length=5", "sound 2 has samples"):
         assert words in str(error.value)
     integers = [np.array([300, -9000, 900], np.int16)]
-    with pytest.raises(ValueError, match="has int16 samples; without do_normalize .* by 32768"):
+    with pytest.raises(ValueError, match=r"has int16 samples; without do_normalize .* by 32768"):
         WaveformProcessor(do_normalize=False)(integers, 16_000)
     np.testing.assert_allclose(  # which does not matter where they are normalised
         WaveformProcessor()(integers, 16_000)["input_values"],
