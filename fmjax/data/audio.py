@@ -30,6 +30,7 @@ PEAK = 64.0
 """Floats beyond it, 36 dB above full scale, are no samples within 1."""
 MAX_SECONDS = 4 * 3600
 """What is read as a whole; longer sounds are read by `open_audio` in blocks."""
+SILENT = "it is silent: all samples are 0"
 MAGIC = (b"RIFF", b"RF64", b"fLaC")
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
 UNKNOWN_SIZE = 0xFFFFFFFF
@@ -119,7 +120,7 @@ def read_audio(source: Source, rate: int = RATE, *, max_seconds: float = MAX_SEC
         raise ValueError("it has no samples; record it again or leave it out")
     samples = np.concatenate(parts)
     if not samples.any():
-        changes = (*changes, "it is silent: all samples are 0")
+        changes = (*changes, SILENT)
     return Sound(samples, rate, changes)
 
 
