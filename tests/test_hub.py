@@ -15,6 +15,7 @@ from chex import assert_trees_all_close, assert_trees_all_equal
 
 import fmjax
 from fmjax import hub
+from fmjax.config import write_json
 from fmjax.data.tokenizer import train_tokenizer
 from fmjax.models import dalle, family_of
 from fmjax.tree import stack_layers
@@ -227,3 +228,12 @@ def test_tokenizers_of_families_that_are_ours_alone_come_without_a_warning(tmp_p
     read = fmjax.load_tokenizer(tmp_path)
     assert read("a red flag")["input_ids"] == tokenizer("a red flag")["input_ids"]
     assert "model of type" not in capfd.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    """Transformers makes one that knows no word; of tokenizers of bytes that is all there is."""
+    write_json(tmp_path / "config.json", {"model_type": "bert"})
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer .* give it to fmjax.save"):
+        fmjax.load_tokenizer(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+    assert fmjax.load_tokenizer(tmp_path)("a b")["input_ids"] == [100, 35, 101, 1]
