@@ -9,6 +9,10 @@ other things blurs. Validation losses of codes are least, 2.36 nats, after 375 o
 600 steps (of 2,000 they were least after 250): there are too few names. One seed, about 35 minutes
 of one CPU core.
 
+``--restarts 10`` begins unused codes anew where pictures are told worst. In a short run (160 steps
+of 16 pictures) 506 of 512 codes are used then, of a perplexity of 295 over the training pictures,
+in place of 38 and 14, at a squared error of 0.055 in place of 0.056; not measured yet: whole runs.
+
 First a VQGAN (without its discriminator), or with ``--image-tokenizer dvae`` DALL-E's discrete
 VAE, learns to write a picture as a grid of codes; then a transformer learns names and codes in a
 row. FID and KID are of pictures drawn for held-out names against the true ones, by the features of
@@ -22,7 +26,7 @@ heart"`` draws. An interrupted run is continued by the same command.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -60,7 +64,7 @@ from fmjax.train import (
     warmup_cosine,
 )
 from fmjax.train.recording import writable_folder
-from fmjax.types import LossFn, TrainState, Variables
+from fmjax.types import LossFn, StepFn, TrainState, Variables
 
 SPLITS = ("train", "val", "test")
 
@@ -85,6 +89,9 @@ class Settings:
     """Of its training."""
     tokenizer_rate: float = 1e-3
     """Peak of its learning rate."""
+    restarts: int = 0
+    """In the first half of its training, steps after which unused codes of a VQGAN begin anew at
+    what is told worst; 0 for never."""
     vocab_size: int = 1024
     """Of the tokenizer of names, at most."""
     text_length: int = 16
@@ -140,6 +147,7 @@ def learn(
     evaluate: Any,
     metric: str,
     pictures: Mapping[str, Pictures],
+    around: Callable[[StepFn], StepFn] = lambda step: step,
 ) -> TrainState | None:
     """One of the two trainings, a run in a folder of its own; None where a signal ended it."""
     schedule = warmup_cosine(rate, steps=steps, warmup=steps // 20)
@@ -151,7 +159,7 @@ def learn(
         dataclasses.replace(settings, output=settings.output / part),
         model,
         init_state(variables, tx, jax.random.key(settings.seed)),
-        jit_step(make_train_step(gradient(loss), tx)),
+        jit_step(around(make_train_step(gradient(loss), tx))),
         stream,
         steps=steps,
         every=max(1, math.ceil(steps / max(1, settings.evaluations))),
@@ -215,10 +223,14 @@ def train_image_tokenizer(
         totals = means(image_loss(settings, model, False), weights_of(state), once)
         return {name: total.value for name, total in totals.items()}
 
+    around = {}
+    if settings.restarts and settings.image_tokenizer == "vqgan":
+        every, half = settings.restarts, settings.tokenizer_steps // 2
+        around["around"] = lambda step: codes_of.restarting(step, model, every=every, steps=half)
     state = learn(
         settings, "image_tokenizer", model, variables, image_loss(settings, model, True), stream,
         steps=settings.tokenizer_steps, rate=settings.tokenizer_rate, evaluate=evaluate,
-        metric="squared_error", pictures=pictures,
+        metric="squared_error", pictures=pictures, **around,
     )  # fmt: skip
     if state is None:
         return None

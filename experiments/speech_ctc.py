@@ -36,7 +36,7 @@ TensorBoard events, report.html and the model as a folder.
 """
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ from fmjax.data.characters import Characters, characters_of
 from fmjax.data.columns import Columns
 from fmjax.data.mel_frames import MelFrames, mel_frames
 from fmjax.data.waveform import EPSILON, WaveformProcessor
-from fmjax.generate.ctc import prefix_beam
+from fmjax.generate.ctc import greedy, prefix_beam
 from fmjax.metrics.word_ngram import fit_word_ngram
 from fmjax.models import deepspeech2, wav2vec2
 from fmjax.recipes.ctc_transcription import Symbols
@@ -238,12 +238,14 @@ def run(settings: Settings) -> dict[str, Any]:
     def search(scores: np.ndarray) -> list[int]:
         return prefix_beam(scores, blank=blank, symbols=characters.pieces, scorer=scorer)[0].symbols
 
-    def evaluation(
-        state: TrainState, split: str, decode: Callable[..., list[int]] | None = None
-    ) -> task.Evaluation:
+    symbol_by_symbol = partial(greedy, blank=blank)
+
+    def evaluation(state: TrainState, split: str, *decodes: task.Decode) -> list[task.Evaluation]:
         once = evaluation_batches(columns[split], buckets=shapes, batch_size=32)
         size, text = len(sounds[split]), characters.decode
-        return task.evaluate(model, weights_of(state), once, size=size, text=text, decode=decode)
+        return task.evaluate_ways(
+            model, weights_of(state), once, size=size, text=text, decodes=decodes
+        )
 
     state = train(
         settings,
@@ -251,7 +253,7 @@ def run(settings: Settings) -> dict[str, Any]:
         variables,
         heard(task.loss(model), settings),
         stream,
-        evaluate=lambda state: evaluation(state, "val").metrics,
+        evaluate=lambda state: evaluation(state, "val", symbol_by_symbol)[0].metrics,
         metric="wer",
         mode="min",
         about={
@@ -267,8 +269,8 @@ def run(settings: Settings) -> dict[str, Any]:
     results: dict[str, Any] = {"best_step": int(state.step)}
     rows = []
     for split in [split for split in sounds if split != "train"]:
-        results[split] = evaluation(state, split).metrics
-        found = evaluation(state, split, search)
+        plain, found = evaluation(state, split, symbol_by_symbol, search)
+        results[split] = plain.metrics
         results[split] |= {f"searched_{name}": value for name, value in found.metrics.items()}
         pairs = zip(found.references[:10], found.predictions[:10], strict=True)
         rows += [(split, *pair) for pair in pairs]

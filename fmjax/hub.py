@@ -35,6 +35,7 @@ from fmjax.weights import (
     rule_tensor_names,
     write_checkpoint,
 )
+from fmjax.weights.strict_json import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -488,15 +489,35 @@ def save(
     return folder
 
 
+VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
+"""Files of which a tokenizer has one at least, unless its tokens are bytes or characters."""
+WITHOUT = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
+
+
 def load_tokenizer(path_or_id: str | Path) -> Any:
     """The Hugging Face tokenizer of a folder or hub id.
 
     Raises:
-        OSError: there is none.
+        OSError: there is none: transformers makes one without words then, which knows no text.
     """
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
-    return AutoTokenizer.from_pretrained(find_folder(path_or_id))
+    folder = find_folder(path_or_id)
+    if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
+        file = folder / "tokenizer_config.json"
+        kind = parse_object(file.read_bytes(), str(file)) if file.is_file() else {}
+        if kind.get("tokenizer_class") not in WITHOUT:
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer (tokenizer.json, or a vocabulary such as vocab.txt or "
+                "spiece.model): copy it from the checkpoint's source, or give it to fmjax.save"
+            )
+    options = {}
+    # Of a family that is ours alone transformers would warn, and then do this itself.
+    if (folder / "config.json").is_file() and (
+        read_config(folder).get("model_type") not in CONFIG_MAPPING
+    ):
+        options["config"] = PreTrainedConfig()
+    return AutoTokenizer.from_pretrained(folder, **options)
 
 
 def load_generation_config(path_or_id: str | Path) -> GenerationConfig:

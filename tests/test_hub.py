@@ -15,7 +15,9 @@ from chex import assert_trees_all_close, assert_trees_all_equal
 
 import fmjax
 from fmjax import hub
-from fmjax.models import family_of
+from fmjax.config import write_json
+from fmjax.data.tokenizer import train_tokenizer
+from fmjax.models import dalle, family_of
 from fmjax.tree import stack_layers
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -216,3 +218,22 @@ def test_a_key_gives_the_same_weights_however_layers_run(name):
     assert any(jax.tree.leaves(moved))
     _, low = fmjax.create(name, "tiny", rng=rng, dtype=jnp.bfloat16)
     assert_trees_all_equal(low, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loop))
+
+
+def test_tokenizers_of_families_that_are_ours_alone_come_without_a_warning(tmp_path, capfd):
+    tokenizer = train_tokenizer(["a red heart", "a blue flag"], kind="bytebpe", vocab_size=270)
+    config = dataclasses.replace(dalle.VARIANTS["tiny"], text_vocab_size=len(tokenizer))
+    model, variables = fmjax.create("dalle", config, head="causal_lm", rng=jax.random.key(0))
+    fmjax.save(tmp_path, model, variables, tokenizer)
+    read = fmjax.load_tokenizer(tmp_path)
+    assert read("a red flag")["input_ids"] == tokenizer("a red flag")["input_ids"]
+    assert "model of type" not in capfd.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    """Transformers makes one that knows no word; of tokenizers of bytes that is all there is."""
+    write_json(tmp_path / "config.json", {"model_type": "bert"})
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer .* give it to fmjax.save"):
+        fmjax.load_tokenizer(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+    assert fmjax.load_tokenizer(tmp_path)("a b")["input_ids"] == [100, 35, 101, 1]

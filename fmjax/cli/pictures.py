@@ -74,9 +74,11 @@ def classify(args: Classify) -> None:
 
 
 def detect(args: Detect) -> None:
-    from fmjax.recipes.pictures import detect_images, save_drawn
+    from fmjax.recipes.pictures import detect_images, drawn_files, save_drawn
 
     images = some_pictures(args.images, "detect")
+    if args.out is not None:
+        drawn_files(args.out, images)  # before anything is computed
     names, rows = detect_images(args.model, images, threshold=args.threshold)
     for path, found in zip(images, rows, strict=True):
         objects = [

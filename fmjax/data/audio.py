@@ -26,8 +26,11 @@ FILES = (".wav", ".flac")
 RATE = 16_000
 """Samples a second that models of speech take, where nothing else is said."""
 MAX_CHANNELS = 32
+PEAK = 64.0
+"""Floats beyond it, 36 dB above full scale, are no samples within 1."""
 MAX_SECONDS = 4 * 3600
 """What is read as a whole; longer sounds are read by `open_audio` in blocks."""
+SILENT = "it is silent: all samples are 0"
 MAGIC = (b"RIFF", b"RF64", b"fLaC")
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
 UNKNOWN_SIZE = 0xFFFFFFFF
@@ -39,7 +42,7 @@ class Sound:
     """Samples of one channel.
 
     Attributes:
-      samples: float32 [T], within 1 unless the file's are beyond it.
+      samples: float32 [T], within 1 unless the source's floats are a little beyond it.
       rate: samples a second.
       changes: what was done to what the source holds, one sentence each; () for nothing.
     """
@@ -99,7 +102,8 @@ def read_audio(source: Source, rate: int = RATE, *, max_seconds: float = MAX_SEC
     Raises:
       OSError: a file cannot be opened.
       ImportError: soundfile, which reads the files, is not installed.
-      ValueError: no sound, a broken or truncated one, one without samples, or a longer one.
+      ValueError: no sound, a broken or truncated one, one without samples, a longer one, or
+        numbers that are not finite or far beyond 1.
     """
     parts, length = [], 0
     with open_audio(source, rate) as sound:
@@ -116,7 +120,7 @@ def read_audio(source: Source, rate: int = RATE, *, max_seconds: float = MAX_SEC
         raise ValueError("it has no samples; record it again or leave it out")
     samples = np.concatenate(parts)
     if not samples.any():
-        changes = (*changes, "it is silent: all samples are 0")
+        changes = (*changes, SILENT)
     return Sound(samples, rate, changes)
 
 
@@ -171,11 +175,18 @@ def _of_array(samples: np.ndarray) -> np.ndarray:
         )
     scale = 1.0 if kind == "f" else -float(np.iinfo(samples.dtype).min)
     frames = (frames / scale).astype(np.float32)
-    _check_finite(frames, 0)
+    _check_numbers(frames, 0)
     return frames
 
 
-def _check_finite(frames: np.ndarray, start: int) -> None:
+def _check_numbers(frames: np.ndarray, start: int) -> None:
+    peak = float(np.abs(frames).max(initial=0))  # nan is below nothing
+    if PEAK < peak < np.inf:
+        place = start + int(np.abs(frames).max(axis=1).argmax())
+        raise ValueError(
+            f"sample {place} is {peak:g}; floats are within 1, and these look like integers that "
+            "were only converted: divide them by 32768 (of 16 bits), or give the integers"
+        )
     if len(wrong := np.flatnonzero(~np.isfinite(frames).all(axis=1))):
         raise ValueError(
             f"{len(wrong)} samples are no finite numbers, the first is number {start + wrong[0]}; "
@@ -251,7 +262,7 @@ def _decoded(decoder: Any) -> Iterator[np.ndarray]:
             ) from error
         if not len(frames):
             break
-        _check_finite(frames, seen)
+        _check_numbers(frames, seen)
         seen += len(frames)
         yield frames
     # Of a stream whose length its writer did not know, libsndfile says the largest there is.

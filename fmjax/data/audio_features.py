@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from fmjax.config import read_config, write_json
+from fmjax.data.audio import PEAK
 from fmjax.data.files import raise_problems
 from fmjax.data.spectral import Frames, log_mel, mel_filters
 
@@ -169,6 +170,8 @@ def sample_problem(samples: np.ndarray) -> str | None:
         return "is empty"
     if not np.isfinite(samples).all():
         return f"has {np.count_nonzero(~np.isfinite(samples))} samples that are nan or infinite"
+    if (peak := float(np.abs(samples).max())) > PEAK:
+        return f"has a sample of {peak:g}; samples are floats from -1 to 1: divide integers"
     return None
 
 

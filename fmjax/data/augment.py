@@ -1,23 +1,26 @@
 """Augmentation as pure functions that run on the device, on whole batches of pictures.
 
-Three kinds of function, each made by one that takes its strength:
+Two kinds of function, each made by one that takes its strength:
 
 - of a picture: ``(rng, image [X, Y, C]) -> image``, pixels from 0 to 1 (`flip`, `shift_crop`,
   `resized_crop`, `erase`); `each_image` makes a batch's of several.
-- of a batch: ``(rng, batch) -> batch`` (`mixup`, `cutmix`), where labels become shares [B, C].
-- `fmjax.tasks.pixels.augmented` puts them before a loss.
+- of a batch: ``(rng, batch) -> batch`` (`mixup`, `cutmix`), where labels become shares [B, C];
+  `flip_objects` and `flip_segments` turn boxes and labels of pixels with the pictures.
+
+`fmjax.tasks.pixels.augmented` puts them before a loss.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from fmjax.data.columns import IGNORED_LABEL
 from fmjax.types import Batch
 
 ImageFn = Callable[[Array, Array], Array]
@@ -27,7 +30,14 @@ BatchFn = Callable[[Array, Batch], Batch]
 
 
 def each_image(*functions: ImageFn) -> BatchFn:
-    """Applies functions of a picture to every picture, one after another, each with its own key."""
+    """Applies functions of a picture to every picture, one after another, each with its own key.
+
+    Nothing but ``pixel_values`` changes: what is known of places in the picture is turned with it
+    by `flip_objects` and `flip_segments` alone.
+
+    Raises:
+        ValueError: when called, pictures that are not floats.
+    """
 
     def of_image(rng: Array, image: Array) -> Array:
         for key, function in zip(jax.random.split(rng, len(functions)), functions, strict=True):
@@ -35,7 +45,7 @@ def each_image(*functions: ImageFn) -> BatchFn:
         return image
 
     def of_batch(rng: Array, batch: Batch) -> Batch:
-        images = jnp.asarray(batch["pixel_values"])
+        images = _floats(batch)
         keys = jax.random.split(rng, len(images))
         return {**batch, "pixel_values": jax.vmap(of_image)(keys, images)}
 
@@ -62,20 +72,42 @@ def flip(share: float = 0.5) -> ImageFn:
 
 
 def flip_objects(share: float = 0.5) -> BatchFn:
-    """Left becomes right for a share of the pictures, and of the ``boxes`` [B, M, 4] with them."""
+    """Left becomes right for a share of the pictures, and of their ``boxes`` [B, M, 4] and, where
+    there is padding, their ``pixel_mask`` [B, X, Y] with them."""
     check_share("share", share)
 
     def of_batch(rng: Array, batch: Batch) -> Batch:
-        images, boxes = jnp.asarray(batch["pixel_values"]), jnp.asarray(batch["boxes"])
-        chosen = jax.random.bernoulli(rng, share, (len(images),))
+        boxes = jnp.asarray(batch["boxes"])
+        chosen = jax.random.bernoulli(rng, share, (len(boxes),))
         turned = boxes.at[..., 0].set(1 - boxes[..., 0])
         return {
-            **batch,
-            "pixel_values": jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images),
+            **_flipped(batch, chosen, ("pixel_values", "pixel_mask")),
             "boxes": jnp.where(chosen[:, None, None], turned, boxes),
         }
 
     return of_batch
+
+
+def flip_segments(share: float = 0.5) -> BatchFn:
+    """Left becomes right for a share of the pictures, and of their pixels' ``labels`` [B, X, Y]."""
+    check_share("share", share)
+
+    def of_batch(rng: Array, batch: Batch) -> Batch:
+        chosen = jax.random.bernoulli(rng, share, (len(batch["labels"]),))
+        return _flipped(batch, chosen, ("pixel_values", "labels"))
+
+    return of_batch
+
+
+def _flipped(batch: Batch, chosen: Array, names: tuple[str, ...]) -> dict[str, Any]:
+    """The batch with those of `names` that it has, [B, X, Y, ...], left for right where chosen."""
+    result = dict(batch)
+    for name in names:
+        if name in batch:
+            maps = jnp.asarray(batch[name])
+            where = chosen.reshape(-1, *[1] * (maps.ndim - 1))
+            result[name] = jnp.where(where, maps[:, :, ::-1], maps)
+    return result
 
 
 def shift_crop(padding: int) -> ImageFn:
@@ -175,17 +207,22 @@ def mixup(alpha: float, num_labels: int) -> BatchFn:
 
     Args:
         alpha: of the Beta distribution of the share, one draw a batch.
-        num_labels: C, for labels that are class indices.
+        num_labels: C, for labels that are class indices; rows of -100 get no weight.
+
+    Raises:
+        ValueError: an alpha that is not positive; when called, pictures that are not floats.
     """
     if alpha <= 0:
         raise ValueError(f"alpha is {alpha}; it must be positive")
 
     def of_batch(rng: Array, batch: Batch) -> Batch:
         share = jax.random.beta(rng, alpha, alpha)
-        images, labels = jnp.asarray(batch["pixel_values"]), shares(batch["labels"], num_labels)
-        other = _partner(batch)
+        images = _floats(batch)
+        labels, weight = shares(batch, num_labels)
+        other = _partner(weight)
         return {
             **batch,
+            "weight": weight,
             "pixel_values": share * images + (1 - share) * images[other],
             "labels": share * labels + (1 - share) * labels[other],
         }
@@ -199,21 +236,26 @@ def cutmix(alpha: float, num_labels: int) -> BatchFn:
 
     Args:
         alpha: of the Beta distribution of the share that stays, one draw a batch.
-        num_labels: C, for labels that are class indices.
+        num_labels: C, for labels that are class indices; rows of -100 get no weight.
+
+    Raises:
+        ValueError: an alpha that is not positive.
     """
     if alpha <= 0:
         raise ValueError(f"alpha is {alpha}; it must be positive")
 
     def of_batch(rng: Array, batch: Batch) -> Batch:
         first, second = jax.random.split(rng)
-        images, labels = jnp.asarray(batch["pixel_values"]), shares(batch["labels"], num_labels)
+        images = jnp.asarray(batch["pixel_values"])
+        labels, weight = shares(batch, num_labels)
         rows, columns = images.shape[1:3]
         side = jnp.sqrt(1 - jax.random.beta(first, alpha, alpha))
         inside = _rectangle(second, (rows, columns), rows * side, columns * side)
-        other = _partner(batch)
+        other = _partner(weight)
         kept = 1 - jnp.mean(inside.astype(jnp.float32))
         return {
             **batch,
+            "weight": weight,
             "pixel_values": jnp.where(inside[None, :, :, None], images[other], images),
             "labels": kept * labels + (1 - kept) * labels[other],
         }
@@ -221,14 +263,41 @@ def cutmix(alpha: float, num_labels: int) -> BatchFn:
     return of_batch
 
 
-def shares(labels: Array | np.ndarray, num_labels: int) -> Array:
-    """Class indices [B] as shares [B, C]; shares stay as they are."""
-    return jax.nn.one_hot(labels, num_labels) if labels.ndim == 1 else jnp.asarray(labels)
+def shares(batch: Batch, num_labels: int) -> tuple[Array, Array]:
+    """Labels as shares [B, C], and each row's weight [B].
+
+    Class indices [B] become shares, of one that is no class nan, and rows of -100 lose their
+    weight, as those of losses have none; what are shares stays.
+
+    Raises:
+        ValueError: labels of another shape, such as those of pixels.
+    """
+    labels = jnp.asarray(batch["labels"])
+    if labels.ndim != 1 and labels.shape[1:] != (num_labels,):
+        raise ValueError(
+            f"labels have the shape {labels.shape}; those of blended pictures must be class "
+            f"indices [B] or shares [B, {num_labels}]"
+        )
+    weight = jnp.asarray(batch.get("weight", jnp.ones(len(labels))), jnp.float32)
+    if labels.ndim > 1:
+        return labels, weight
+    weight = jnp.where(labels == IGNORED_LABEL, 0.0, weight)
+    unknown = ((labels < 0) | (labels >= num_labels)) & (weight > 0)
+    return jnp.where(unknown[:, None], jnp.nan, jax.nn.one_hot(labels, num_labels)), weight
 
 
-def _partner(batch: Batch) -> Array:
+def _floats(batch: Batch) -> Array:
+    images = jnp.asarray(batch["pixel_values"])
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"pixel_values are {images.dtype}; augmentation takes floats from 0 to 1: put the "
+            "functions before the loss by fmjax.tasks.pixels.augmented, or divide bytes by 255"
+        )
+    return images
+
+
+def _partner(weight: Array) -> Array:
     """Which example each is blended with, int [B]: the next one of weight, so never padding."""
-    weight = jnp.asarray(batch.get("weight", jnp.ones(len(batch["labels"]))))
     count = jnp.sum(weight > 0)
     order = jnp.argsort(weight <= 0, stable=True)  # examples first
     rank = jnp.argsort(order)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fmjax.data.buckets import assign, by_cost, choose_shapes, next_holder
-from fmjax.data.columns import Columns
+from fmjax.data.columns import Columns, repeated
 from fmjax.data.corruption import Corruption, corrupted_batch, corruption_identity
 from fmjax.data.encoding import EncodedText
 
@@ -126,7 +126,9 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
       weight: float32 [B], 1 for an example and 0 for a padding row
       index: int32 [B], the example's place in the data, -1 for a padding row
 
-    Of `Columns`: everything in them under its name, and weight and index.
+    Of `Columns`: everything in them under its name, and weight and index. Padding rows repeat what
+    other rows of the batch have in columns of one size, such as pictures and labels; their texts
+    are one token of padding.
 
     Attributes:
       batches_per_epoch: the same in every epoch.
@@ -343,7 +345,8 @@ def batches(
 
     def assemble(planned: Planned, mine: slice) -> dict[str, np.ndarray]:
         if corruption is None:
-            return data.assemble(planned.rows[mine], planned.lengths)
+            filling = repeated(planned.rows)[mine]
+            return data.assemble(planned.rows[mine], planned.lengths, filling=filling)
         return corrupted_batch(
             corruption,
             lambda row: data.ragged[0].row("input_ids", row),

@@ -160,7 +160,7 @@ class Columns:
 
     Attributes:
       ragged: the parts whose length varies, each with buckets of its own; none for images.
-      fixed: by the name in a batch, [N, ...] each; zeros in padding rows.
+      fixed: by the name in a batch, [N, ...] each; in padding rows those of another row, or zeros.
 
     Raises:
       ValueError: no parts, parts that do not have the same N, or a name that comes twice.
@@ -227,24 +227,45 @@ class Columns:
         fixed = {name: column[chosen] for name, column in self.fixed.items()}
         return Columns(tuple(parts), fixed)
 
-    def assemble(self, rows: np.ndarray, lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    def assemble(
+        self, rows: np.ndarray, lengths: Sequence[int], *, filling: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """The arrays of one batch.
 
         Args:
           rows: int [B], the examples; -1 for padding rows.
           lengths: of each ragged part.
+          filling: int [B], the same with examples in the place of padding rows, whose `fixed`
+            columns these have; None for zeros. See `repeated`.
         """
         real = rows >= 0  # [B]
         batch: dict[str, np.ndarray] = {}
         for part, length in zip(self.ragged, lengths, strict=True):
             batch |= part.pad(rows, length)
         for name, column in self.fixed.items():
-            values = column[np.maximum(rows, 0)]  # [B, ...]
-            values[~real] = 0
+            values = column[np.maximum(rows, 0) if filling is None else filling]  # [B, ...]
+            if filling is None:
+                values[~real] = 0
             batch[name] = values
         batch["weight"] = real.astype(np.float32)
         batch["index"] = rows.astype(np.int32)
         return batch
+
+
+def repeated(rows: np.ndarray) -> np.ndarray:
+    """A global batch's examples in the place of its padding rows too, in turn: int [B].
+
+    Their weight stays 0. What normalises by a batch's own statistics, as batch normalisation does,
+    then does so by those of examples and not of zeros.
+
+    Args:
+      rows: int [B], -1 for padding rows, at least one of an example.
+    """
+    padding = rows < 0
+    own = rows[~padding]
+    result = rows.copy()
+    result[padding] = own[np.arange(padding.sum()) % len(own)]
+    return result
 
 
 def join(rows: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:

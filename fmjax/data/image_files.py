@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.data.batches import BatchStream, Plan, Planned, check_options
+from fmjax.data.columns import repeated
 from fmjax.data.files import raise_problems
 from fmjax.data.image_processor import ImageProcessor
 from fmjax.data.images import class_files
@@ -81,12 +82,10 @@ class _Assemble:
     def __call__(self, planned: Planned, mine: slice) -> dict[str, np.ndarray]:
         rows = planned.rows[mine]  # [B]
         real = rows >= 0
-        own = rows[real] if real.any() else np.zeros(1, np.int64)
+        own, chosen = np.unique(repeated(planned.rows)[mine], return_inverse=True)
         decoded = self.processor.batch([self.files.root / self.files.names[row] for row in own])
-        batch = {}
-        for name, values in {**decoded, "labels": self.files.labels[own]}.items():
-            batch[name] = np.zeros((len(rows), *values.shape[1:]), values.dtype)
-            batch[name][real] = values[: real.sum()]
+        batch = {name: values[chosen] for name, values in decoded.items()}
+        batch["labels"] = self.files.labels[own][chosen]
         return {**batch, "weight": real.astype(np.float32), "index": rows.astype(np.int32)}
 
 

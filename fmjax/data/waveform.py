@@ -63,7 +63,7 @@ class WaveformProcessor:
         them: batch sounds of about one length, or normalise each alone.
 
         Args:
-            sounds: of one channel, floats [T] each.
+            sounds: of one channel, floats [T] each, or, where they are normalised, integers.
             sampling_rate: of all of them; another than the model's is refused.
             length: of all rows, in samples; None is that of the longest sound.
 
@@ -88,6 +88,11 @@ class WaveformProcessor:
                 problems.append(f"sound {number} has the shape {array.shape}; it must be [T]")
             elif array.dtype.kind not in "fiu" or not np.isfinite(array).all():
                 problems.append(f"sound {number} has samples that are no finite numbers")
+            elif array.dtype.kind != "f" and not self.do_normalize:
+                problems.append(
+                    f"sound {number} has {array.dtype} samples; without do_normalize they must be "
+                    "floats from -1 to 1: divide them by 32768 (of 16 bits)"
+                )
             elif length is not None and array.size > length:
                 problems.append(f"sound {number} has {array.size} samples, above length={length}")
         raise_problems("sounds", problems)

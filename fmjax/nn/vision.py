@@ -28,15 +28,21 @@ def pair(size: int | tuple[int, ...]) -> tuple[int, int]:
 
 
 def check_pixels(pixel_values: Array, channels: int) -> None:
-    """Refuses anything but images [B, X, Y, C].
+    """Refuses anything but images [B, X, Y, C] of floats: bytes would pass for normalised ones.
 
     Raises:
-        ValueError: the shape is another.
+        ValueError: the shape or the kind of number is another.
     """
     if pixel_values.ndim != 4 or pixel_values.shape[-1] != channels:
         raise ValueError(
             f"pixel_values have the shape {pixel_values.shape}; they must be [B, X, Y, "
             f"{channels}], channels last"
+        )
+    if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+        raise ValueError(
+            f"pixel_values are {pixel_values.dtype}; a model takes normalised floats: call the "
+            "ImageProcessor, or wrap the loss or the prediction in fmjax.tasks.pixels.normalised, "
+            "which does it on the device"
         )
 
 

@@ -152,6 +152,18 @@ def drawn(
     return np.asarray(picture)
 
 
+def drawn_files(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """Where `save_drawn` writes each picture.
+
+    Raises:
+        ValueError: two of the pictures have one name.
+    """
+    files = [folder / f"{Path(image).stem}.png" for image in images]
+    if twice := sorted({file.name for file in files if files.count(file) > 1}):
+        raise ValueError(f"several pictures would be drawn as {twice}; draw them into two folders")
+    return files
+
+
 def save_drawn(
     folder: Path, images: Sequence[Path], found: Sequence[Detections], names: Sequence[str]
 ) -> None:
@@ -163,9 +175,7 @@ def save_drawn(
     """
     from PIL import Image
 
-    files = [folder / f"{Path(image).stem}.png" for image in images]
-    if len(set(files)) < len(files):
-        raise ValueError(f"of {len(files)} pictures some have one name; draw them into two folders")
+    files = drawn_files(folder, images)
     folder.mkdir(parents=True, exist_ok=True)
     for file, image, objects in zip(files, images, found, strict=True):
         Image.fromarray(drawn(decode(image), objects, names)).save(file)

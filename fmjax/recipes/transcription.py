@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 import fmjax.hub as hub
-from fmjax.data.audio import Source, open_audio
+from fmjax.config import read_config
+from fmjax.data.audio import SILENT, Source, open_audio
 from fmjax.data.audio_features import LogMel, log_energies, scaled
 from fmjax.generate.speech import Listener, Segment, hear, hear_recordings
 from fmjax.generate.speech_config import SpeechConfig
@@ -96,13 +97,15 @@ def load_transcriber(
             f"{folder} is a model of CTranslate2: fmjax convert {folder} NEW_FOLDER, and give the "
             "new folder"
         )
+    kind = read_config(Path(folder)).get("model_type")
+    if kind != "whisper":  # whose preprocessor_config.json is of another kind too
+        raise ValueError(f"{model} is a {kind}; only a whisper or a model of CTC is heard with")
     features = LogMel.read(folder)
     loaded, variables = hub.load(folder, dtype="float32")
-    family = hub.family_for(loaded).MODEL_TYPE
-    if family != "whisper" or loaded.head != "seq2seq_lm":
+    if loaded.head != "seq2seq_lm":
         raise ValueError(
-            f"{model} is a {family} with the head {loaded.head!r}; transcribing needs a whisper "
-            "with the head 'seq2seq_lm'"
+            f"{model} is a whisper with the head {loaded.head!r}; transcribing needs one with the "
+            "head 'seq2seq_lm'"
         )
     if (features.frames, features.feature_size) != (
         loaded.config.frames,
@@ -158,7 +161,7 @@ def transcribe(
     """Transcripts of recordings of any length.
 
     Those that fit into a window are heard in batches, longer ones window by window; of each
-    recording no more than a window is in memory.
+    recording no more than a window is in memory. One whose samples are all 0 has no text.
 
     Args:
         transcriber: from `load_transcriber`.
@@ -182,11 +185,11 @@ def transcribe(
     result: list[Transcript | None] = [None] * len(sources)
     rng = jax.random.key(seed)
     limit = transcriber.features.samples
-    short = (
-        []
-        if timestamps or words
-        else [i for i, sound in enumerate(opened) if sound.samples <= limit]
-    )
+    timed = [timestamps or words or sound.samples > limit for sound in opened]
+    for i, sound in enumerate(opened):
+        if sound.silent:  # in which Whisper hears words
+            result[i] = sound.transcript("", () if timed[i] else None)
+    short = [i for i in range(len(sources)) if result[i] is None and not timed[i]]
     # Of similar length: a batch takes as many steps as its longest text.
     short.sort(key=lambda i: opened[i].samples)
     for start in range(0, len(short), batch_size):
@@ -223,7 +226,8 @@ def transcribe(
 
 
 def _piece(transcriber: Transcriber, segment: Segment) -> Piece:
-    return Piece(segment.start, segment.end, transcriber.text(segment.tokens))
+    text = transcriber.text(segment.tokens)
+    return Piece(round(segment.start, 2), round(segment.end, 2), text)
 
 
 def _measured(sources: Sequence[Source], features: LogMel) -> list[StreamedRecording]:
@@ -255,15 +259,18 @@ class StreamedRecording:
 
     def __init__(self, source: Source, settings: LogMel) -> None:
         self.source, self.settings = source, settings
-        self.samples, self.loudest = 0, -np.inf
+        self.samples, self.loudest, self.silent = 0, -np.inf, True
         self.changes: tuple[str, ...] = ()
         self.read, self.held, self.first = None, np.zeros(0, np.float32), 0
         with open_audio(source, settings.sampling_rate) as sound:
             self.changes = sound.changes
             for block in sound.blocks(settings.chunk_length):
                 self.samples += len(block)
+                self.silent = self.silent and not block.any()
         if not self.samples:
             raise ValueError("it has no samples; record it again or leave it out")
+        if self.silent:
+            self.changes = (*self.changes, SILENT)
 
     @property
     def frames(self) -> int:

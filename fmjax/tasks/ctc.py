@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -219,6 +220,10 @@ class Evaluation:
     metrics: dict[str, float]
 
 
+Decode = Callable[[np.ndarray], Sequence[int]]
+"""Log-probabilities [T, V] -> symbols."""
+
+
 def evaluate(
     model: Any,
     variables: Variables,
@@ -226,7 +231,7 @@ def evaluate(
     *,
     size: int,
     text: Callable[[Sequence[int]], str],
-    decode: Callable[[np.ndarray], Sequence[int]] | None = None,
+    decode: Decode | None = None,
 ) -> Evaluation:
     """Transcribes a whole set: ``wer`` and ``cer``, the shares of words and characters wrong.
 
@@ -239,23 +244,46 @@ def evaluate(
         decode: from log-probabilities [T, V] to symbols, such as a `fmjax.generate.ctc.prefix_beam`
             with its options; None takes the best one at each frame.
     """
+    decode = partial(greedy, blank=blank_of(model)) if decode is None else decode
+    return evaluate_ways(model, variables, batches, size=size, text=text, decodes=(decode,))[0]
+
+
+def evaluate_ways(
+    model: Any,
+    variables: Variables,
+    batches: Iterable[Batch],
+    *,
+    size: int,
+    text: Callable[[Sequence[int]], str],
+    decodes: Sequence[Decode],
+) -> list[Evaluation]:
+    """As `evaluate`, of what the model hears once, decoded in several ways: one result of each.
+
+    Args:
+        model, variables, batches, size, text: see `evaluate`.
+        decodes: the ways.
+    """
     blank = blank_of(model)
     best = jax.jit(once(predict, model))
 
-    def symbols(scores: np.ndarray) -> Sequence[int]:
-        return greedy(scores, blank=blank) if decode is None else decode(scores)
-
-    def rows(variables: Variables, batch: Batch) -> list[tuple[str, str]]:
+    def rows(variables: Variables, batch: Batch) -> list[tuple[str, ...]]:
         found, labels = np.asarray(best(variables, batch)), np.asarray(batch["labels"])
         return [
-            (text(symbols(scores)), text([int(i) for i in row if i >= 0 and i != blank]))
+            (
+                text([int(i) for i in row if i >= 0 and i != blank]),
+                *(text(decode(scores)) for decode in decodes),
+            )
             for scores, row in zip(found, labels, strict=True)
         ]
 
-    pairs = collect_ragged(rows, variables, batches, size=size)
-    predictions, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    metrics = {
-        "wer": word_error_rate(references, predictions),
-        "cer": character_error_rate(references, predictions),
-    }
-    return Evaluation(predictions, references, metrics)
+    found = collect_ragged(rows, variables, batches, size=size)
+    references = [row[0] for row in found]
+    results = []
+    for way in range(len(decodes)):
+        predictions = [row[way + 1] for row in found]
+        metrics = {
+            "wer": word_error_rate(references, predictions),
+            "cer": character_error_rate(references, predictions),
+        }
+        results.append(Evaluation(predictions, references, metrics))
+    return results

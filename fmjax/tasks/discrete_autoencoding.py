@@ -4,6 +4,7 @@ vector quantisation. What is learnt makes an image a sentence of tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from jax import Array
 
 from fmjax.tasks.apply import apply_fn, row_weights
 from fmjax.tasks.pixels import to_floats
-from fmjax.types import Aux, Batch, LossFn, Mean, Output, Variables
+from fmjax.tree import override
+from fmjax.types import Aux, Batch, LossFn, Mean, Output, StepFn, TrainState, Variables
 
 Schedule = Callable[[Array], Any]
 """Steps done -> a number, such as Optax's schedules."""
@@ -142,6 +144,73 @@ def vector_quantised(
         return found.value, Aux(found.weight, metrics, updates)
 
     return loss_fn
+
+
+def restarted(model: Any) -> Callable[[Variables, Batch, Array], Variables]:
+    """``(variables, batch, rng) -> variables`` of a VQGAN whose codes that no latent of the batch
+    is nearest to are latents of the batch.
+
+    Codes that nothing is near get no gradient and stay unused (Dhariwal et al. 2020,
+    arXiv:2005.00341, section 3.1, "random restarts"). Latents are drawn without replacement, in
+    proportion to their squared distances from the codes that they have, as centres are by k-means++
+    (Arthur & Vassilvitskii 2007): what is told well already is mostly left out.
+
+    Args:
+        model: a VQGAN. Batches are as those of `relaxed`.
+    """
+    low, high = model.pixel_range
+
+    def of_batch(variables: Variables, batch: Batch, rng: Array) -> Variables:
+        pixels = low + (high - low) * to_floats(batch["pixel_values"])
+        output = model.apply(variables, pixels, method="encode")
+        latents, codes = output.latents, output.codes.reshape(-1)  # [B, x, y, D], [N]
+        far = jnp.square((latents - output.quantised).astype(jnp.float32)).sum(axis=-1)
+        counted = jnp.broadcast_to(row_weights(batch)[:, None, None] > 0, far.shape).reshape(-1)
+        table = variables["params"]["codebook"]["embedding"]  # [V, D]
+        used = jnp.zeros(len(table), bool).at[codes].max(counted)
+        # The largest of logarithms with Gumbel noise are draws without replacement.
+        noisy = jnp.log(far.reshape(-1) + 1e-30) + jax.random.gumbel(rng, codes.shape)
+        order = jnp.argsort(jnp.where(counted, -noisy, jnp.inf))  # [N]
+        place = jnp.cumsum(~used) - 1  # [V], of the unused ones
+        there = ~used & (place < jnp.sum(counted))
+        drawn = latents.reshape(-1, table.shape[1])[order[jnp.minimum(place, len(order) - 1)]]
+        new = jnp.where(there[:, None], drawn.astype(table.dtype), table)
+        return override(variables, {"params": {"codebook": {"embedding": new}}})
+
+    return of_batch
+
+
+def restarting(step: StepFn, model: Any, *, every: int, steps: int) -> StepFn:
+    """A training step of `vector_quantised` with `restarted` codes behind each `every`-th of the
+    first `steps`, which leave the rest to settle.
+
+    Optimizer moments stay. Draws follow from the state's key and step, so resuming is exact.
+
+    Args:
+        step: the step, not yet compiled.
+        model: a VQGAN, all of whose parameters train.
+        every, steps: in steps.
+
+    Raises:
+        ValueError: `every` is not positive.
+    """
+    if every < 1:
+        raise ValueError(f"every={every} must be at least 1")
+    restart = restarted(model)
+
+    def stepped(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        state, metrics = step(state, batch)
+        # The next step's own key is this one's, unsplit.
+        rng = jax.random.split(jax.random.fold_in(state.rng, state.step))[1]
+        trainable = jax.lax.cond(
+            (state.step % every == 0) & (state.step <= steps),
+            lambda trainable: restart(trainable, batch, rng),
+            lambda trainable: trainable,
+            state.trainable,
+        )
+        return dataclasses.replace(state, trainable=trainable), metrics
+
+    return stepped
 
 
 def encode(model: Any) -> Callable[[Variables, Batch], Array]:

@@ -39,8 +39,8 @@ def targets(model: Any, pixel_values: Array) -> Array:
 def loss(model: Any, *, train: bool = True) -> LossFn:
     """The mean squared error of masked patches' pixels, averaged over them.
 
-    Batches have ``pixel_values`` float [B, X, Y, C], ``weight`` float [B], 0 for padding rows, and
-    perhaps ``noise`` [B, N]; without it the call's key draws which patches are masked.
+    Batches have ``pixel_values`` float [B, X, Y, C], perhaps ``weight`` float [B], 0 for padding
+    rows, and perhaps ``noise`` [B, N]; without it the call's key draws which patches are masked.
 
     Args:
         model: a ViT-MAE with the head ``pretraining``.

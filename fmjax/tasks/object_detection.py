@@ -189,6 +189,9 @@ def detect(
 ) -> list[Detections]:
     """What is found in every image of a set, in the order of the data.
 
+    Boxes are in the pixels of ``pixel_values``, of which the padding, where a ``pixel_mask`` says
+    that there is some, is no part of the picture that boxes are shares of.
+
     Args:
         model: with the head ``object_detection``.
         variables: its variables.
@@ -200,13 +203,14 @@ def detect(
     function = once(_jitted_predict, model) if predict_fn is None else predict_fn
 
     def of_batch(variables: Variables, batch: Batch) -> Iterable[Detections]:
-        rows, columns = batch["pixel_values"].shape[1:3]
+        shape = batch["pixel_values"].shape[:3]
+        mask = np.asarray(batch.get("pixel_mask", np.ones(shape, bool))) > 0  # [B, X, Y]
+        sizes = zip(mask.any(axis=2).sum(axis=1), mask.any(axis=1).sum(axis=1), strict=True)
         found = {name: np.asarray(value) for name, value in function(variables, batch).items()}
-        for scores, labels, boxes in zip(
-            found["scores"], found["labels"], found["boxes"], strict=True
+        for scores, labels, boxes, size in zip(
+            found["scores"], found["labels"], found["boxes"], sizes, strict=True
         ):
-            some = scores > threshold
-            yield in_pixels(scores[some], labels[some], boxes[some], (rows, columns))
+            yield above(in_pixels(scores, labels, boxes, size), threshold)
 
     return collect_ragged(of_batch, variables, batches, size=size)
 

@@ -20,9 +20,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def to_floats(pixel_values: Any) -> Array:
-    """Bytes as float32 from 0 to 1; floats as they are."""
+    """Bytes as float32 from 0 to 1; floats as they are.
+
+    Raises:
+        ValueError: other integers, of which nobody knows the largest.
+    """
     pixels = jnp.asarray(pixel_values)
-    return pixels.astype(jnp.float32) / 255 if pixels.dtype == jnp.uint8 else pixels
+    if pixels.dtype == jnp.uint8:
+        return pixels.astype(jnp.float32) / 255
+    if not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise ValueError(f"pixels are {pixels.dtype}; they must be uint8, or floats from 0 to 1")
+    return pixels
 
 
 def normalised(function: Function, mean: Sequence[float], std: Sequence[float]) -> Function:

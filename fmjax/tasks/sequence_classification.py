@@ -61,7 +61,7 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
             arXiv:1512.00567, section 7); for single labels only.
 
     Raises:
-        ValueError: smoothing out of range; when called, labels that are neither classes nor shares.
+        ValueError: `label_smoothing` out of range; of the loss, labels of another shape.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1)")
@@ -74,7 +74,8 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         if kind == SINGLE:
             if labels.ndim == 1:
                 return class_losses(logits, labels, label_smoothing)
-            return optax.softmax_cross_entropy(logits, optax.smooth_labels(labels, label_smoothing))
+            shares = optax.smooth_labels(labels.astype(jnp.float32), label_smoothing)
+            return optax.softmax_cross_entropy(logits, shares)
         if kind == MULTI:
             return optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=-1)
         labels = labels.reshape(logits.shape).astype(jnp.float32)
@@ -84,14 +85,10 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         output, updates = apply(variables, batch, rng, train=train)
         logits, labels = output.logits, jnp.asarray(batch["labels"])
         assert logits is not None  # [B, C]
-        weights = row_weights(batch, len(labels))
+        _check_shapes(model, kind, logits, labels)
+        weights = row_weights(batch, len(logits))
         metrics = {}
         if kind == SINGLE:
-            if labels.ndim != 1 and not jnp.issubdtype(labels.dtype, jnp.floating):
-                raise ValueError(
-                    f"labels are {labels.dtype} {list(labels.shape)}; classes are int [B], and the "
-                    "classes' shares float [B, C]"
-                )
             if labels.ndim == 1:
                 true, weights = labels, weigh(batch, labels)
             else:
@@ -107,6 +104,22 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         return mean.value, Aux(mean.weight, metrics, updates)
 
     return loss_fn
+
+
+def _check_shapes(model: Any, kind: str, logits: Array, labels: Array) -> None:
+    """Of other shapes products would be broadcast, to a loss of something else."""
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the model has the head {model.head!r}, whose logits {logits.shape} are not [B, C]; "
+            "load it with head='sequence_classification' (or whichever classifies a whole input)"
+        )
+    batch, classes = logits.shape
+    right = [(batch,)] if kind == SINGLE or (kind == REGRESSION and classes == 1) else []
+    if labels.shape not in (right := [*right, (batch, classes)]):
+        raise ValueError(
+            f"labels have the shape {labels.shape}; {kind} of {batch} rows and {classes} labels "
+            f"takes {' or '.join(map(str, right))}"
+        )
 
 
 def class_losses(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:

@@ -108,6 +108,14 @@ WRONG = {
         bytes(encoded(np.array([0, np.nan, 1], np.float32), subtype="FLOAT")),
         "1 samples are no finite numbers, the first is number 1",
     ),
+    "integers as floats": (
+        (np.array([0, -9000, 500], np.float32), RATE),
+        "sample 1 is 9000; floats are within 1, .* divide them by 32768",
+    ),
+    "a file of them": (
+        bytes(encoded(np.array([0, 300, -70], np.float32), subtype="FLOAT")),
+        "sample 1 is 300; floats are within 1",
+    ),
     "bytes as samples": ((np.zeros(9, np.uint8), RATE), "uint8"),
     "a list": (([0.1, 0.2], RATE), "samples are a list; give a NumPy array"),
     "half a rate": ((np.zeros(9), 8000.0), r"8000\.0 Hz is no rate of sounds; .* an integer"),

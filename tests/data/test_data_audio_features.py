@@ -73,8 +73,16 @@ def test_bad_recordings_are_refused():
     bad = [
         np.zeros((4, 2), np.float32), np.zeros(4, np.int16), np.zeros(0, np.float32),
         np.array([0.0, np.nan], np.float32), np.zeros(16000 * 31, np.float32),
+        np.array([0.0, 9000.0], np.float32),
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="5 problems") as error:
+    with pytest.raises(ValueError, match="6 problems") as error:
         LogMel()(bad)
-    for words in ("one channel", "divide integers", "empty", "1 samples that are nan", "31.0 s"):
+    for words in (
+        "one channel",
+        "divide integers",
+        "empty",
+        "1 samples that are nan",
+        "31.0 s",
+        "of 9000",
+    ):
         assert words in str(error.value)

@@ -10,6 +10,7 @@ from fmjax.data.augment import (
     each_image,
     erase,
     flip,
+    flip_segments,
     mixup,
     resized_crop,
     shift_crop,
@@ -37,6 +38,15 @@ def test_flips_are_the_share_of_the_pictures():
     assert (same | turned).all()
     # Five standard deviations of a binomial share.
     assert abs(turned.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 400)
+
+
+def test_labels_of_pixels_are_turned_with_them():
+    batch = batch_of(64)
+    batch["labels"] = np.argmax(batch["pixel_values"], axis=-1)
+    out = apply(flip_segments(0.5), batch)
+    np.testing.assert_array_equal(out["labels"], np.argmax(out["pixel_values"], axis=-1))
+    turned = (np.asarray(out["labels"]) != batch["labels"]).any(axis=(1, 2))
+    assert 16 < turned.sum() < 48
 
 
 def test_crops_are_shifts_with_zeros_behind():
@@ -120,8 +130,32 @@ def test_blends_are_of_two_examples_in_the_labels_shares(make):
             np.testing.assert_allclose(out["labels"][i], expected, atol=1e-4)
             shares.append(share)
     assert np.std(shares) > 0.05
+    unweighed = {name: value[:6] for name, value in batch.items() if name != "weight"}
+    np.testing.assert_array_equal(apply(make(1.0, 3), unweighed, 0)["weight"], np.ones(6))
     again = apply(make(1.0, 3), {**batch, "labels": ones}, 0)  # shares stay shares
     np.testing.assert_allclose(again["labels"], apply(make(1.0, 3), batch, 0)["labels"])
+
+
+@pytest.mark.parametrize("make", [mixup, cutmix])
+def test_blends_pass_over_rows_without_a_label(make):
+    batch = batch_of(4, size=(10, 10)) | {"labels": np.array([0, -100, 2, 1])}
+    out = apply(make(1.0, 3), batch)
+    np.testing.assert_array_equal(out["weight"], [1, 0, 1, 1])
+    rest = apply(make(1.0, 3), {name: value[[0, 2, 3]] for name, value in batch.items()})
+    for name in ("labels", "pixel_values"):  # as if it were not there
+        np.testing.assert_allclose(np.asarray(out[name])[[0, 2, 3]], rest[name], atol=1e-6)
+    with pytest.raises(ValueError, match=r"must be class indices \[B\] or shares \[B, 3\]"):
+        apply(make(1.0, 3), batch | {"labels": np.zeros((4, 10, 10), int)})
+    out = apply(make(1.0, 3), batch | {"labels": np.array([0, 3, 2, 1])})
+    assert np.isnan(out["labels"]).any(axis=1).tolist() == [True, True, False, False]
+
+
+def test_bytes_are_refused():
+    batch = batch_of(2)
+    batch["pixel_values"] = (batch["pixel_values"] * 255).astype(np.uint8)
+    for function in (each_image(flip()), mixup(1.0, 3)):
+        with pytest.raises(ValueError, match=r"are uint8; .* fmjax.tasks.pixels.augmented"):
+            apply(function, batch)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fmjax.data.batches import batches, shared_buckets
 from fmjax.data.buckets import assign, by_cost, choose_shapes, next_holder
-from fmjax.data.columns import Columns, Ragged
+from fmjax.data.columns import Columns, Ragged, repeated
 
 
 def ragged(lengths, name, *, fill=0, group=None, mask="attention_mask"):
@@ -59,7 +59,7 @@ def test_two_lengths_every_example_once_and_one_padded_batch(pairs, batch_size, 
                 )
                 if n < 0:
                     assert source == target == []
-                    assert batch["language"][row] == 0
+                    assert batch["language"][row] - 1 in batch["index"]
                     assert batch["attention_mask"][row].sum() == 1
                     continue
                 assert source == data.ragged[0].rows("input_ids")[n].tolist()
@@ -138,11 +138,27 @@ def test_groups_of_sequences_have_an_axis_of_their_own():
     assert data.lengths.tolist() == [[5], [9], [1]]
     batch = next(batches(data, batch_size=4, shuffle=False, buckets=[10]))
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 2, 10)
-    assert batch["labels"].tolist() == [1, 0, 1, 0]
+    assert batch["labels"].tolist() == [1, 0, 1, 1]
     assert batch["attention_mask"].sum(axis=2).tolist() == [[3, 5], [2, 9], [1, 1], [1, 1]]
     for row, n in itertools.product(range(3), range(2)):
         expected = data.ragged[0].rows("input_ids")[2 * row + n].tolist()
         assert unpad(batch["input_ids"][row, n], -1) == expected
+
+
+def test_padding_repeats_the_batchs_examples():
+    """So that statistics of a batch are of examples, in a process of its own too."""
+    rows = np.array([5, -1, 7, -1, -1])
+    assert repeated(rows).tolist() == [5, 5, 7, 7, 5]
+    assert rows.tolist() == [5, -1, 7, -1, -1]
+    data = Columns((), {"pixel_values": np.arange(10, 20, dtype=np.uint8)})
+    zeros = data.assemble(rows, ())
+    assert zeros["pixel_values"].tolist() == [15, 0, 17, 0, 0]
+    stream = batches(data, batch_size=8, shuffle=False)
+    assert next(stream)["weight"].all()
+    last = next(stream)
+    assert last["pixel_values"].tolist() == [18, 19] * 4
+    assert last["weight"].tolist() == [1, 1] + [0] * 6
+    assert last["index"].tolist() == [8, 9] + [-1] * 6
 
 
 def test_values_per_token_may_have_axes():

@@ -87,10 +87,13 @@ def test_regions_share_no_pixel():
 def test_mirrored_scenes_have_mirrored_boxes():
     scene = make_scene(0, SETTINGS, drawn_parts())
     batch = {"pixel_values": scene.image[None], "boxes": scene.boxes[None]}
+    batch["pixel_mask"] = np.arange(scene.image.shape[1])[None] < np.full((len(scene.image), 1), 9)
+    batch["pixel_mask"] = batch["pixel_mask"][None]
     mirrored = flip_objects(1.0)(jax.random.key(0), batch)
     np.testing.assert_array_equal(mirrored["pixel_values"][0], scene.image[:, ::-1])
     np.testing.assert_allclose(mirrored["boxes"][0, :, 0], 1 - scene.boxes[:, 0])
     np.testing.assert_array_equal(mirrored["boxes"][0, :, 1:], scene.boxes[:, 1:])
+    np.testing.assert_array_equal(mirrored["pixel_mask"], batch["pixel_mask"][:, :, ::-1])
     same = flip_objects(0.0)(jax.random.key(0), batch)
     for name, value in batch.items():
         np.testing.assert_array_equal(same[name], value)

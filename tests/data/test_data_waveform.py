@@ -41,6 +41,14 @@ def test_bad_sounds_and_files_are_refused(tmp_path):
         WaveformProcessor()([np.zeros((4, 2)), np.zeros(9), np.array([np.nan])], 8000, length=5)
     for words in ("sound 0 has the shape (4, 2)", "above length=5", "sound 2 has samples"):
         assert words in str(error.value)
+    integers = [np.array([300, -9000, 900], np.int16)]
+    with pytest.raises(ValueError, match=r"has int16 samples; without do_normalize .* by 32768"):
+        WaveformProcessor(do_normalize=False)(integers, 16_000)
+    np.testing.assert_allclose(  # which does not matter where they are normalised
+        WaveformProcessor()(integers, 16_000)["input_values"],
+        WaveformProcessor()([integers[0] / np.float32(32768)], 16_000)["input_values"],
+        rtol=1e-3,
+    )
     with pytest.raises(ValueError, match="feature_size=2"):
         WaveformProcessor(feature_size=2)
     with pytest.raises(FileNotFoundError, match="has no preprocessor_config"):

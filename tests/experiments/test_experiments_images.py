@@ -74,7 +74,7 @@ def test_dalle_emoji(kind, tmp_path, capsys, monkeypatch):
         *("--output", str(run), "--image-size", "8", "--image-tokenizer", kind, "--codes", "8"),
         *("--base-channels", "8", "--levels", "2", "--tokenizer-steps", "12", "--steps", "12"),
         *("--vocab-size", "270", "--text-length", "8", "--width", "16", "--layers", "2"),
-        *("--batch-size", "8", "--evaluations", "2", "--measured", "4"),
+        *("--batch-size", "8", "--evaluations", "2", "--measured", "4", "--restarts", "3"),
     ]
     script.main(arguments)
     assert "drawn for held-out names" in capsys.readouterr().out

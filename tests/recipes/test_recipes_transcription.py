@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -164,6 +165,21 @@ def test_bad_input_is_said_plainly(folder, wavs, tmp_path, capsys, arguments, wo
     arguments = [real.get(argument, argument) for argument in arguments]
     assert main(["transcribe", *arguments, "--model", str(folder)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_silence_has_no_text(folder):
+    transcriber = load_transcriber(folder)
+    silence = [(np.zeros(9000), 16000), (np.zeros(50000, np.int16), 8000)]
+    short, long = transcribe(transcriber, silence)
+    assert (short.text, short.pieces, long.text, long.pieces) == ("", None, "", ())
+    assert "it is silent: all samples are 0" in short.changes
+    assert transcribe(transcriber, silence[:1], timestamps=True)[0].pieces == ()
+
+
+def test_a_model_of_another_kind_is_named():
+    fixtures = Path(__file__).resolve().parents[1] / "fixtures"
+    with pytest.raises(ValueError, match="is a vit; only a whisper or a model of CTC"):
+        load_transcriber(fixtures / "vit-cls")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """CTC against PyTorch's loss, as transformers calls it; labels that do not fit; transcripts."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from parity import assert_near, torch_twin
 from waves import SIZES, waves
 
 import fmjax
-from fmjax.generate.ctc import prefix_beam
+from fmjax.generate.ctc import greedy, prefix_beam
 from fmjax.models import wav2vec2
 from fmjax.tasks import ctc
 
@@ -128,10 +130,16 @@ def test_a_whole_set_is_transcribed():
     result = ctc.evaluate(model, variables, [batch], size=2, text=text)
     assert result.references == ["3", "1 2"]
     assert set(result.metrics) == {"wer", "cer"}
-    alone = ctc.evaluate(
-        model, variables, [batch], size=2, text=text,
-        decode=lambda scores: prefix_beam(scores, blank=0, beams=64)[0].symbols,
-    )  # fmt: skip
+
+    def search(scores):
+        return prefix_beam(scores, blank=0, beams=64)[0].symbols
+
+    alone = ctc.evaluate(model, variables, [batch], size=2, text=text, decode=search)
+    plainly = partial(greedy, blank=0)
+    both = ctc.evaluate_ways(
+        model, variables, iter([batch]), size=2, text=text, decodes=(plainly, search)
+    )
+    assert both == [result, alone]
     cut = prefix_beam(scores[1, :length], blank=0, beams=64)[0].symbols
     assert alone.predictions[0] == text(cut)
 

@@ -1,5 +1,6 @@
 """Autoencoders with codebooks: densities, straight-through gradients, schedules, and learning."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,56 @@ def test_the_quantised_losses_pull_apart_what_they_should():
     moved = [np.abs(np.asarray(g["quant_conv"]["kernel"])).max() for g in (plain, committed)]
     assert moved[0] > 0
     assert not np.allclose(plain["quant_conv"]["kernel"], committed["quant_conv"]["kernel"])
+
+
+@pytest.fixture(scope="module")
+def unused():
+    """A VQGAN all of whose latents have one code: (model, variables, batch, its codes)."""
+    model, variables = fmjax.create("vqgan", "tiny", rng=jax.random.key(0))
+    table = variables["params"]["codebook"]["embedding"]
+    variables["params"]["codebook"]["embedding"] = table.at[1:].add(100)
+    batch = {"pixel_values": pixels_of(side=8), "weight": WEIGHTS}
+    encode = jax.jit(
+        lambda v: model.apply(v, batch["pixel_values"] / np.float32(127.5) - 1, method="encode")
+    )
+    return model, variables, batch, encode
+
+
+def test_codes_that_nothing_is_near_begin_anew(unused):
+    """As latents of counted rows, drawn where they are far; the others stay."""
+    model, variables, batch, encode = unused
+    table = np.asarray(variables["params"]["codebook"]["embedding"])
+    out = encode(variables)
+    assert np.unique(out.codes).tolist() == [0]
+    latents = np.asarray(out.latents)[:2].reshape(-1, 5)
+    restart = jax.jit(task.restarted(model))
+    new = restart(variables, batch, jax.random.key(1))
+    fresh = np.asarray(new["params"]["codebook"]["embedding"])
+    np.testing.assert_array_equal(fresh[0], table[0])
+    which = [int(np.abs(latents - row).sum(axis=1).argmin()) for row in fresh[1:]]
+    np.testing.assert_allclose(fresh[1:], latents[which], atol=1e-6)
+    assert len(set(which)) == 6  # without replacement
+    assert len(np.unique(encode(new).codes)) == 7
+    other = restart(variables, batch, jax.random.key(2))["params"]["codebook"]["embedding"]
+    assert np.abs(fresh - other).max() > 0
+    apart = {name: leaf for name, leaf in flatten(new).items() if "codebook" not in name}
+    chex.assert_trees_all_equal(apart, {name: flatten(variables)[name] for name in apart})
+
+
+@pytest.mark.slow
+def test_codes_are_looked_after_on_time(unused):
+    model, variables, batch, encode = unused
+    tx = optax.sgd(0.0)
+    step = make_train_step(gradient(task.vector_quantised(model)), tx)
+    step = jit_step(task.restarting(step, model, every=2, steps=3))
+    state = init_state(variables, tx, jax.random.key(0))
+    counts = []
+    for _ in range(3):
+        state, _ = step(state, batch)
+        counts.append(len(np.unique(encode(state.trainable).codes)))
+    assert counts == [1, 7, 7]
+    with pytest.raises(ValueError, match="every=0 must be at least 1"):
+        task.restarting(step, model, every=0, steps=3)
 
 
 def test_perplexity_counts_the_codes_in_use():

@@ -149,14 +149,18 @@ def test_detections_equal_transformers():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 6, 4)).astype(np.float32)
     boxes = rng.uniform(0.2, 0.6, size=(2, 6, 4)).astype(np.float32)
-    sizes = [(48, 64), (48, 64)]
+    sizes = [(48, 64), (40, 50)]
     theirs = DetrImageProcessorPil().post_process_object_detection(
         DetrObjectDetectionOutput(logits=torch.tensor(logits), pred_boxes=torch.tensor(boxes)),
         threshold=0.3,
         target_sizes=sizes,
     )
     output = Output(logits=jnp.asarray(logits), pred_boxes=jnp.asarray(boxes))
-    batch = {"pixel_values": np.zeros((2, 48, 64, 3)), "index": np.array([1, 0])}
+    mask = np.zeros((2, 48, 64), np.int32)  # the second picture is smaller: the rest is padding
+    for padded, (rows, columns) in zip(mask, sizes, strict=True):
+        padded[:rows, :columns] = 1
+    pixels = np.zeros((2, 48, 64, 3))
+    batch = {"pixel_values": pixels, "pixel_mask": mask, "index": np.array([1, 0])}
     found = task.detect(
         None, {}, [batch], size=2, predict_fn=lambda *_: task.detections(output), threshold=0.3
     )

@@ -48,6 +48,16 @@ def test_bytes_and_floats_are_normalised_alike(classifier, batch):
         normalised(loss, [0.5], [0.0])
 
 
+def test_bytes_that_nobody_has_normalised_are_refused(classifier, batch):
+    model, variables = classifier
+    for function in (task.predict(model), jax.jit(task.predict(model))):
+        with pytest.raises(ValueError, match=r"are uint8; .* fmjax.tasks.pixels.normalised"):
+            function(variables, batch)
+    integers = {**batch, "pixel_values": batch["pixel_values"].astype(np.int32)}
+    with pytest.raises(ValueError, match="are int32; they must be uint8, or floats from 0 to 1"):
+        normalised(task.predict(model), [0.5], [0.5])(variables, integers)
+
+
 def test_nothing_done_is_the_loss_itself(classifier, batch):
     model, variables = classifier
     loss = normalised(task.loss(model, train=False), [0.5], [0.5])
@@ -138,6 +148,7 @@ def test_means_over_views(classifier, batch):
             for part in seen
         ]
         np.testing.assert_allclose(ours, jax.nn.softmax(np.mean(logits, axis=0)), atol=1e-5)
-        assert np.abs(ours - task.predict(model)(variables, batch)).max() > 1e-3
+        once = normalised(task.predict(model), [0.5], [0.1])(variables, batch)
+        assert np.abs(ours - once).max() > 1e-4
     with pytest.raises(ValueError, match="9 x 10 pixels have no part of 6 x 11"):
         ten_crops(6, 11)[0](x)

@@ -104,6 +104,28 @@ def test_labels_that_are_no_class():
         assert np.isnan(run(variables, {}, batch | {"labels": np.array([0, wrong, 1, 7])}, None)[1])
 
 
+def test_labels_of_another_shape_are_refused():
+    """They would be repeated over rows or classes."""
+    for kind, wrong in (
+        (task.SINGLE, np.zeros((4, 1), int)),
+        (task.SINGLE, np.zeros(1, int)),
+        (task.MULTI, np.zeros((4, 1), np.float32)),
+        (task.MULTI, np.zeros(3, np.float32)),
+        (task.REGRESSION, np.zeros((1, 4), np.float32)),
+    ):
+        model, variables = make_model(kind)
+        batch = make_batch(kind) | {"labels": wrong}
+        with pytest.raises(ValueError, match=r"labels have the shape .* they must be \(4"):
+            task.loss(model)(variables, batch, jax.random.key(0))
+    model, variables = make_model(task.SINGLE)
+    batch = make_batch(task.SINGLE)
+    expected = task.loss(model, train=False)(variables, batch, None)[0]
+    del batch["weight"]  # which may be missing, and shares be integers
+    for labels in (batch["labels"], np.eye(3, dtype=int)[batch["labels"]]):
+        loss = task.loss(model, train=False)(variables, batch | {"labels": labels}, None)[0]
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
 def test_label_smoothing_equals_pytorch():
     model, variables = make_model(task.SINGLE)
     batch = make_batch(task.SINGLE)
