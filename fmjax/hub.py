@@ -46,6 +46,11 @@ WEIGHT_FILES = (
 _MOST_THREADS = 4
 """That read one checkpoint: memory has no more to give, and each holds a tensor."""
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja")
+TOKENIZER_FILES = (
+    "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json",
+)  # fmt: skip
+NO_WEIGHTS = ((),)
+"""For `find_folder`, where config and tokenizer are all that is wanted."""
 
 
 @runtime_checkable
@@ -492,11 +497,30 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
     """The Hugging Face tokenizer of a folder or hub id.
 
     Raises:
-        OSError: there is none.
+        OSError: there is none, or one without a vocabulary.
     """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(find_folder(path_or_id))
+    folder = find_folder(path_or_id, NO_WEIGHTS)
+    advice = (
+        "copy them from the checkpoint that the model was trained from, or write them: "
+        f"tokenizer.save_pretrained({str(folder)!r})"
+    )
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise FileNotFoundError(
+            f"{folder} has no files of a tokenizer (tokenizer.json, vocab.txt, spiece.model, ...); "
+            + advice
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Where its files are missing, transformers makes one of special tokens (and of SentencePiece's
+    # word boundary), to which every text is unknown.
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1:
+        raise FileNotFoundError(
+            f"the tokenizer of {folder} has no vocabulary, only the special tokens "
+            f"{tokenizer.all_special_tokens[:5]}: its files (tokenizer.json, vocab.txt, "
+            f"spiece.model, ...) are missing or empty; {advice}"
+        )
+    return tokenizer
 
 
 def load_generation_config(path_or_id: str | Path) -> GenerationConfig:
@@ -508,4 +532,4 @@ def load_generation_config(path_or_id: str | Path) -> GenerationConfig:
         OSError: no such folder, or the hub cannot be reached.
         ValueError: keys that are not known or not supported; all are listed.
     """
-    return GenerationConfig.read(find_folder(path_or_id))
+    return GenerationConfig.read(find_folder(path_or_id, NO_WEIGHTS))

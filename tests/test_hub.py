@@ -32,6 +32,35 @@ def test_what_is_no_folder_is_named(tmp_path):
         fmjax.load(tmp_path)
 
 
+def test_a_tokenizer_without_a_vocabulary_is_none(tmp_path):
+    """transformers makes one of special tokens alone, and every text would be unknown to it."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(FileNotFoundError, match=r"no files of a tokenizer .*save_pretrained"):
+        fmjax.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no vocabulary, only the special tokens"):
+        fmjax.load_tokenizer(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfilm\na\n")
+    assert fmjax.load_tokenizer(tmp_path)("a film")["input_ids"] == [2, 6, 5, 3]
+
+
+def test_a_tokenizer_is_fetched_without_weights(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    fetched = []
+
+    def download(repo_id, *, allow_patterns):
+        fetched.append(allow_patterns)
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfilm\na\n")
+        (tmp_path / "config.json").write_text('{"model_type": "bert", "eos_token_id": 3}')
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert len(fmjax.load_tokenizer("somebody/something")) == 7
+    assert fmjax.load_generation_config("somebody/something").eos == (3,)
+    assert fetched == [list(hub.OTHER_FILES)] * 2
+
+
 def test_a_hub_id_offline_says_that_it_could_not_be_fetched():
     with pytest.raises(FileNotFoundError, match="as a hub id it could not be fetched"):
         fmjax.load("nobody/nothing-at-all")
