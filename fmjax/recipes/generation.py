@@ -72,6 +72,27 @@ class Generator:
         """Whether it continues its input; else it answers it (encoder-decoders)."""
         return self.model.head == "causal_lm"
 
+    def text_of(
+        self, tokens: Sequence[int], prompt: Sequence[int], *, clean_up: bool | None = None
+    ) -> str:
+        """What tokens say behind a prompt. Most tokenizers write no space before the first word of
+        what they decode: a decoder's text is decoded from the prompt's beginning.
+
+        Args:
+            tokens: the new ones.
+            prompt: those before them; an encoder-decoder's are another text's.
+            clean_up: whether spaces before punctuation go, None as the tokenizer says; never a
+                decoder's, where this could reach into the prompt.
+        """
+        if not self.is_decoder:
+            prompt = ()
+        decode = partial(
+            self.tokenizer.decode,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False if self.is_decoder else clean_up,
+        )
+        return decode([*prompt, *tokens])[len(decode(prompt)) if prompt else 0 :]
+
 
 def load_generator(source: str | Path) -> Generator:
     """Loads a folder or hub id.
@@ -190,19 +211,25 @@ def write_texts(
         # A short last batch is filled up, so that it compiles nothing of its own.
         filled = chosen + chosen[-1:] * (batch_size - len(chosen) if start else 0)
         rng = jax.random.fold_in(jax.random.key(seed), start) if config.do_sample else None
+        prompts = encode_prompts(generator, [texts[i] for i in filled], max_length=max_length)
         out = generate(
             generator.model,
             generator.variables,
-            **encode_prompts(generator, [texts[i] for i in filled], max_length=max_length),
+            **prompts,
             generation_config=config,
             tokenizer=generator.tokenizer,
             rng=rng,
         )
-        decoded = [
-            generator.tokenizer.decode(row[:length], skip_special_tokens=True)
-            for row, length in zip(out.tokens, out.lengths, strict=True)
-        ]
         several = config.num_return_sequences
+        before = [
+            ids[mask == 1].tolist()
+            for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
+            for _ in range(several)
+        ]
+        decoded = [
+            generator.text_of(row[:length].tolist(), prompt)
+            for row, length, prompt in zip(out.tokens, out.lengths, before, strict=True)
+        ]
         for place, i in enumerate(chosen):
             written[i] = decoded[place * several : (place + 1) * several]
     return [written[i] for i in range(len(texts))]
@@ -232,9 +259,10 @@ def stream_text(
     config = generator.config.replace(**(options or {}))
     rng = jax.random.key(seed) if config.do_sample else None
     decode = partial(
-        # Cleaning up would change what has been shown.
-        generator.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )  # fmt: skip
+        generator.text_of,
+        prompt=list(input_ids),
+        clean_up=False,  # which would change what has been shown
+    )
     prompt = {
         "input_ids": np.asarray([input_ids], np.int32),
         "attention_mask": np.ones((1, len(input_ids)), np.int32),
@@ -244,7 +272,7 @@ def stream_text(
     }
     if config.num_beams > 1:
         out = generate(generator.model, generator.variables, **prompt)
-        yield decode(out.tokens[0, : out.lengths[0]])
+        yield decode(out.tokens[0, : out.lengths[0]].tolist())
         return
     tokens: list[int] = []
     shown = ""

@@ -125,8 +125,29 @@ def test_streams_lose_nothing_to_cleaning(decoder, monkeypatch):
     monkeypatch.setattr(
         generation, "stream", lambda *args, **options: (np.array([[i]]) for i in ids)
     )
-    generator = Generator(None, None, tokenizer, GenerationConfig())
-    assert "".join(stream_text(generator, [1])) == "do n ' t know ,"
+    generator = Generator(fmjax.load(decoder)[0], None, tokenizer, GenerationConfig())
+    assert "".join(stream_text(generator, ids[:1])) == "do n ' t know ,"
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bytebpe"])
+def test_words_do_not_grow_together(kind, monkeypatch):
+    """Where the prompt ends a space may follow, which tokenizers drop at the start of a text."""
+    tokenizer = train_tokenizer(LINES * 4, kind=kind, vocab_size=300)
+    config = gpt2.Config(vocab_size=len(tokenizer), n_positions=8, n_embd=2, n_layer=1, n_head=1)
+    ids = tokenizer("the old cat is out", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("the old", add_special_tokens=False)["input_ids"]
+    assert ids[: len(prompt)] == prompt
+    new = ids[len(prompt) :]
+    monkeypatch.setattr(
+        generation, "stream", lambda *args, **options: (np.array([[i]]) for i in new)
+    )
+    generator = Generator(gpt2.Model(config, head="causal_lm"), None, tokenizer, GenerationConfig())
+    assert generator.text_of(new, prompt) == " cat is out"
+    assert "".join(stream_text(generator, prompt)) == " cat is out"
+    answers = Generator(
+        bart.Model(bart.VARIANTS["tiny"], head="seq2seq_lm"), None, tokenizer, GenerationConfig()
+    )
+    assert answers.text_of(prompt, new) == "the old"
 
 
 def test_chat_reads_lines_and_keeps_the_conversation(decoder, capsys, monkeypatch):
