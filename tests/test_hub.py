@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from chex import assert_trees_all_close, assert_trees_all_equal
 
 import fmjax
@@ -191,6 +192,48 @@ def test_loading_costs_little_more_than_the_file(tmp_path):
         grown = int(done.stdout)
         assert grown <= 1.3 * size, f"{form}: {grown / size:.2f} times the file"
     (tmp_path / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"num_labels": "2"}, "num_labels='2' must be a positive int, or distinct names"),
+        ({"num_labels": {0: "bad", 1: "good"}}, "must be a positive int, or distinct names"),
+        ({"num_labels": [0, 1]}, "must be a positive int, or distinct names"),
+        ({"num_labels": True}, "must be a positive int"),
+        ({"num_labels": 2.0}, "must be a positive int"),
+        ({"dtype": "bf16"}, "dtype='bf16' must be of floats"),
+        ({"dtype": "int8", "rng": 0}, "rng=0 must be a key.*dtype='int8' must be of floats"),
+        # The letters of "he" begin the paths of head and of embeddings.
+        ({"new": "he"}, r"new='he' is one string and must be several: new=\('he',\)"),
+    ],
+    ids=repr,
+)
+def test_arguments_of_the_wrong_kind_are_named(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        fmjax.load(FIXTURES / "bert-seqcls", **arguments)
+
+
+def test_arguments_of_new_models_are_checked():
+    with pytest.raises(ValueError, match="rng=None must be a key"):
+        fmjax.create("bert", "tiny", rng=None)
+    with pytest.raises(ValueError, match="a family whose heads have no labels"):
+        fmjax.create("vae", "tiny", num_labels=2, rng=jax.random.key(0))
+    model, _ = fmjax.load(FIXTURES / "bert-seqcls", num_labels=np.int64(2), new=("head/",))
+    assert model.config.id2label == ("LABEL_0", "LABEL_1")
+
+
+def test_how_to_generate_is_saved_with_the_model(tmp_path):
+    source = FIXTURES / "gpt2-lm"
+    model, variables = fmjax.load(source)
+    config = fmjax.load_generation_config(source).replace(eos_token_id=[30, 31], pad_token_id=2)
+    with pytest.raises(ValueError, match="tokenizer='gpt2' has no save_pretrained"):
+        fmjax.save(tmp_path / "it", model, variables, "gpt2")
+    assert not (tmp_path / "it").exists()
+    fmjax.save(tmp_path / "it", model, variables, generation_config=config)
+    assert fmjax.load_generation_config(tmp_path / "it") == config
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "it")
+    assert (theirs.eos_token_id, theirs.pad_token_id) == ([30, 31], 2)
 
 
 def test_saving_leaves_a_folder_that_says_what_it_is(tmp_path, rng):
