@@ -14,7 +14,7 @@ from jax import Array
 
 from fmjax.metrics.classification import classification_metrics, multi_label_metrics
 from fmjax.metrics.regression import regression_metrics
-from fmjax.tasks.apply import apply_fn, collect, once
+from fmjax.tasks.apply import apply_fn, collect, once, row_weights
 from fmjax.tasks.masking import weigh
 from fmjax.tasks.vocabulary_loss import is_known
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
@@ -51,7 +51,8 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
 
     Batches have ``labels``: int [B], -100 where a row does not count (or the classes' shares, float
     [B, C], where examples are blended), float [B, C] of 0 and 1, or float [B] (or [B, C]); and
-    ``weight`` float [B], 0 for padding rows. Another label that is no class makes the loss nan.
+    perhaps ``weight`` float [B], 0 for padding rows. Another label that is no class makes the loss
+    nan.
 
     Args:
         model: with the head ``sequence_classification`` or ``image_classification``.
@@ -78,8 +79,10 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
 
     def loss_fn(variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         output, updates = apply(variables, batch, rng, train=train)
-        logits, labels, weights = output.logits, jnp.asarray(batch["labels"]), batch["weight"]
+        logits, labels = output.logits, jnp.asarray(batch["labels"])
         assert logits is not None  # [B, C]
+        _check_shapes(model, kind, logits, labels)
+        weights = row_weights(batch, len(logits))
         metrics = {}
         if kind == SINGLE:
             if labels.ndim == 1:
@@ -97,6 +100,22 @@ def loss(model: Any, *, train: bool = True, label_smoothing: float = 0.0) -> Los
         return mean.value, Aux(mean.weight, metrics, updates)
 
     return loss_fn
+
+
+def _check_shapes(model: Any, kind: str, logits: Array, labels: Array) -> None:
+    """Of other shapes products would be broadcast, to a loss of something else."""
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the model has the head {model.head!r}, whose logits {logits.shape} are not [B, C]; "
+            "load it with head='sequence_classification' (or whichever classifies a whole input)"
+        )
+    batch, classes = logits.shape
+    right = [(batch,)] if kind == SINGLE or (kind == REGRESSION and classes == 1) else []
+    if labels.shape not in (right := [*right, (batch, classes)]):
+        raise ValueError(
+            f"labels have the shape {labels.shape}; {kind} of {batch} rows and {classes} labels "
+            f"takes {' or '.join(map(str, right))}"
+        )
 
 
 def class_losses(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:

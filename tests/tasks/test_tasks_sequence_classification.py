@@ -102,6 +102,38 @@ def test_labels_that_are_no_class():
         assert np.isnan(run(variables, {}, batch | {"labels": np.array([0, wrong, 1, 7])}, None)[1])
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (task.SINGLE, (1,)), (task.SINGLE, (4, 1)), (task.SINGLE, (3,)),
+        (task.MULTI, (4,)), (task.MULTI, (4, 1)), (task.REGRESSION, (1,)),
+    ],
+)  # fmt: skip
+def test_labels_are_not_broadcast(kind, shape):
+    model, variables = make_model(kind)
+    batch = make_batch(kind) | {"labels": np.zeros(shape, np.float32)}
+    with pytest.raises(ValueError, match=rf"labels have the shape \({shape[0]},.*takes \(4,"):
+        jax.eval_shape(task.loss(model, train=False), variables, batch, None)
+
+
+def test_heads_of_tokens_are_refused():
+    model, variables = fmjax.create("bert", make_model(task.SINGLE)[0].config, head="masked_lm",
+                                    rng=jax.random.key(0))  # fmt: skip
+    with pytest.raises(ValueError, match=r"the head 'masked_lm', whose logits \(4, "):
+        jax.eval_shape(task.loss(model, train=False), variables, make_batch(task.SINGLE), None)
+
+
+def test_rows_without_weights_count_alike():
+    model, variables = make_model(task.SINGLE)
+    batch = make_batch(task.SINGLE)
+    loss_fn = task.loss(model, train=False)
+    weighed, aux = loss_fn(variables, batch, None)
+    assert batch.pop("weight").sum() == 4
+    plain, plain_aux = loss_fn(variables, batch, None)
+    np.testing.assert_array_equal(plain, weighed)
+    assert float(plain_aux.weight) == float(aux.weight) == 4
+
+
 def test_label_smoothing_equals_pytorch():
     model, variables = make_model(task.SINGLE)
     batch = make_batch(task.SINGLE)
