@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import fmjax.hub as hub
+from fmjax.config import read_config
 from fmjax.data import TextExamples, align_labels, load_text
 from fmjax.data.records import Questions
 from fmjax.data.windows import encode_questions
@@ -52,6 +53,27 @@ def read_texts(path: str | Path) -> list[str]:
     return lines
 
 
+def load_as(source: str | Path, head: str) -> tuple[Any, Any]:
+    """The model and variables of a folder or hub id that has this head.
+
+    Raises:
+        ValueError: config.json says that the weights are another head's, which may have the same
+            shapes.
+    """
+    folder = hub.find_folder(source)
+    data = read_config(folder)
+    model_type, architectures = data.get("model_type"), data.get("architectures") or ()
+    if isinstance(model_type, str):
+        heads = {name: own for own, name in hub.family_of(model_type).HEADS.items()}
+        said = [heads[plain] for x in architectures if (plain := x.removeprefix("Flax")) in heads]
+        if said and head not in said:
+            raise ValueError(
+                f"{source} has the head {said[0]!r} ({', '.join(architectures)}); this needs a "
+                f"model with the head {head!r}"
+            )
+    return hub.load(folder, head=head)
+
+
 def _rows(
     fn: Any, model: Any, variables: Any, tokenizer: Any, texts: TextExamples, max_length: int
 ) -> np.ndarray:
@@ -76,7 +98,7 @@ def predict_texts(
         max_length: tokens a text is cut to.
     """
     source = model_source(model)
-    module, variables = hub.load(source, head="sequence_classification")
+    module, variables = load_as(source, "sequence_classification")
     examples = TextExamples(list(texts), None, ())
     rows = _rows(
         task.predict(module), module, variables, hub.load_tokenizer(source), examples, max_length
@@ -114,7 +136,7 @@ def evaluate_texts(model: str, data: TextData, split: str) -> dict[str, Any]:
         split: of a named set.
     """
     source = model_source(model)
-    module, variables = hub.load(source, head="sequence_classification")
+    module, variables = load_as(source, "sequence_classification")
     kind: Any = task.problem_type_of(module)
     texts = load_text(
         data.data,
@@ -151,7 +173,7 @@ def tag_texts(
         max_length: tokens a text is cut to; the words behind get None.
     """
     source = model_source(model)
-    module, variables = hub.load(source, head="token_classification")
+    module, variables = load_as(source, "token_classification")
     words = [WORD.findall(text) for text in texts]
     aligned = align_labels(
         hub.load_tokenizer(source),
@@ -198,7 +220,7 @@ def answer_texts(
     if empty or not context.strip():
         raise ValueError(f"questions {empty} are empty" if empty else "the text is empty")
     source = model_source(model)
-    module, variables = hub.load(source, head="question_answering")
+    module, variables = load_as(source, "question_answering")
     asked = Questions(
         ids=[str(number) for number in range(len(questions))],
         questions=list(questions),

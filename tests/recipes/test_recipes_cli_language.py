@@ -186,6 +186,16 @@ def test_tag(tiny_bert, tmp_path, capsys):
     assert best.shape == (4,)
 
 
+@pytest.mark.parametrize("command", ["tag", "predict"])
+def test_another_heads_weights_are_not_taken_for_its_own(command, tiny_bert, tmp_path, capsys):
+    """A classifier of texts has a classifier of tokens' shapes."""
+    wrong = "token_classification" if command == "predict" else "sequence_classification"
+    model, variables = fmjax.load(tiny_bert, head=wrong, num_labels=("A", "N"), new=("head/",))
+    fmjax.save(tmp_path, model, variables, fmjax.load_tokenizer(tiny_bert))
+    assert main([command, str(tmp_path), "a film"]) == 2
+    assert f"has the head {wrong!r}" in capsys.readouterr().err
+
+
 def test_answer(tiny_bert, tmp_path, capsys):
     model, variables = fmjax.load(
         tiny_bert, head="question_answering", num_labels=2, new=("head/",)
