@@ -51,12 +51,14 @@ class Embed:
     """A file with one text a line."""
     output: Annotated[Path, tyro.conf.Positional]
     """The .npy file: float32 [N, D]."""
-    pooling: Literal["mean", "cls", "max", "pooler"] = "mean"
-    """How tokens become one vector."""
+    pooling: Literal["mean", "cls", "max", "pooler"] | None = None
+    """How tokens become one vector; by default as a folder of sentence-transformers says, which may
+    also scale vectors and put a prompt before texts, and of other folders their mean."""
     normalize: bool = False
-    """Scale vectors to length 1."""
-    max_length: int = 512
-    """Tokens a text is cut to."""
+    """Scale vectors to length 1 in any case."""
+    max_length: int | None = None
+    """Tokens a text is cut to; by default what the folder says, and at most 512 where it is not of
+    sentence-transformers."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fmjax.config import read_config
 from fmjax.data import TextExamples, align_labels, load_text
 from fmjax.data.records import Questions
 from fmjax.data.windows import encode_questions
+from fmjax.recipes.sentence_folders import Pooling, read_pooling
 from fmjax.recipes.texts import (
     TextData,
     encode_splits,
@@ -110,19 +111,39 @@ def embed_texts(
     model: str,
     texts: Sequence[str],
     *,
-    pooling: str = "mean",
+    pooling: str | None = None,
     normalize: bool = False,
-    max_length: int = 512,
+    max_length: int | None = None,
 ) -> np.ndarray:
-    """Vectors [N, D] float32 of texts; see `fmjax.tasks.feature_extraction.embed`."""
-    source = model_source(model)
+    """Vectors [N, D] float32 of texts; see `fmjax.tasks.feature_extraction.embed`.
+
+    Args:
+        model: a folder or hub id.
+        texts: N texts.
+        pooling: None is what a folder of sentence-transformers says, with its scale, its prompt
+            and its length, and of other folders "mean".
+        normalize: scale vectors to length 1 in any case.
+        max_length: tokens a text is cut to; None is what the folder says, at most 512 where it is
+            not of sentence-transformers.
+
+    Raises:
+        ValueError: the folder is of sentence-transformers and makes vectors in another way.
+    """
+    source = hub.find_folder(model_source(model))
+    found = read_pooling(source) if pooling is None else None
+    said = found or Pooling(pooling=pooling or "mean")
     module, variables = hub.load(source, head="model")
+    tokenizer = hub.load_tokenizer(source)
+    if max_length is None:
+        most = tokenizer.model_max_length  # 1e30 where nobody has said it
+        max_length = said.max_length or (most if found and most < 1e9 else min(512, most))
+    texts = [said.prompt + text for text in texts]
     return _rows(
-        embed(module, pooling=pooling, normalize=normalize),
+        embed(module, pooling=said.pooling, normalize=normalize or said.normalize),
         module,
         variables,
-        hub.load_tokenizer(source),
-        TextExamples(list(texts), None, ()),
+        tokenizer,
+        TextExamples([text.lower() for text in texts] if said.lowercase else texts, None, ()),
         max_length,
     )
 
