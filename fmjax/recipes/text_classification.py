@@ -78,6 +78,11 @@ def finetune(settings: Settings) -> dict[str, Any]:
     examples = load_splits(settings)
     source = model_source(settings.model)
     names = examples["train"].label_names
+    if settings.problem_type == task.SINGLE and len(names) < 2:
+        raise ValueError(
+            f"all {len(examples['train'])} training texts have the label {names[0]!r}; a "
+            "classifier needs texts of at least two"
+        )
     model, variables = hub.load(
         source,
         head="sequence_classification",

@@ -204,6 +204,12 @@ def train(
         problems.append(f"max_steps={settings.max_steps} must be at least 1, or None")
     if settings.evaluations < 1:
         problems.append(f"evaluations={settings.evaluations} must be at least 1")
+    if not 0 <= settings.learning_rate < math.inf:  # below 0 the loss would be raised
+        problems.append(f"learning_rate={settings.learning_rate} must be a number, and not below 0")
+    if not 0 <= settings.weight_decay < math.inf:
+        problems.append(f"weight_decay={settings.weight_decay} must be a number, and not below 0")
+    if not 0 <= settings.warmup < 1:
+        problems.append(f"warmup={settings.warmup} must be a share of the steps, from 0 to below 1")
     raise_problems("training", problems)
     traced = None if settings.profile is None else parse_steps(settings.profile)
     run = writable_folder(settings.output)

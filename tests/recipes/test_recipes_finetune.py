@@ -122,6 +122,16 @@ def test_other_settings_on_the_same_folder_are_refused(run, tiny_bert, sentence_
     assert (run / "run.json").read_bytes() == before
 
 
+def test_texts_of_one_label_are_refused(tiny_bert, tmp_path, capsys):
+    """Before anything is trained."""
+    (tmp_path / "one.csv").write_text("text,label\na film,good\na plot,good\n")
+    files = [option for name in ("--data", "--val") for option in (name, str(tmp_path / "one.csv"))]
+    where = ["--output", str(tmp_path / "run"), "--model", str(tiny_bert)]
+    assert main(["finetune", *where, *files]) == 2
+    assert "all 2 training texts have the label 'good'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_commands_on_the_export(run, sentence_files, tmp_path, capsys):
     export = str(run / "export")
     assert main(["predict", export, "a lovely story", "an awful scene", "--json"]) == 0

@@ -95,10 +95,11 @@ def test_a_run_goes_on_on_another_mesh(run, tmp_path):
         run(None, "model=2")
 
 
-def test_lengths_of_no_run_are_refused(run):
-    problems = "(?s)epochs=-1.0 .*max_steps=0 .*evaluations=-3 "
+def test_lengths_and_rates_of_no_run_are_refused(run):
+    problems = "(?s)epochs=-1.0 .*max_steps=0 .*evaluations=-3 .*learning_rate=-1.0 .*decay=-2.0 "
+    settings = {"max_steps": 0, "evaluations": -3, "learning_rate": -1.0, "weight_decay": -2.0}
     with pytest.raises(ValueError, match=problems):
-        run(None, epochs=-1.0, max_steps=0, evaluations=-3)
+        run(None, epochs=-1.0, **settings)
 
 
 def test_precisions_reach_the_step(run, monkeypatch):
