@@ -17,7 +17,7 @@ from fmjax.data.records import Questions
 from fmjax.data.windows import encode_questions
 from fmjax.recipes.sentence_folders import Pooling, read_pooling
 from fmjax.recipes.texts import (
-    TextData,
+    LabelledTexts,
     encode_splits,
     evaluation_batches,
     labels_of,
@@ -89,18 +89,27 @@ def _rows(
 
 
 def predict_texts(
-    model: str, texts: Sequence[str], *, max_length: int = 512
+    model: str,
+    texts: Sequence[str],
+    *,
+    text_pairs: Sequence[str] | None = None,
+    max_length: int = 512,
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """(label names, rows [N, C]) of a classifier: probabilities, or numbers of a regression.
 
     Args:
         model: a folder or hub id with a sequence-classification head.
         texts: N texts.
-        max_length: tokens a text is cut to.
+        text_pairs: N second texts, of a classifier of pairs.
+        max_length: tokens a text (or a pair) is cut to.
+
+    Raises:
+        ValueError: another number of second texts than of first ones.
     """
+    pairs = None if text_pairs is None else list(text_pairs)
+    examples = TextExamples(list(texts), None, (), pairs)
     source = model_source(model)
     module, variables = load_as(source, "sequence_classification")
-    examples = TextExamples(list(texts), None, ())
     rows = _rows(
         task.predict(module), module, variables, hub.load_tokenizer(source), examples, max_length
     )
@@ -148,7 +157,7 @@ def embed_texts(
     )
 
 
-def evaluate_texts(model: str, data: TextData, split: str) -> dict[str, Any]:
+def evaluate_texts(model: str, data: LabelledTexts, split: str) -> dict[str, Any]:
     """Metrics of a saved classifier on labelled texts.
 
     Args:

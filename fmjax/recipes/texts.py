@@ -26,8 +26,28 @@ HELD_OUT = 10  # one text in ten, when a file of training texts comes without va
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextData:
-    """Texts from a named set ("sentiment/movie", "tfds:NAME", "hf:NAME") or from files."""
+class LabelledTexts:
+    """Texts from a named set ("sentiment/movie", "tfds:NAME", "hf:NAME") or from a file."""
+
+    data: str = "sentiment/movie"
+    """Labelled texts: a named set, or a .tsv, .csv or .jsonl file with a header."""
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of a second text, for tasks on pairs."""
+    label: str = "label"
+    """Column of the label."""
+    max_length: int = 128
+    """Tokens a text is cut to; never more than the model has positions."""
+
+    def is_named(self) -> bool:
+        """Whether `data` is a named set, with splits of its own, and not a file."""
+        return self.data.startswith(("sentiment/", "tfds:", "hf:"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextData(LabelledTexts):
+    """Texts to train on, from a named set or from files, with those that are held out."""
 
     data: str = "sentiment/movie"
     """Training texts: a named set, or a .tsv, .csv or .jsonl file with a header."""
@@ -41,22 +61,10 @@ class TextData:
     """Validation split of a named set."""
     test_split: str | None = "test"
     """Test split of a named set."""
-    text: str = "text"
-    """Column of the text."""
-    text_pair: str | None = None
-    """Column of a second text, for tasks on pairs."""
-    label: str = "label"
-    """Column of the label."""
     problem_type: Literal[
         "single_label_classification", "multi_label_classification", "regression"
     ] = "single_label_classification"
     """What a label is: a class, several ("a|b"), or a number."""
-    max_length: int = 128
-    """Tokens a text is cut to; never more than the model has positions."""
-
-    def is_named(self) -> bool:
-        """Whether `data` is a named set, with splits of its own, and not a file."""
-        return self.data.startswith(("sentiment/", "tfds:", "hf:"))
 
 
 def load_splits(settings: TextData) -> dict[str, TextExamples]:
