@@ -22,6 +22,7 @@ from fmjax.recipes.texts import (
     evaluation_batches,
     labels_of,
     model_source,
+    padding_of,
     text_length,
 )
 from fmjax.tasks import question_answering as answering
@@ -84,7 +85,7 @@ def _rows(
         max_length=text_length(model, max_length),
         vocab_size=model.config.vocab_size,
     )["texts"]
-    stream = evaluation_batches(encoded, tokenizer.pad_token_id)
+    stream = evaluation_batches(encoded, padding_of(tokenizer, model))
     return collect(jax.jit(fn), variables, stream, size=len(texts))
 
 

@@ -21,6 +21,8 @@ from fmjax.data import (
 )
 from fmjax.data.batches import Buckets, batches
 from fmjax.data.images import ImageExamples
+from fmjax.data.tokens import padding_id
+from fmjax.models import fields_of
 
 HELD_OUT = 10  # one text in ten, when a file of training texts comes without validation texts
 
@@ -138,6 +140,19 @@ def text_length(model: Any, max_length: int) -> int:
     sides = isinstance(model, EncoderDecoder)
     most = model.side_positions[0] if sides else model.max_positions
     return max_length if most is None else min(max_length, most)
+
+
+def padding_of(tokenizer: Any, model: Any) -> int:
+    """The token that pads texts for a model: the tokenizer's or, where that has none, as those of
+    GPT-2 and Llama, the model's or what ends texts. A mask hides it.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    said = fields_of(model.config).get("pad_token_id")
+    if tokenizer.pad_token_id is None and said is not None:
+        return said
+    return padding_id(tokenizer)
 
 
 def evaluation_batches(

@@ -1,5 +1,6 @@
 """The commands that write and tag text, on tiny random models."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -7,6 +8,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 
 import fmjax
 from fmjax.cli import main
@@ -16,7 +19,8 @@ from fmjax.generation_config import GenerationConfig
 from fmjax.models import bart, bert, gpt2, roberta, t5
 from fmjax.recipes import generation
 from fmjax.recipes.generation import Generator, stream_text
-from fmjax.recipes.texts import text_length
+from fmjax.recipes.predict import predict_texts
+from fmjax.recipes.texts import padding_of, text_length
 
 LINES = [
     f"the {adjective} {noun} is {place}"
@@ -194,6 +198,55 @@ def test_another_heads_weights_are_not_taken_for_its_own(command, tiny_bert, tmp
     fmjax.save(tmp_path, model, variables, fmjax.load_tokenizer(tiny_bert))
     assert main([command, str(tmp_path), "a film"]) == 2
     assert f"has the head {wrong!r}" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def unpadded(decoder, tmp_path_factory):
+    """A classifier as GPT-2's and Llama's are: without a padding token."""
+    tokenizer = fmjax.load_tokenizer(decoder)
+    tokenizer.pad_token = None
+    model, variables = fmjax.load(
+        decoder, head="sequence_classification", num_labels=("A", "N"), new=("head/",)
+    )
+    return fmjax.save(tmp_path_factory.mktemp("unpadded"), model, variables, tokenizer)
+
+
+def test_classifiers_without_a_padding_token(unpadded):
+    assert fmjax.load_tokenizer(unpadded).pad_token_id is None
+    texts = ["the old cat is in", "a dog"]
+    _, rows = predict_texts(str(unpadded), texts)
+    model, variables = fmjax.load(unpadded)
+    assert model.config.pad_token_id is None
+    run = jax.jit(lambda ids: model.apply(variables, input_ids=ids).logits)
+    tokenizer = fmjax.load_tokenizer(unpadded)
+    for text, row in zip(texts, rows, strict=True):
+        logits = run(tokenizer(text, return_tensors="np")["input_ids"])
+        np.testing.assert_allclose(row, jax.nn.softmax(logits)[0], atol=1e-5)
+    said = model.clone(config=dataclasses.replace(model.config, pad_token_id=3))
+    assert padding_of(tokenizer, model) == tokenizer.eos_token_id
+    assert padding_of(tokenizer, said) == 3
+
+
+@pytest.mark.slow
+def test_they_are_fine_tuned_and_know_it_then(unpadded, tmp_path):
+    """PyTorch refuses batches of a causal classifier whose config has no padding token."""
+    lines = [f"{line},{line.split()[-1]}\n" for line in LINES * 3]
+    (tmp_path / "texts.csv").write_text("text,label\n" + "".join(lines))
+    files = [
+        option for name in ("--data", "--val") for option in (name, str(tmp_path / "texts.csv"))
+    ]
+    arguments = ["--model", str(unpadded), "--epochs", "1", "--max-length", "32", *files]
+    assert main(["finetune", "--output", str(tmp_path / "run"), *arguments]) == 0
+    export = tmp_path / "run" / "export"
+    twin = transformers.AutoModelForSequenceClassification.from_pretrained(export).eval()
+    tokenizer = fmjax.load_tokenizer(export)
+    assert twin.config.pad_token_id == tokenizer.eos_token_id
+    tokenizer.pad_token = tokenizer.eos_token
+    texts = ["the old cat is in", "a dog"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    wanted = torch.softmax(twin(**batch).logits, -1).detach().numpy()
+    np.testing.assert_allclose(predict_texts(str(export), texts)[1], wanted, atol=1e-5)
 
 
 def test_answer(tiny_bert, tmp_path, capsys):
