@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
 
 import fmjax.hub as hub
 from fmjax.generate import generate, stream
@@ -26,8 +27,10 @@ class Writing:
 
     max_new_tokens: int = 64
     """Tokens that may follow."""
-    sample: bool = False
+    sample: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Draw tokens instead of taking the most probable."""
+    greedy: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the most probable tokens, also where the model's authors say to draw."""
     temperature: float | None = None
     """Below 1 makes draws less random; says `sample`."""
     top_k: int | None = None
@@ -46,15 +49,24 @@ class Writing:
     """Of the draws."""
 
     def options(self) -> dict[str, Any]:
-        """The fields of a generation config that were given."""
+        """The fields of a generation config that were given.
+
+        Raises:
+            ValueError: to draw, and not to.
+        """
         names = (
             "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
             "no_repeat_ngram_size",
         )  # fmt: skip
         given = {name: value for name in names if (value := vars(self)[name]) is not None}
         given |= {"max_new_tokens": self.max_new_tokens, "max_length": None}
-        if self.sample or given.keys() & {"temperature", "top_k", "top_p"}:
-            given["do_sample"] = True
+        draws = self.sample or given.keys() & {"temperature", "top_k", "top_p"}
+        if draws and self.greedy:
+            raise ValueError(
+                "greedy takes no sample, temperature, top_k or top_p: they draw tokens"
+            )
+        if draws or self.greedy:
+            given["do_sample"] = not self.greedy
         return given | ({"stop_strings": self.stop} if self.stop else {})
 
 
@@ -71,6 +83,25 @@ class Generator:
     def is_decoder(self) -> bool:
         """Whether it continues its input; else it answers it (encoder-decoders)."""
         return self.model.head == "causal_lm"
+
+    def encode(self, text: str, *, max_length: int | None = None) -> list[int]:
+        """The tokens of one prompt or source.
+
+        Args:
+            text: the text.
+            max_length: tokens an encoder-decoder's source is cut to; None cuts none.
+
+        Raises:
+            ValueError: a decoder's prompt is to be cut, of which it continues the end.
+        """
+        if max_length is None:
+            return list(self.tokenizer(text)["input_ids"])
+        if self.is_decoder:
+            raise ValueError(
+                f"max_length={max_length} cuts the ends of texts, which this decoder continues: "
+                "shorten its prompts, or leave it out"
+            )
+        return list(self.tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
 
     def text_of(
         self, tokens: Sequence[int], prompt: Sequence[int], *, clean_up: bool | None = None
@@ -161,13 +192,12 @@ def encode_prompts(
     Args:
         generator: from `load_generator`.
         texts: B prompts.
-        max_length: tokens they are cut to; None cuts none.
+        max_length: see `Generator.encode`.
 
     Raises:
-        ValueError: an empty prompt.
+        ValueError: an empty prompt, or one that cannot be cut.
     """
-    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    rows = [list(generator.tokenizer(text, **cut)["input_ids"]) for text in texts]
+    rows = [generator.encode(text, max_length=max_length) for text in texts]
     if empty := [number for number, row in enumerate(rows) if not row]:
         raise ValueError(f"prompts {empty} are empty: give each at least one word")
     width = max(map(len, rows))
@@ -198,7 +228,7 @@ def write_texts(
         seed: of the draws.
         options: fields of `GenerationConfig` in place of its authors' values.
         batch_size: texts at a time, of similar length.
-        max_length: tokens that texts are cut to; None cuts none.
+        max_length: see `Generator.encode`.
 
     Returns:
         N lists of as many texts as ``num_return_sequences`` says.
@@ -316,6 +346,7 @@ def translate_texts(
     target_language: str | None = None,
     prefix: str = "",
     options: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
 ) -> list[str]:
     """Translations by an encoder-decoder.
 
@@ -327,6 +358,7 @@ def translate_texts(
             target's is the first token that is written.
         prefix: put before each text ("translate English to German: " for T5).
         options: see `write_texts`.
+        max_length: see `Generator.encode`.
 
     Raises:
         ValueError: a decoder, or languages that the tokenizer does not know.
@@ -346,5 +378,7 @@ def translate_texts(
         tokenizer.src_lang = source_language
     if target_language is not None:
         options["forced_bos_token_id"] = tokenizer.convert_tokens_to_ids(target_language)
-    written = write_texts(generator, [prefix + text for text in texts], options=options)
+    written = write_texts(
+        generator, [prefix + text for text in texts], options=options, max_length=max_length
+    )
     return [several[0] for several in written]

@@ -94,6 +94,28 @@ def test_generate_draws_by_the_seed(decoder, capsys):
     assert draw("1") != draw("2")
 
 
+def test_a_file_may_want_draws(decoder, tmp_path, capsys):
+    """Which a command may have otherwise."""
+    arguments = ["the old", "--max-new-tokens", "8"]
+    greedy = run(capsys, "generate", str(decoder), *arguments)
+    folder = shutil.copytree(decoder, tmp_path / "draws")
+    write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 3.0})
+    assert run(capsys, "generate", str(folder), *arguments) != greedy
+    assert run(capsys, "generate", str(folder), *arguments, "--greedy") == greedy
+    assert main(["generate", str(folder), *arguments, "--greedy", "--top-p", "0.5"]) == 2
+    assert "greedy takes no sample" in capsys.readouterr().err
+
+
+def test_long_sources_are_cut_where_that_is_asked_for(translator, decoder, capsys):
+    arguments = ["the old cat " * 30, "--max-new-tokens", "4"]
+    for command in ("generate", "translate"):
+        assert main([command, str(translator), *arguments]) == 2
+        assert "more than the model's 40; cut them" in capsys.readouterr().err
+        run(capsys, command, str(translator), *arguments, "--max-length", "40")
+    assert main(["generate", str(decoder), "the old", "--max-length", "2"]) == 2
+    assert "cuts the ends of texts, which this decoder continues" in capsys.readouterr().err
+
+
 def test_a_file_may_want_beams(translator, tmp_path, capsys):
     """What cannot be streamed is written at its end; a minimum gives way to a maximum."""
     folder = shutil.copytree(translator, tmp_path / "beams")
