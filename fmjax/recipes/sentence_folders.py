@@ -75,6 +75,18 @@ def read_pooling(folder: Path) -> Pooling | None:
     return Pooling(**found)
 
 
+def module_folders(folder: Path) -> list[str]:
+    """The folders inside a folder, by their paths, that its modules.json names; none without one.
+
+    Raises:
+        ValueError: a file that is no JSON of its kind, or paths that leave the folder.
+    """
+    if not (folder / FILE).is_file():
+        return []
+    paths = [module["path"] for module in _modules(folder / FILE) if module["path"]]
+    return [path for path in paths if _inside(folder, path).is_dir()]
+
+
 def _modules(file: Path) -> list[dict[str, str]]:
     try:
         modules = json.loads(file.read_text(encoding="utf-8"))
@@ -92,8 +104,8 @@ def _modules(file: Path) -> list[dict[str, str]]:
 
 def _inside(folder: Path, path: str) -> Path:
     place = folder / path
-    if not place.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{folder / FILE} has the path {path!r}, which leaves the folder")
+    if folder.resolve() not in place.resolve().parents:
+        raise ValueError(f"{folder / FILE} has the path {path!r}, which is not inside the folder")
     return place
 
 

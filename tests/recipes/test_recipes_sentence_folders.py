@@ -76,11 +76,17 @@ def test_newer_folders_say_it_in_other_words(folder):
     with pytest.raises(ValueError, match=r"\['mean', 'max'\]; one of \('mean', 'cls', 'max'\)"):
         read_pooling(folder)
     (folder / "modules.json").write_text('[{"type": "Pooling", "path": "../.."}]')
-    with pytest.raises(ValueError, match="leaves the folder"):
+    with pytest.raises(ValueError, match="not inside the folder"):
         read_pooling(folder)
     (folder / "modules.json").write_text("{}")
     with pytest.raises(ValueError, match="must be a list of modules"):
         read_pooling(folder)
+
+
+def test_converted_folders_say_it_too(folder, tmp_path):
+    write(folder, [OLD + "Transformer", OLD + "Pooling"], {"pooling_mode_max_tokens": True})
+    assert main(["convert", str(folder), str(tmp_path / "new")]) == 0
+    assert read_pooling(tmp_path / "new") == Pooling(pooling="max")
 
 
 def test_modules_that_are_not_computed_are_refused(folder, capsys):
