@@ -13,10 +13,11 @@ import numpy as np
 import tyro
 
 import fmjax.hub as hub
+from fmjax.data.files import raise_problems
 from fmjax.generate import generate, stream
 from fmjax.generation_config import GenerationConfig
 from fmjax.recipes.texts import model_source
-from fmjax.types import Variables
+from fmjax.types import Variables, one_text
 
 GENERATING = ("causal_lm", "seq2seq_lm")
 
@@ -232,7 +233,11 @@ def write_texts(
 
     Returns:
         N lists of as many texts as ``num_return_sequences`` says.
+
+    Raises:
+        ValueError: one string in the place of many, an empty text, and all that `generate` refuses.
     """
+    raise_problems("write_texts", one_text("texts", texts))
     config = generator.config.replace(**(options or {}))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     written: dict[int, list[str]] = {}
@@ -363,6 +368,7 @@ def translate_texts(
     Raises:
         ValueError: a decoder, or languages that the tokenizer does not know.
     """
+    raise_problems("translate_texts", one_text("texts", texts))
     if generator.is_decoder:
         raise ValueError("translating needs an encoder-decoder; for a decoder use `fmjax generate`")
     options, tokenizer = dict(options or {}), generator.tokenizer

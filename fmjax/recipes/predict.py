@@ -13,6 +13,7 @@ import numpy as np
 import fmjax.hub as hub
 from fmjax.config import read_config
 from fmjax.data import TextExamples, align_labels, load_text
+from fmjax.data.files import raise_problems
 from fmjax.data.records import Questions
 from fmjax.data.windows import encode_questions
 from fmjax.recipes.sentence_folders import Pooling, read_pooling
@@ -30,6 +31,7 @@ from fmjax.tasks import sequence_classification as task
 from fmjax.tasks import token_classification as tagging
 from fmjax.tasks.apply import collect, collect_ragged
 from fmjax.tasks.feature_extraction import embed
+from fmjax.types import one_text
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -107,8 +109,7 @@ def predict_texts(
     Raises:
         ValueError: another number of second texts than of first ones.
     """
-    pairs = None if text_pairs is None else list(text_pairs)
-    examples = TextExamples(list(texts), None, (), pairs)
+    examples = TextExamples(texts, None, (), text_pairs)
     source = model_source(model)
     module, variables = load_as(source, "sequence_classification")
     rows = _rows(
@@ -139,6 +140,7 @@ def embed_texts(
     Raises:
         ValueError: the folder is of sentence-transformers and makes vectors in another way.
     """
+    raise_problems("embed_texts", one_text("texts", texts))
     source = hub.find_folder(model_source(model))
     found = read_pooling(source) if pooling is None else None
     said = found or Pooling(pooling=pooling or "mean")
@@ -203,6 +205,7 @@ def tag_texts(
         texts: N texts; words and punctuation are told apart as in most tagged corpora.
         max_length: tokens a text is cut to; the words behind get None.
     """
+    raise_problems("tag_texts", one_text("texts", texts))
     source = model_source(model)
     module, variables = load_as(source, "token_classification")
     words = [WORD.findall(text) for text in texts]
@@ -247,6 +250,7 @@ def answer_texts(
     Raises:
         ValueError: an empty question or text, or a window that leaves no room for the text.
     """
+    raise_problems("answer_texts", one_text("questions", questions))
     empty = [number for number, question in enumerate(questions) if not question.strip()]
     if empty or not context.strip():
         raise ValueError(f"questions {empty} are empty" if empty else "the text is empty")

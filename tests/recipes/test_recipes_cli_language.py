@@ -18,8 +18,8 @@ from fmjax.data.tokenizer import train_tokenizer
 from fmjax.generation_config import GenerationConfig
 from fmjax.models import bart, bert, gpt2, roberta, t5
 from fmjax.recipes import generation
-from fmjax.recipes.generation import Generator, stream_text
-from fmjax.recipes.predict import predict_texts
+from fmjax.recipes.generation import Generator, stream_text, translate_texts, write_texts
+from fmjax.recipes.predict import answer_texts, embed_texts, predict_texts, tag_texts
 from fmjax.recipes.texts import padding_of, text_length
 
 LINES = [
@@ -141,6 +141,20 @@ def test_texts_are_cut_to_what_the_model_reads(decoder, translator, capsys, tmp_
     config = roberta.Config(max_position_embeddings=20, pad_token_id=1)
     assert text_length(roberta.Model(config), 512) == 18
     assert text_length(t5.Model(t5.VARIANTS["tiny"]), 512) == 512
+
+
+def test_one_text_is_no_list(decoder):
+    """Each of its letters would be one."""
+    with pytest.raises(ValueError, match="one text was given where a list of texts is expected"):
+        predict_texts(str(decoder), "abc")
+    for function in (tag_texts, embed_texts):
+        with pytest.raises(ValueError, match="texts: one text was given"):
+            function(str(decoder), "abc")
+    with pytest.raises(ValueError, match="questions: one text was given"):
+        answer_texts(str(decoder), "abc", "a text")
+    for write in (write_texts, translate_texts):
+        with pytest.raises(ValueError, match="texts: one text was given"):
+            write(None, "abc")
 
 
 def test_streams_lose_nothing_to_cleaning(decoder, monkeypatch):
