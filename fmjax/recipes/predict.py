@@ -146,9 +146,8 @@ def embed_texts(
     said = found or Pooling(pooling=pooling or "mean")
     module, variables = hub.load(source, head="model")
     tokenizer = hub.load_tokenizer(source)
-    if max_length is None:
-        most = tokenizer.model_max_length  # 1e30 where nobody has said it
-        max_length = said.max_length or (most if found and most < 1e9 else min(512, most))
+    most = tokenizer.model_max_length  # 1e30 where nobody has said it
+    longest = said.max_length or (most if found and most < 1e9 else min(512, most))
     texts = [said.prompt + text for text in texts]
     return _rows(
         embed(module, pooling=said.pooling, normalize=normalize or said.normalize),
@@ -156,7 +155,7 @@ def embed_texts(
         variables,
         tokenizer,
         TextExamples([text.lower() for text in texts] if said.lowercase else texts, None, ()),
-        max_length,
+        longest if max_length is None else max_length,
     )
 
 

@@ -82,8 +82,8 @@ def finetune(settings: Settings) -> dict[str, Any]:
     names = examples["train"].label_names
     if settings.problem_type == task.SINGLE and len(names) < 2:
         raise ValueError(
-            f"all {len(examples['train'])} training texts have the label {names[0]!r}; a "
-            "classifier needs texts of at least two"
+            f"all {len(examples['train'])} training texts have the label {next(iter(names))!r}; "
+            "a classifier needs texts of at least two"
         )
     model, variables = hub.load(
         source,
