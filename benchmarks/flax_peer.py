@@ -100,10 +100,11 @@ class Flax:
             params = jax.tree.map(lambda leaf: leaf.copy(), self._params)
             trained = params["params"] if "batch_stats" in params else params
             self._state = params, self._optimizer.init(trained)
+        params, moments = self._state
         for _ in range(count):
             self._key, key = jax.random.split(self._key)
-            self._state = self._step(*self._state, self._batch, key)
-        jax.block_until_ready(self._state)
+            params, moments = self._step(params, moments, self._batch, key)
+        self._state = jax.block_until_ready((params, moments))
 
     def generate(self, max_new_tokens: int) -> np.ndarray:
         import jax

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from fmjax.config import read_config, write_json
@@ -286,8 +287,8 @@ class GenerationConfig:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists and arrays as tuples, also inside; NumPy's numbers as Python's."""
-    if isinstance(value, np.ndarray | np.generic):
+    """Lists and arrays as tuples, also inside; NumPy's and JAX' numbers as Python's."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
         value = value.tolist()
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
@@ -378,7 +379,7 @@ def _problems(config: GenerationConfig) -> list[str]:
     )
     check(
         "sequence_bias",
-        "pairs of token ids (not empty) and a number",
+        "pairs of token ids (not empty) and a number (not nan)",
         lambda x: (
             isinstance(x, tuple)
             and all(
@@ -387,6 +388,7 @@ def _problems(config: GenerationConfig) -> list[str]:
                 and pair[0] != ()
                 and _are_tokens(pair[0])
                 and _is_number(pair[1])
+                and not math.isnan(pair[1])
                 for pair in x
             )
         ),

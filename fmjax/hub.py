@@ -35,7 +35,6 @@ from fmjax.weights import (
     rule_tensor_names,
     write_checkpoint,
 )
-from fmjax.weights.strict_json import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,11 @@ WEIGHT_FILES = (
 _MOST_THREADS = 4
 """That read one checkpoint: memory has no more to give, and each holds a tensor."""
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja")
+TOKENIZER_FILES = (
+    "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json",
+)  # fmt: skip
+NO_WEIGHTS = ((),)
+"""For `find_folder`, where config and tokenizer are all that is wanted."""
 
 
 @runtime_checkable
@@ -63,6 +67,13 @@ class KerasFamily(Protocol):
     def keras_rules(self, config: Any, head: str) -> list[Rule]:
         """Parameters and the tensors of `fmjax.weights.keras_file` that they are."""
         ...
+
+
+@runtime_checkable
+class SavesItself(Protocol):
+    """A tokenizer or processor of `transformers`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Any: ...
 
 
 def create(
@@ -93,12 +104,13 @@ def create(
         (model, variables): ``model.apply(variables, input_ids=...)``.
 
     Raises:
-        ValueError: an unknown family, variant or head.
+        ValueError: an unknown family, variant or head, or an argument that is none.
     """
     family = family_of(model_type)
     config = config_of(family, variant_or_config)
     config = _with_labels(config, num_labels)
     _check_head(model_type, family, head)
+    _check_arguments(rng, dtype)
     model = family.Model(config, head=head, scan=scan, remat=remat)
     draw = _drawing(model.clone(scan=False), rng)
 
@@ -256,6 +268,8 @@ def _read(
 ) -> tuple[Any, Variables]:
     """The model of a config and its weights in a folder or file."""
     _check_head(family.MODEL_TYPE, family, head)
+    rng = jax.random.key(0) if rng is None else rng
+    _check_arguments(rng, dtype, new)
     with open_checkpoint(place) as checkpoint:
         tensors, rules = checkpoint.tensors, family.rules
         if checkpoint.format == "keras":
@@ -287,7 +301,7 @@ def _read(
     fresh = [path for path in abstract if path not in read]
     if fresh:
         logger.info("initialised %d new leaves: %s", len(fresh), ", ".join(fresh))
-        draw = _drawing(loop, jax.random.key(0) if rng is None else rng)
+        draw = _drawing(loop, rng)
         for path in fresh:
             placer.place(path, np.asarray(draw(path)))
     return model, unflatten({path: placer.placed[path] for path in placer.order})
@@ -356,13 +370,40 @@ def _known_names(
     }
 
 
-def _with_labels(config: Any, num_labels: int | Sequence[str] | None) -> Any:
+def _with_labels(config: Any, num_labels: Any) -> Any:
     if num_labels is None:
         return config
-    names = default_labels(num_labels) if isinstance(num_labels, int) else tuple(num_labels)
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"num_labels={num_labels!r} must be a positive number or distinct names")
-    return dataclasses.replace(config, id2label=names)
+    if "id2label" not in {field.name for field in dataclasses.fields(config)}:
+        raise ValueError(f"num_labels={num_labels!r} with a family whose heads have no labels")
+    if isinstance(num_labels, int | np.integer) and not isinstance(num_labels, bool):
+        names = default_labels(int(num_labels))
+    elif isinstance(num_labels, Sequence | np.ndarray) and not isinstance(num_labels, str | bytes):
+        names = tuple(num_labels)
+    else:
+        names = ()
+    if not names or len(set(names)) != len(names) or not all(isinstance(n, str) for n in names):
+        raise ValueError(
+            f"num_labels={num_labels!r} must be a positive int, or distinct names in the order of "
+            "the labels' numbers, as ['negative', 'positive']"
+        )
+    return dataclasses.replace(config, id2label=tuple(map(str, names)))
+
+
+def _check_arguments(rng: Any, dtype: Any, new: Any = ()) -> None:
+    """Raises a ValueError that lists which of these are none."""
+    problems = []
+    if not isinstance(rng, Array):
+        problems.append(f"rng={rng!r} must be a key: jax.random.key(seed)")
+    try:
+        floats = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floats = False
+    if not floats:
+        problems.append(f"dtype={dtype!r} must be of floats, as 'bfloat16' or jnp.float16")
+    if isinstance(new, str):
+        problems.append(f"new={new!r} is one string and must be several: new=({new!r},)")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _check_head(model_type: str, family: ModuleType, head: str) -> None:
@@ -428,6 +469,7 @@ def save(
     variables: Variables,
     tokenizer: Any = None,
     *,
+    generation_config: GenerationConfig | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
     """Writes a Hugging Face folder that PyTorch's ``from_pretrained`` loads.
@@ -437,6 +479,10 @@ def save(
         model: from `load` or `create`.
         variables: its variables; scanned layers are unstacked.
         tokenizer: anything with ``save_pretrained``; written alongside.
+        generation_config: of a model that generates: with which tokens texts begin and end, and
+            what else ``generate`` is to do, such as `load_generation_config` says of the folder
+            that the model is from. It is no part of the model: without it, what reads the folder
+            goes by the defaults of its class.
         max_shard_size: bytes, or "5GB", "200MB"; above it the weights are sharded.
 
     Returns:
@@ -445,9 +491,13 @@ def save(
     Raises:
         OSError: the folder cannot be written.
         ValueError: variables that are not this model's; or adapters, or parameters in another
-            form than arrays, among them.
+            form than arrays, among them; or a tokenizer that is none.
     """
     folder = Path(path).expanduser()
+    if not isinstance(tokenizer, SavesItself | None):
+        raise ValueError(
+            f"tokenizer={tokenizer!r} has no save_pretrained; give what fmjax.load_tokenizer gives"
+        )
     if "adapters" in variables:
         raise ValueError(
             "the variables have adapters, for which a model's files have no place: merge them into "
@@ -486,38 +536,45 @@ def save(
     write_checkpoint(folder, tensors, max_shard_size=max_shard_size, described=described)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if generation_config is not None:
+        generation_config.write(folder)
     return folder
-
-
-VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
-"""Files of which a tokenizer has one at least, unless its tokens are bytes or characters."""
-WITHOUT = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 
 
 def load_tokenizer(path_or_id: str | Path) -> Any:
     """The Hugging Face tokenizer of a folder or hub id.
 
     Raises:
-        OSError: there is none: transformers makes one without words then, which knows no text.
+        OSError: there is none, or one without a vocabulary.
     """
     from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
-    folder = find_folder(path_or_id)
-    if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
-        file = folder / "tokenizer_config.json"
-        kind = parse_object(file.read_bytes(), str(file)) if file.is_file() else {}
-        if kind.get("tokenizer_class") not in WITHOUT:
-            raise FileNotFoundError(
-                f"{folder} has no tokenizer (tokenizer.json, or a vocabulary such as vocab.txt or "
-                "spiece.model): copy it from the checkpoint's source, or give it to fmjax.save"
-            )
+    folder = find_folder(path_or_id, NO_WEIGHTS)
+    advice = (
+        "copy them from the checkpoint that the model was trained from, or write them: "
+        f"tokenizer.save_pretrained({str(folder)!r})"
+    )
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise FileNotFoundError(
+            f"{folder} has no files of a tokenizer (tokenizer.json, vocab.txt, spiece.model, ...); "
+            + advice
+        )
     options = {}
     # Of a family that is ours alone transformers would warn, and then do this itself.
     if (folder / "config.json").is_file() and (
         read_config(folder).get("model_type") not in CONFIG_MAPPING
     ):
         options["config"] = PreTrainedConfig()
-    return AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    # Where its files are missing, transformers makes one of special tokens (and of SentencePiece's
+    # word boundary), to which every text is unknown.
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1:
+        raise FileNotFoundError(
+            f"the tokenizer of {folder} has no vocabulary, only the special tokens "
+            f"{tokenizer.all_special_tokens[:5]}: its files (tokenizer.json, vocab.txt, "
+            f"spiece.model, ...) are missing or empty; {advice}"
+        )
+    return tokenizer
 
 
 def load_generation_config(path_or_id: str | Path) -> GenerationConfig:
@@ -529,4 +586,4 @@ def load_generation_config(path_or_id: str | Path) -> GenerationConfig:
         OSError: no such folder, or the hub cannot be reached.
         ValueError: keys that are not known or not supported; all are listed.
     """
-    return GenerationConfig.read(find_folder(path_or_id))
+    return GenerationConfig.read(find_folder(path_or_id, NO_WEIGHTS))

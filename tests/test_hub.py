@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from chex import assert_trees_all_close, assert_trees_all_equal
 
 import fmjax
@@ -32,6 +33,38 @@ def test_what_is_no_folder_is_named(tmp_path):
         fmjax.load(file)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         fmjax.load(tmp_path)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_none(tmp_path):
+    """transformers makes one of special tokens alone, and every text would be unknown to it."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(FileNotFoundError, match=r"no files of a tokenizer .*save_pretrained"):
+        fmjax.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no vocabulary, only the special tokens"):
+        fmjax.load_tokenizer(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+    assert fmjax.load_tokenizer(tmp_path)("a b")["input_ids"] == [100, 35, 101, 1]  # its bytes
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfilm\na\n")
+    assert fmjax.load_tokenizer(tmp_path)("a film")["input_ids"] == [2, 6, 5, 3]
+
+
+def test_a_tokenizer_is_fetched_without_weights(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    fetched = []
+
+    def download(repo_id, *, allow_patterns):
+        fetched.append(allow_patterns)
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfilm\na\n")
+        (tmp_path / "config.json").write_text('{"model_type": "bert", "eos_token_id": 3}')
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert len(fmjax.load_tokenizer("somebody/something")) == 7
+    assert fmjax.load_generation_config("somebody/something").eos == (3,)
+    assert fetched == [list(hub.OTHER_FILES)] * 2
 
 
 def test_a_hub_id_offline_says_that_it_could_not_be_fetched():
@@ -166,6 +199,48 @@ def test_loading_costs_little_more_than_the_file(tmp_path):
     (tmp_path / "model.safetensors").unlink()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"num_labels": "2"}, "num_labels='2' must be a positive int, or distinct names"),
+        ({"num_labels": {0: "bad", 1: "good"}}, "must be a positive int, or distinct names"),
+        ({"num_labels": [0, 1]}, "must be a positive int, or distinct names"),
+        ({"num_labels": True}, "must be a positive int"),
+        ({"num_labels": 2.0}, "must be a positive int"),
+        ({"dtype": "bf16"}, "dtype='bf16' must be of floats"),
+        ({"dtype": "int8", "rng": 0}, "rng=0 must be a key.*dtype='int8' must be of floats"),
+        # The letters of "he" begin the paths of head and of embeddings.
+        ({"new": "he"}, r"new='he' is one string and must be several: new=\('he',\)"),
+    ],
+    ids=repr,
+)
+def test_arguments_of_the_wrong_kind_are_named(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        fmjax.load(FIXTURES / "bert-seqcls", **arguments)
+
+
+def test_arguments_of_new_models_are_checked():
+    with pytest.raises(ValueError, match="rng=None must be a key"):
+        fmjax.create("bert", "tiny", rng=None)
+    with pytest.raises(ValueError, match="a family whose heads have no labels"):
+        fmjax.create("vae", "tiny", num_labels=2, rng=jax.random.key(0))
+    model, _ = fmjax.load(FIXTURES / "bert-seqcls", num_labels=np.int64(2), new=("head/",))
+    assert model.config.id2label == ("LABEL_0", "LABEL_1")
+
+
+def test_how_to_generate_is_saved_with_the_model(tmp_path):
+    source = FIXTURES / "gpt2-lm"
+    model, variables = fmjax.load(source)
+    config = fmjax.load_generation_config(source).replace(eos_token_id=[30, 31], pad_token_id=2)
+    with pytest.raises(ValueError, match="tokenizer='gpt2' has no save_pretrained"):
+        fmjax.save(tmp_path / "it", model, variables, "gpt2")
+    assert not (tmp_path / "it").exists()
+    fmjax.save(tmp_path / "it", model, variables, generation_config=config)
+    assert fmjax.load_generation_config(tmp_path / "it") == config
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "it")
+    assert (theirs.eos_token_id, theirs.pad_token_id) == ([30, 31], 2)
+
+
 def test_saving_leaves_a_folder_that_says_what_it_is(tmp_path, rng):
     model, variables = fmjax.load(FIXTURES / "bert-seqcls")
     fmjax.save(tmp_path / "a" / "b", model, variables)
@@ -228,12 +303,3 @@ def test_tokenizers_of_families_that_are_ours_alone_come_without_a_warning(tmp_p
     read = fmjax.load_tokenizer(tmp_path)
     assert read("a red flag")["input_ids"] == tokenizer("a red flag")["input_ids"]
     assert "model of type" not in capfd.readouterr().err
-
-
-def test_a_folder_without_a_tokenizer_has_none(tmp_path):
-    """Transformers makes one that knows no word; of tokenizers of bytes that is all there is."""
-    write_json(tmp_path / "config.json", {"model_type": "bert"})
-    with pytest.raises(FileNotFoundError, match=r"has no tokenizer .* give it to fmjax.save"):
-        fmjax.load_tokenizer(tmp_path)
-    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
-    assert fmjax.load_tokenizer(tmp_path)("a b")["input_ids"] == [100, 35, 101, 1]

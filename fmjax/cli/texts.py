@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fmjax.cli.arguments import ModelArg, given, told_apart
-from fmjax.recipes.texts import TextData
+from fmjax.recipes.texts import LabelledTexts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Predict:
     """The texts."""
     file: Path | None = None
     """A file with one text a line, beside or instead of `texts`."""
+    text_pair: tuple[str, ...] = ()
+    """Second texts, one for each of the texts, of a classifier of pairs."""
     max_length: int = 512
     """Tokens a text is cut to."""
     json: bool = False
@@ -30,7 +32,7 @@ class Predict:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate(TextData):
+class Evaluate(LabelledTexts):
     """Measure a classifier on labelled texts."""
 
     model: ModelArg
@@ -51,12 +53,14 @@ class Embed:
     """A file with one text a line."""
     output: Annotated[Path, tyro.conf.Positional]
     """The .npy file: float32 [N, D]."""
-    pooling: Literal["mean", "cls", "max", "pooler"] = "mean"
-    """How tokens become one vector."""
+    pooling: Literal["mean", "cls", "max", "pooler"] | None = None
+    """How tokens become one vector; by default as a folder of sentence-transformers says, which may
+    also scale vectors and put a prompt before texts, and of other folders their mean."""
     normalize: bool = False
-    """Scale vectors to length 1."""
-    max_length: int = 512
-    """Tokens a text is cut to."""
+    """Scale vectors to length 1 in any case."""
+    max_length: int | None = None
+    """Tokens a text is cut to; by default what the folder says, and at most 512 where it is not of
+    sentence-transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +103,18 @@ def predict(args: Predict) -> None:
     from fmjax.recipes.predict import predict_texts
 
     texts = given(args.texts, args.file, "predict")
-    names, rows = predict_texts(args.model, texts, max_length=args.max_length)
+    names, rows = predict_texts(
+        args.model, texts, text_pairs=args.text_pair or None, max_length=args.max_length
+    )
     names = told_apart(names)
-    for text, row in zip(texts, rows, strict=True):
+    for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        said = {"text": text, **({"text_pair": args.text_pair[i]} if args.text_pair else {})}
         scores = {name: round(float(score), 6) for name, score in zip(names, row, strict=True)}
         if args.json:
-            print(json.dumps({"text": text, "scores": scores}, ensure_ascii=False))
+            print(json.dumps({**said, "scores": scores}, ensure_ascii=False))
         else:
             best = max(scores, key=lambda name: scores[name])
-            print(f"{best}\t{scores[best]:.4f}\t{text}")
+            print(f"{best}\t{scores[best]:.4f}", *said.values(), sep="\t")
 
 
 def evaluate(args: Evaluate) -> None:

@@ -24,6 +24,8 @@ class Generate(Writing):
     """The texts."""
     file: Path | None = None
     """A file with one text a line, beside or instead of `prompts`."""
+    max_length: int | None = None
+    """Tokens that a longer text is cut to, which an encoder-decoder reads."""
     num_return_sequences: int = 1
     """Texts for each prompt."""
     json: bool = False
@@ -52,6 +54,8 @@ class Translate(Writing):
     """The texts."""
     file: Path | None = None
     """A file with one text a line, beside or instead of `texts`."""
+    max_length: int | None = None
+    """Tokens that a longer text is cut to, which an encoder-decoder reads."""
     source_language: str | None = None
     """Code of the texts' language, of a multilingual model."""
     target_language: str | None = None
@@ -69,7 +73,7 @@ def generate(args: Generate) -> None:
     generator = load_generator(args.model)
     options = args.options()
     if len(prompts) == args.num_return_sequences == 1 and not args.json:
-        ids = generator.tokenizer(prompts[0])["input_ids"]
+        ids = generator.encode(prompts[0], max_length=args.max_length)
         if generator.is_decoder:
             print(prompts[0], end="", flush=True)
         for piece in stream_text(generator, ids, seed=args.seed, options=options):
@@ -77,7 +81,9 @@ def generate(args: Generate) -> None:
         print()
         return
     options["num_return_sequences"] = args.num_return_sequences
-    written = write_texts(generator, prompts, seed=args.seed, options=options)
+    written = write_texts(
+        generator, prompts, seed=args.seed, options=options, max_length=args.max_length
+    )
     for prompt, texts in zip(prompts, written, strict=True):
         if args.json:
             print(json.dumps({"prompt": prompt, "texts": texts}, ensure_ascii=False))
@@ -116,6 +122,7 @@ def translate(args: Translate) -> None:
         target_language=args.target_language,
         prefix=args.prefix,
         options=args.options(),
+        max_length=args.max_length,
     ):
         print(text)
 

@@ -312,7 +312,10 @@ def batches(
         prefetch=prefetch,
     )
     if isinstance(encoded, EncodedText) and pad_id is None:
-        problems.append("pad_id is missing: give tokenizer.pad_token_id")
+        problems.append(
+            "pad_id is missing: give tokenizer.pad_token_id or, where that is None, as GPT-2's, "
+            "another of its tokens, such as tokenizer.eos_token_id; the mask hides it"
+        )
     if isinstance(encoded, Columns) and pad_id is not None:
         problems.append(f"pad_id={pad_id} is for EncodedText; Columns have their own fill")
     if corruption is not None and not (

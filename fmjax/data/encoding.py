@@ -17,6 +17,7 @@ from fmjax.data.files import raise_problems
 from fmjax.data.tokens import (
     check_vocabulary,
     fast_encodings,
+    no_texts,
     padding_id,
     parts,
     quoted,
@@ -350,7 +351,8 @@ def tokenize(
     """N rows int32 for each of input_ids, token_type_ids (if made) and what else is asked for.
 
     Raises:
-      ValueError: a max_length that leaves no room for text, or a text without any token.
+      ValueError: a max_length that leaves no room for text, a text without any token, or what is
+        no text.
     """
     special = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
     if max_length <= special:
@@ -360,6 +362,7 @@ def tokenize(
     rows: dict[str, list[np.ndarray]] = {"input_ids": []}
     for part in parts(len(texts)):
         first, second = list(texts[part]), None if pairs is None else list(pairs[part])
+        raise_problems("texts", [*no_texts(first, part.start), *no_texts(second or (), part.start)])
         encoding = tokenizer(
             **({"text_target": first} if target else {"text": first, "text_pair": second}),
             truncation=True,

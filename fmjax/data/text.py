@@ -56,6 +56,8 @@ def load_text(
     is_file = not sentiment and scheme not in ("tfds", "hf")
     if is_file and split is not None:
         raise ValueError(f"split={split!r} with the file {source}: a file is one split; drop it")
+    if not is_file and not sentiment and not name:
+        raise ValueError(f"{source!r} names no data set: write its name behind the colon")
     if not is_file and split is None:
         raise ValueError(f"{source} has several splits: name one, for instance split='train'")
     if data_dir is not None and scheme != "tfds":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,28 @@ def parts(count: int) -> Iterator[slice]:
     """Slices that cover `count` texts, of as many as are tokenized at once."""
     for start in range(0, count, TOKENIZED_AT_ONCE):
         yield slice(start, min(start + TOKENIZED_AT_ONCE, count))
+
+
+def no_texts(texts: Iterable[Any], first: int = 0) -> list[str]:
+    """What is wrong with texts, a line each: tokenizers would not say of which.
+
+    Args:
+        texts: those to be tokenized.
+        first: number of the first.
+    """
+    problems = []
+    for number, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            problems.append(f"example {number} is {quoted(text)}, a text was expected")
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            problems.append(
+                f"example {number}: {quoted(text)} has half a character at {error.start} (a lone "
+                "surrogate); repair it, for instance text.encode(errors='replace').decode()"
+            )
+    return problems
 
 
 def fast_encodings(encoding: BatchEncoding) -> list[Encoding]:

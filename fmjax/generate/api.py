@@ -120,7 +120,7 @@ def generate(
         ValueError: before anything is computed: contradictory options, empty or too long prompts,
             tokens outside the vocabulary. All problems of a kind are listed.
     """
-    config = (generation_config or GenerationConfig()).replace(**options)
+    config = _configured(generation_config, options)
     kept = output_logits or output_scores or output_log_probs
     problems = _problems(config, rng, tokenizer, draft is not None, kept)
     if problems:
@@ -241,7 +241,7 @@ def stream(
     Raises:
         ValueError: as `generate`, at the call; a beam search cannot be streamed.
     """
-    config = (generation_config or GenerationConfig()).replace(**options)
+    config = _configured(generation_config, options)
     problems = _problems(config, rng, tokenizer, False, False)
     if config.num_beams > 1:
         problems.append("a beam search knows its text only at the end; stream with num_beams=1")
@@ -297,6 +297,20 @@ def _stream(
         done = step
         if done >= plan.limit or bool(np.asarray(carry.finished).all()):
             return
+
+
+def _configured(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+    if not isinstance(config, GenerationConfig | None):
+        raise ValueError(
+            f"generation_config is a {type(config).__module__}.{type(config).__name__}; it must be "
+            "a fmjax.GenerationConfig, which fmjax.GenerationConfig.from_dict makes of a dict"
+        )
+    if "token_type_ids" in options:
+        raise ValueError(
+            "token_type_ids are not read in generation, which takes every prompt for one text: "
+            "leave them out, as tokenizer(texts, return_token_type_ids=False) does"
+        )
+    return (config or GenerationConfig()).replace(**options)
 
 
 def _problems(

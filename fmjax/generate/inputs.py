@@ -221,6 +221,13 @@ def _ids(value: Any, name: str, vocab_size: int, problems: list[str]) -> np.ndar
     except ValueError:
         problems.append(f"{name} has rows of different lengths; pad them")
         return np.zeros((1, 0), np.int32)
+    if ids.dtype.kind in "OSU":
+        problems.append(
+            f"{name} must be token ids and holds {type(value).__name__}s of "
+            f"{type(ids.flat[0]).__name__}: give what the tokenizer makes of texts, "
+            "**tokenizer(texts, padding=True, return_tensors='np')"
+        )
+        return np.zeros((1, 0), np.int32)
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
         problems.append(
             f"{name} has shape {ids.shape}; it must be [B, P] with at least one token a row"

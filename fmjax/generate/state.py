@@ -109,9 +109,19 @@ def begin_state(
 
 
 def process(logits: Array, state: State, controls: Controls) -> Array:
-    """Logits [B, V] after all processors."""
+    """Logits [B, V] after all processors.
+
+    Raises:
+        ValueError: a processor that returns another shape, whose columns are not the vocabulary's.
+    """
     for processor in controls.processors:
-        logits = processor(logits, state)
+        processed = processor(logits, state)
+        if processed.shape != logits.shape:
+            raise ValueError(
+                f"the processor {processor} makes {processed.shape} of logits {logits.shape}; it "
+                "must keep the shape [B, V]"
+            )
+        logits = processed
     return logits
 
 

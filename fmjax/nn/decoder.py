@@ -408,14 +408,14 @@ def last_token(
 ) -> Array:
     """int32 [B]: the last position that is no padding, which a causal classifier reads.
 
-    As in transformers it is told by the padding token, on whichever side it stands; without one,
-    or without ids, by the attention mask; without that it is the last position.
+    As in transformers it is told by the padding token, on whichever side it stands; and by the
+    attention mask, which knows of rows padded with another token. Without both it is the last
+    position.
     """
     batch, length = hidden.shape[:2]
+    keep = jnp.ones((batch, length), bool)
     if input_ids is not None and pad_token_id is not None:
-        keep = input_ids != pad_token_id
-    elif attention_mask is not None and attention_mask.ndim == 2:
-        keep = attention_mask.astype(bool)
-    else:
-        return jnp.full((batch,), length - 1)
+        keep &= input_ids != pad_token_id
+    if attention_mask is not None and attention_mask.shape == keep.shape:
+        keep &= attention_mask.astype(bool)
     return jnp.argmax(jnp.where(keep, jnp.arange(length), -1), axis=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fmjax.config import read_config
 from fmjax.generation_config import FILE as GENERATION_FILE
 from fmjax.generation_config import GenerationConfig
 from fmjax.recipes.ctranslate2 import is_ctranslate2, write_whisper
+from fmjax.recipes.sentence_folders import module_folders
 from fmjax.recipes.texts import model_source
 from fmjax.tree import count_parameters
 from fmjax.types import Variables
@@ -35,8 +37,8 @@ def convert_checkpoint(
     Args:
         source: a folder or hub id; with `like`, a file of weights alone.
         target: the new folder; config.json, safetensors with PyTorch names, the files of the
-            tokenizer and the like, and generation_config.json, made of an older config.json's keys
-            where there is none.
+            tokenizer and the like, the modules of sentence-transformers, and
+            generation_config.json, made of an older config.json's keys where there is none.
         like: "FAMILY/VARIANT" of a file of weights, such as torchvision's state dicts.
         head: which head the weights have; None is what config.json says, and with `like` "model".
         labels: how many labels the head has, a file with the name of one a line, or "imagenet";
@@ -78,6 +80,7 @@ def convert_checkpoint(
     with open_checkpoint(folder) as checkpoint:
         read = f"{checkpoint.format}, {len(checkpoint.files)} file(s)"
     model, variables = hub.load(folder, head=head, num_labels=names, dtype=dtype)
+    modules = module_folders(folder)
     generation = None  # read before anything is written
     if not (folder / GENERATION_FILE).is_file():
         generation = GenerationConfig.read(folder)
@@ -85,6 +88,8 @@ def convert_checkpoint(
     for file in {file for pattern in hub.OTHER_FILES for file in folder.glob(pattern)}:
         if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
             (target / file.name).write_bytes(file.read_bytes())
+    for path in modules:  # of sentence-transformers: its pooling
+        shutil.copytree(folder / path, target / path, dirs_exist_ok=True)
     if generation is not None and generation.to_dict():
         generation.write(target)
     return _converted(folder, read, model, variables, target)

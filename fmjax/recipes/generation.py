@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
 
 import fmjax.hub as hub
+from fmjax.data.files import raise_problems
 from fmjax.generate import generate, stream
 from fmjax.generation_config import GenerationConfig
 from fmjax.recipes.texts import model_source
-from fmjax.types import Variables
+from fmjax.types import Variables, one_text
 
 GENERATING = ("causal_lm", "seq2seq_lm")
 
@@ -26,8 +28,10 @@ class Writing:
 
     max_new_tokens: int = 64
     """Tokens that may follow."""
-    sample: bool = False
+    sample: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Draw tokens instead of taking the most probable."""
+    greedy: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the most probable tokens, also where the model's authors say to draw."""
     temperature: float | None = None
     """Below 1 makes draws less random; says `sample`."""
     top_k: int | None = None
@@ -46,15 +50,24 @@ class Writing:
     """Of the draws."""
 
     def options(self) -> dict[str, Any]:
-        """The fields of a generation config that were given."""
+        """The fields of a generation config that were given.
+
+        Raises:
+            ValueError: to draw, and not to.
+        """
         names = (
             "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
             "no_repeat_ngram_size",
         )  # fmt: skip
         given = {name: value for name in names if (value := vars(self)[name]) is not None}
         given |= {"max_new_tokens": self.max_new_tokens, "max_length": None}
-        if self.sample or given.keys() & {"temperature", "top_k", "top_p"}:
-            given["do_sample"] = True
+        draws = self.sample or given.keys() & {"temperature", "top_k", "top_p"}
+        if draws and self.greedy:
+            raise ValueError(
+                "greedy takes no sample, temperature, top_k or top_p: they draw tokens"
+            )
+        if draws or self.greedy:
+            given["do_sample"] = not self.greedy
         return given | ({"stop_strings": self.stop} if self.stop else {})
 
 
@@ -71,6 +84,46 @@ class Generator:
     def is_decoder(self) -> bool:
         """Whether it continues its input; else it answers it (encoder-decoders)."""
         return self.model.head == "causal_lm"
+
+    def encode(self, text: str, *, max_length: int | None = None) -> list[int]:
+        """The tokens of one prompt or source.
+
+        Args:
+            text: the text.
+            max_length: tokens an encoder-decoder's source is cut to; None cuts none.
+
+        Raises:
+            ValueError: a decoder's prompt is to be cut, of which it continues the end.
+        """
+        if max_length is None:
+            return list(self.tokenizer(text)["input_ids"])
+        if self.is_decoder:
+            raise ValueError(
+                f"max_length={max_length} cuts the ends of texts, which this decoder continues: "
+                "shorten its prompts, or leave it out"
+            )
+        return list(self.tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
+
+    def text_of(
+        self, tokens: Sequence[int], prompt: Sequence[int], *, clean_up: bool | None = None
+    ) -> str:
+        """What tokens say behind a prompt. Most tokenizers write no space before the first word of
+        what they decode: a decoder's text is decoded from the prompt's beginning.
+
+        Args:
+            tokens: the new ones.
+            prompt: those before them; an encoder-decoder's are another text's.
+            clean_up: whether spaces before punctuation go, None as the tokenizer says; never a
+                decoder's, where this could reach into the prompt.
+        """
+        if not self.is_decoder:
+            prompt = ()
+        decode = partial(
+            self.tokenizer.decode,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False if self.is_decoder else clean_up,
+        )
+        return decode([*prompt, *tokens])[len(decode(prompt)) if prompt else 0 :]
 
 
 def load_generator(source: str | Path) -> Generator:
@@ -140,13 +193,12 @@ def encode_prompts(
     Args:
         generator: from `load_generator`.
         texts: B prompts.
-        max_length: tokens they are cut to; None cuts none.
+        max_length: see `Generator.encode`.
 
     Raises:
-        ValueError: an empty prompt.
+        ValueError: an empty prompt, or one that cannot be cut.
     """
-    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    rows = [list(generator.tokenizer(text, **cut)["input_ids"]) for text in texts]
+    rows = [generator.encode(text, max_length=max_length) for text in texts]
     if empty := [number for number, row in enumerate(rows) if not row]:
         raise ValueError(f"prompts {empty} are empty: give each at least one word")
     width = max(map(len, rows))
@@ -177,11 +229,15 @@ def write_texts(
         seed: of the draws.
         options: fields of `GenerationConfig` in place of its authors' values.
         batch_size: texts at a time, of similar length.
-        max_length: tokens that texts are cut to; None cuts none.
+        max_length: see `Generator.encode`.
 
     Returns:
         N lists of as many texts as ``num_return_sequences`` says.
+
+    Raises:
+        ValueError: one string in the place of many, an empty text, and all that `generate` refuses.
     """
+    raise_problems("write_texts", one_text("texts", texts))
     config = generator.config.replace(**(options or {}))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     written: dict[int, list[str]] = {}
@@ -190,19 +246,25 @@ def write_texts(
         # A short last batch is filled up, so that it compiles nothing of its own.
         filled = chosen + chosen[-1:] * (batch_size - len(chosen) if start else 0)
         rng = jax.random.fold_in(jax.random.key(seed), start) if config.do_sample else None
+        prompts = encode_prompts(generator, [texts[i] for i in filled], max_length=max_length)
         out = generate(
             generator.model,
             generator.variables,
-            **encode_prompts(generator, [texts[i] for i in filled], max_length=max_length),
+            **prompts,
             generation_config=config,
             tokenizer=generator.tokenizer,
             rng=rng,
         )
-        decoded = [
-            generator.tokenizer.decode(row[:length], skip_special_tokens=True)
-            for row, length in zip(out.tokens, out.lengths, strict=True)
-        ]
         several = config.num_return_sequences
+        before = [
+            ids[mask == 1].tolist()
+            for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
+            for _ in range(several)
+        ]
+        decoded = [
+            generator.text_of(row[:length].tolist(), prompt)
+            for row, length, prompt in zip(out.tokens, out.lengths, before, strict=True)
+        ]
         for place, i in enumerate(chosen):
             written[i] = decoded[place * several : (place + 1) * several]
     return [written[i] for i in range(len(texts))]
@@ -232,9 +294,10 @@ def stream_text(
     config = generator.config.replace(**(options or {}))
     rng = jax.random.key(seed) if config.do_sample else None
     decode = partial(
-        # Cleaning up would change what has been shown.
-        generator.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )  # fmt: skip
+        generator.text_of,
+        prompt=list(input_ids),
+        clean_up=False,  # which would change what has been shown
+    )
     prompt = {
         "input_ids": np.asarray([input_ids], np.int32),
         "attention_mask": np.ones((1, len(input_ids)), np.int32),
@@ -244,7 +307,7 @@ def stream_text(
     }
     if config.num_beams > 1:
         out = generate(generator.model, generator.variables, **prompt)
-        yield decode(out.tokens[0, : out.lengths[0]])
+        yield decode(out.tokens[0, : out.lengths[0]].tolist())
         return
     tokens: list[int] = []
     shown = ""
@@ -288,6 +351,7 @@ def translate_texts(
     target_language: str | None = None,
     prefix: str = "",
     options: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
 ) -> list[str]:
     """Translations by an encoder-decoder.
 
@@ -299,10 +363,12 @@ def translate_texts(
             target's is the first token that is written.
         prefix: put before each text ("translate English to German: " for T5).
         options: see `write_texts`.
+        max_length: see `Generator.encode`.
 
     Raises:
         ValueError: a decoder, or languages that the tokenizer does not know.
     """
+    raise_problems("translate_texts", one_text("texts", texts))
     if generator.is_decoder:
         raise ValueError("translating needs an encoder-decoder; for a decoder use `fmjax generate`")
     options, tokenizer = dict(options or {}), generator.tokenizer
@@ -318,5 +384,7 @@ def translate_texts(
         tokenizer.src_lang = source_language
     if target_language is not None:
         options["forced_bos_token_id"] = tokenizer.convert_tokens_to_ids(target_language)
-    written = write_texts(generator, [prefix + text for text in texts], options=options)
+    written = write_texts(
+        generator, [prefix + text for text in texts], options=options, max_length=max_length
+    )
     return [several[0] for several in written]

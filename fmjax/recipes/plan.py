@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Work):
-    """What is planned, and for what."""
+    """Plan training on hardware that is not here: does it fit, how fast is it, on which mesh."""
 
     model: Annotated[str, tyro.conf.Positional]
     """FAMILY/VARIANT, as bert/large, or a folder with a config.json."""

@@ -11,15 +11,19 @@ import jax
 import numpy as np
 
 import fmjax.hub as hub
+from fmjax.config import read_config
 from fmjax.data import TextExamples, align_labels, load_text
+from fmjax.data.files import raise_problems
 from fmjax.data.records import Questions
 from fmjax.data.windows import encode_questions
+from fmjax.recipes.sentence_folders import Pooling, read_pooling
 from fmjax.recipes.texts import (
-    TextData,
+    LabelledTexts,
     encode_splits,
     evaluation_batches,
     labels_of,
     model_source,
+    padding_of,
     text_length,
 )
 from fmjax.tasks import question_answering as answering
@@ -27,6 +31,7 @@ from fmjax.tasks import sequence_classification as task
 from fmjax.tasks import token_classification as tagging
 from fmjax.tasks.apply import collect, collect_ragged
 from fmjax.tasks.feature_extraction import embed
+from fmjax.types import one_text
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -52,6 +57,27 @@ def read_texts(path: str | Path) -> list[str]:
     return lines
 
 
+def load_as(source: str | Path, head: str) -> tuple[Any, Any]:
+    """The model and variables of a folder or hub id that has this head.
+
+    Raises:
+        ValueError: config.json says that the weights are another head's, which may have the same
+            shapes.
+    """
+    folder = hub.find_folder(source)
+    data = read_config(folder)
+    model_type, architectures = data.get("model_type"), data.get("architectures") or ()
+    if isinstance(model_type, str):
+        heads = {name: own for own, name in hub.family_of(model_type).HEADS.items()}
+        said = [heads[plain] for x in architectures if (plain := x.removeprefix("Flax")) in heads]
+        if said and head not in said:
+            raise ValueError(
+                f"{source} has the head {said[0]!r} ({', '.join(architectures)}); this needs a "
+                f"model with the head {head!r}"
+            )
+    return hub.load(folder, head=head)
+
+
 def _rows(
     fn: Any, model: Any, variables: Any, tokenizer: Any, texts: TextExamples, max_length: int
 ) -> np.ndarray:
@@ -61,23 +87,31 @@ def _rows(
         max_length=text_length(model, max_length),
         vocab_size=model.config.vocab_size,
     )["texts"]
-    stream = evaluation_batches(encoded, tokenizer.pad_token_id)
+    stream = evaluation_batches(encoded, padding_of(tokenizer, model))
     return collect(jax.jit(fn), variables, stream, size=len(texts))
 
 
 def predict_texts(
-    model: str, texts: Sequence[str], *, max_length: int = 512
+    model: str,
+    texts: Sequence[str],
+    *,
+    text_pairs: Sequence[str] | None = None,
+    max_length: int = 512,
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """(label names, rows [N, C]) of a classifier: probabilities, or numbers of a regression.
 
     Args:
         model: a folder or hub id with a sequence-classification head.
         texts: N texts.
-        max_length: tokens a text is cut to.
+        text_pairs: N second texts, of a classifier of pairs.
+        max_length: tokens a text (or a pair) is cut to.
+
+    Raises:
+        ValueError: another number of second texts than of first ones.
     """
+    examples = TextExamples(texts, None, (), text_pairs)
     source = model_source(model)
-    module, variables = hub.load(source, head="sequence_classification")
-    examples = TextExamples(list(texts), None, ())
+    module, variables = load_as(source, "sequence_classification")
     rows = _rows(
         task.predict(module), module, variables, hub.load_tokenizer(source), examples, max_length
     )
@@ -88,24 +122,44 @@ def embed_texts(
     model: str,
     texts: Sequence[str],
     *,
-    pooling: str = "mean",
+    pooling: str | None = None,
     normalize: bool = False,
-    max_length: int = 512,
+    max_length: int | None = None,
 ) -> np.ndarray:
-    """Vectors [N, D] float32 of texts; see `fmjax.tasks.feature_extraction.embed`."""
-    source = model_source(model)
+    """Vectors [N, D] float32 of texts; see `fmjax.tasks.feature_extraction.embed`.
+
+    Args:
+        model: a folder or hub id.
+        texts: N texts.
+        pooling: None is what a folder of sentence-transformers says, with its scale, its prompt
+            and its length, and of other folders "mean".
+        normalize: scale vectors to length 1 in any case.
+        max_length: tokens a text is cut to; None is what the folder says, at most 512 where it is
+            not of sentence-transformers.
+
+    Raises:
+        ValueError: the folder is of sentence-transformers and makes vectors in another way.
+    """
+    raise_problems("embed_texts", one_text("texts", texts))
+    source = hub.find_folder(model_source(model))
+    found = read_pooling(source) if pooling is None else None
+    said = found or Pooling(pooling=pooling or "mean")
     module, variables = hub.load(source, head="model")
+    tokenizer = hub.load_tokenizer(source)
+    most = tokenizer.model_max_length  # 1e30 where nobody has said it
+    longest = said.max_length or (most if found and most < 1e9 else min(512, most))
+    texts = [said.prompt + text for text in texts]
     return _rows(
-        embed(module, pooling=pooling, normalize=normalize),
+        embed(module, pooling=said.pooling, normalize=normalize or said.normalize),
         module,
         variables,
-        hub.load_tokenizer(source),
-        TextExamples(list(texts), None, ()),
-        max_length,
+        tokenizer,
+        TextExamples([text.lower() for text in texts] if said.lowercase else texts, None, ()),
+        longest if max_length is None else max_length,
     )
 
 
-def evaluate_texts(model: str, data: TextData, split: str) -> dict[str, Any]:
+def evaluate_texts(model: str, data: LabelledTexts, split: str) -> dict[str, Any]:
     """Metrics of a saved classifier on labelled texts.
 
     Args:
@@ -114,7 +168,7 @@ def evaluate_texts(model: str, data: TextData, split: str) -> dict[str, Any]:
         split: of a named set.
     """
     source = model_source(model)
-    module, variables = hub.load(source, head="sequence_classification")
+    module, variables = load_as(source, "sequence_classification")
     kind: Any = task.problem_type_of(module)
     texts = load_text(
         data.data,
@@ -150,8 +204,9 @@ def tag_texts(
         texts: N texts; words and punctuation are told apart as in most tagged corpora.
         max_length: tokens a text is cut to; the words behind get None.
     """
+    raise_problems("tag_texts", one_text("texts", texts))
     source = model_source(model)
-    module, variables = hub.load(source, head="token_classification")
+    module, variables = load_as(source, "token_classification")
     words = [WORD.findall(text) for text in texts]
     aligned = align_labels(
         hub.load_tokenizer(source),
@@ -194,11 +249,12 @@ def answer_texts(
     Raises:
         ValueError: an empty question or text, or a window that leaves no room for the text.
     """
+    raise_problems("answer_texts", one_text("questions", questions))
     empty = [number for number, question in enumerate(questions) if not question.strip()]
     if empty or not context.strip():
         raise ValueError(f"questions {empty} are empty" if empty else "the text is empty")
     source = model_source(model)
-    module, variables = hub.load(source, head="question_answering")
+    module, variables = load_as(source, "question_answering")
     asked = Questions(
         ids=[str(number) for number in range(len(questions))],
         questions=list(questions),

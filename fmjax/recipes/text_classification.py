@@ -13,6 +13,7 @@ import numpy as np
 import fmjax.hub as hub
 from fmjax.config import write_json
 from fmjax.data.batches import batches, shared_buckets
+from fmjax.models import fields_of
 from fmjax.recipes.linear_probe import probe
 from fmjax.recipes.texts import (
     TextData,
@@ -21,6 +22,7 @@ from fmjax.recipes.texts import (
     labels_of,
     load_splits,
     model_source,
+    padding_of,
     text_length,
 )
 from fmjax.recipes.training import (
@@ -78,6 +80,11 @@ def finetune(settings: Settings) -> dict[str, Any]:
     examples = load_splits(settings)
     source = model_source(settings.model)
     names = examples["train"].label_names
+    if settings.problem_type == task.SINGLE and len(names) < 2:
+        raise ValueError(
+            f"all {len(examples['train'])} training texts have the label {next(iter(names))!r}; "
+            "a classifier needs texts of at least two"
+        )
     model, variables = hub.load(
         source,
         head="sequence_classification",
@@ -87,9 +94,13 @@ def finetune(settings: Settings) -> dict[str, Any]:
         remat=settings.remat,
         rng=jax.random.key(settings.seed),
     )
-    config = dataclasses.replace(model.config, problem_type=settings.problem_type)
-    model = model.clone(config=config)
     tokenizer = hub.load_tokenizer(source)
+    pad_id = padding_of(tokenizer, model)
+    config = dataclasses.replace(model.config, problem_type=settings.problem_type)
+    if fields_of(config).get("pad_token_id", pad_id) is None:
+        # Without it PyTorch's causal classifiers do not find the last token of a row.
+        config = dataclasses.replace(config, pad_token_id=pad_id)
+    model = model.clone(config=config)
     encoded = encode_splits(
         tokenizer,
         examples,
@@ -103,7 +114,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
         encoded["train"],
         buckets=buckets,
         batch_size=settings.batch_size,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id,
         seed=settings.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -114,7 +125,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
         return collect(
             predict,
             weights_of(state),
-            evaluation_batches(encoded[split], tokenizer.pad_token_id, buckets=buckets),
+            evaluation_batches(encoded[split], pad_id, buckets=buckets),
             size=len(examples[split]),
         )
 
@@ -159,9 +170,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
             run, split, labels=labels, texts=list(examples[split].texts), **{kind: values}
         )
     if settings.baseline and settings.problem_type == "single_label_classification":
-        results["baselines"] = {
-            "linear probe": probe(source, examples, encoded, tokenizer.pad_token_id)
-        }
+        results["baselines"] = {"linear probe": probe(source, examples, encoded, pad_id)}
     hub.save(run / "export", model, weights_of(state), tokenizer=tokenizer)
     results["seconds"] = {
         "load": loaded - started,

@@ -21,13 +21,35 @@ from fmjax.data import (
 )
 from fmjax.data.batches import Buckets, batches
 from fmjax.data.images import ImageExamples
+from fmjax.data.tokens import padding_id
+from fmjax.models import fields_of
 
 HELD_OUT = 10  # one text in ten, when a file of training texts comes without validation texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextData:
-    """Texts from a named set ("sentiment/movie", "tfds:NAME", "hf:NAME") or from files."""
+class LabelledTexts:
+    """Texts from a named set ("sentiment/movie", "tfds:NAME", "hf:NAME") or from a file."""
+
+    data: str = "sentiment/movie"
+    """Labelled texts: a named set, or a .tsv, .csv or .jsonl file with a header."""
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of a second text, for tasks on pairs."""
+    label: str = "label"
+    """Column of the label."""
+    max_length: int = 128
+    """Tokens a text is cut to; never more than the model has positions."""
+
+    def is_named(self) -> bool:
+        """Whether `data` is a named set, with splits of its own, and not a file."""
+        return self.data.startswith(("sentiment/", "tfds:", "hf:"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextData(LabelledTexts):
+    """Texts to train on, from a named set or from files, with those that are held out."""
 
     data: str = "sentiment/movie"
     """Training texts: a named set, or a .tsv, .csv or .jsonl file with a header."""
@@ -41,22 +63,10 @@ class TextData:
     """Validation split of a named set."""
     test_split: str | None = "test"
     """Test split of a named set."""
-    text: str = "text"
-    """Column of the text."""
-    text_pair: str | None = None
-    """Column of a second text, for tasks on pairs."""
-    label: str = "label"
-    """Column of the label."""
     problem_type: Literal[
         "single_label_classification", "multi_label_classification", "regression"
     ] = "single_label_classification"
     """What a label is: a class, several ("a|b"), or a number."""
-    max_length: int = 128
-    """Tokens a text is cut to; never more than the model has positions."""
-
-    def is_named(self) -> bool:
-        """Whether `data` is a named set, with splits of its own, and not a file."""
-        return self.data.startswith(("sentiment/", "tfds:", "hf:"))
 
 
 def load_splits(settings: TextData) -> dict[str, TextExamples]:
@@ -130,6 +140,19 @@ def text_length(model: Any, max_length: int) -> int:
     sides = isinstance(model, EncoderDecoder)
     most = model.side_positions[0] if sides else model.max_positions
     return max_length if most is None else min(max_length, most)
+
+
+def padding_of(tokenizer: Any, model: Any) -> int:
+    """The token that pads texts for a model: the tokenizer's or, where that has none, as those of
+    GPT-2 and Llama, the model's or what ends texts. A mask hides it.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    said = fields_of(model.config).get("pad_token_id")
+    if tokenizer.pad_token_id is None and said is not None:
+        return said
+    return padding_id(tokenizer)
 
 
 def evaluation_batches(

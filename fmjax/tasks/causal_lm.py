@@ -49,7 +49,11 @@ def loss(
         balance: coefficient of `load_balance`, for mixtures of experts (``router_aux_loss_coef``
             in their config.json). It is no mean over tokens: accumulated over pieces, it is the
             mean of the pieces' balances.
+
+    Raises:
+        ValueError: a model that sees the tokens it is to predict.
     """
+    check_causal(model)
     routed = {"output_router_logits": True} if balance else {}
     apply = apply_fn(model, output_logits=False, **routed)
 
@@ -80,6 +84,20 @@ def loss(
         return value, Aux(weight, metrics, updates)
 
     return loss_fn
+
+
+def check_causal(model: Any) -> None:
+    """Raises a ValueError for an encoder with the head "causal_lm" whose config does not make it a
+    decoder, as BERT's files do not: it sees what it is to predict, and copies it.
+    """
+    from fmjax.nn.encoder import Encoder  # which imports Flax
+
+    if isinstance(model, Encoder) and not model.config.is_decoder:
+        raise ValueError(
+            f"this {model.family} has is_decoder=False in its config and sees the tokens that it "
+            "is to predict; make it one: model = model.clone(config=dataclasses.replace("
+            "model.config, is_decoder=True))"
+        )
 
 
 def next_tokens(batch: Batch) -> Array:
@@ -232,7 +250,11 @@ def token_log_probs(
 
     Args:
         model, train, chunk_size: see `loss`, as is what a batch has.
+
+    Raises:
+        ValueError: as `loss`.
     """
+    check_causal(model)
     apply = apply_fn(model, output_logits=False)
 
     def score(variables: Variables, batch: Batch, rng: Array | None) -> Scored:

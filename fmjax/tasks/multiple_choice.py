@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
-from fmjax.tasks.apply import apply_fn, collect, once, row_weights
+from fmjax.tasks.apply import apply_fn, collect, once
+from fmjax.tasks.masking import weigh
+from fmjax.tasks.sequence_classification import class_losses
 from fmjax.types import Aux, Batch, LossFn, Mean, Variables
 
 
@@ -21,7 +22,8 @@ def loss(model: Any, *, train: bool = True) -> LossFn:
 
     Radford et al. 2018 and Devlin et al. 2019 (arXiv:1810.04805, section 4.4): every choice is
     scored on its own, and a softmax is taken over the scores. A batch has model inputs [B, N, T],
-    ``labels`` int [B] and ``weight`` [B].
+    ``labels`` int [B], -100 where a row does not count, and perhaps ``weight`` [B]. Another label
+    that is no choice makes the loss nan.
 
     Args:
         model: with the head ``multiple_choice``.
@@ -33,8 +35,13 @@ def loss(model: Any, *, train: bool = True) -> LossFn:
         output, updates = apply(variables, batch, rng, train=train)
         logits, labels = output.logits, jnp.asarray(batch["labels"])  # [B, N]
         assert logits is not None
-        weights = row_weights(batch)
-        mean = Mean.of(optax.softmax_cross_entropy_with_integer_labels(logits, labels), weights)
+        if labels.shape != logits.shape[:1]:
+            raise ValueError(
+                f"labels have the shape {labels.shape}; they must be one for each of the "
+                f"{len(logits)} examples"
+            )
+        weights = weigh(batch, labels)
+        mean = Mean.of(class_losses(logits, labels), weights)
         accuracy = Mean.of(jnp.argmax(logits, axis=-1) == labels, weights)
         return mean.value, Aux(mean.weight, {"accuracy": accuracy}, updates)
 

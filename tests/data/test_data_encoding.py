@@ -112,6 +112,22 @@ def test_one_text_is_no_list():
         encode_retrieval(bert, "a", "a", max_query_length=8, max_passage_length=8)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "example 1 is None, a text was expected"),
+        (5, "example 1 is 5, a text"),
+        ("a \ud83d", r"example 1: 'a \\ud83d' has half a character at 2"),
+    ],
+    ids=["none", "number", "surrogate"],
+)
+def test_what_is_no_text_is_named(text, said):
+    with pytest.raises(ValueError, match=said):
+        encode(tokenizer(), TextExamples(["a", text], None, ()), max_length=8)
+    with pytest.raises(ValueError, match=said):
+        encode(tokenizer(), TextExamples(["a", "b"], None, (), ["a", text]), max_length=8)
+
+
 def test_choices_are_a_group():
     columns = encode_choices(
         tokenizer("bert"), ["a film", "bad"], [["good", "very bad"], ["a", "film"]], [1, 0],

@@ -447,6 +447,9 @@ def test_load_text_says_what_a_source_can_be(tmp_path):
     path = write(tmp_path, "a.csv", "text,label\na,1\n")
     with pytest.raises(ValueError, match="a file is one split; drop it"):
         load_text(path, "train")
+    for empty in ("hf:", "tfds:"):
+        with pytest.raises(ValueError, match=f"'{empty}' names no data set"):
+            load_text(empty, "train")
     with pytest.raises(ValueError, match="sentiment/movie has several splits"):
         load_text("sentiment/movie")
     with pytest.raises(ValueError, match="is for 'tfds:NAME', not for"):

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -131,6 +132,10 @@ def test_unknown_keys_are_named(tmp_path):
         ({"min_length": 30, "max_new_tokens": 5}, "at least 26 new tokens .* at most 5"),
         ({"encoder_no_repeat_ngram_size": 2}, "needs the encoder's input_ids"),
         ({"decoder_input_ids": np.ones((1, 1), int)}, "for encoder-decoders"),
+        ({"generation_config": {"num_beams": 2}}, r"a builtins\.dict; it must be a fmjax\.Gener"),
+        ({"token_type_ids": np.zeros((1, 4), int)}, "return_token_type_ids=False"),
+        ({"sequence_bias": {(5,): float("nan")}}, "not nan"),
+        ({"processors": [lambda x, state: x[:, :5]]}, r"makes \(1, 5\) of logits \(1, 47\)"),
     ],
     ids=lambda x: str(x)[:40],
 )
@@ -154,6 +159,7 @@ def test_contradictions_are_refused(decoder, options, words):
         (np.ones((2, 3), int), [[0, 0, 0], [1, 1, 1]], r"rows \[0\] are empty"),
         (np.ones((2, 3), int), np.ones((2, 4)), r"attention_mask has shape \(2, 4\)"),
         (None, None, "give input_ids"),
+        (["a film", "a plot"], None, r"token ids and holds lists of str_?: give .*\*\*tokenizer"),
     ],
     ids=lambda x: str(x)[:30],
 )
@@ -220,11 +226,14 @@ def test_models_that_do_not_generate_are_refused():
         fmjax.stream(None, {}, ids, num_beams=2)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numbers_of_numpy_and_jax_are_numbers():
     config = GenerationConfig(
-        eos_token_id=np.int32(4), suppress_tokens=np.arange(2), top_p=np.float32(0.5)
+        eos_token_id=np.int32(4), suppress_tokens=np.arange(2), top_p=np.float32(0.5),
+        bad_words_ids=[jnp.arange(2)], pad_token_id=jnp.int32(3),
+    )  # fmt: skip
+    assert config == GenerationConfig(
+        eos_token_id=4, suppress_tokens=[0, 1], top_p=0.5, bad_words_ids=[[0, 1]], pad_token_id=3
     )
-    assert config == GenerationConfig(eos_token_id=4, suppress_tokens=[0, 1], top_p=0.5)
 
 
 def test_lengths(decoder):

@@ -13,6 +13,7 @@ from parity import check_decoding, check_fixture, check_head, check_sizes, shuff
 import fmjax
 from fmjax.config import config_to_json, parse_config
 from fmjax.models import gpt2
+from fmjax.nn.decoder import last_token
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CONFIG = gpt2.Config(
@@ -54,6 +55,18 @@ def test_equals_pytorch(head, config, tmp_path):
 
 def test_the_flax_fixture_equals_pytorch():
     check_fixture(FIXTURES / "gpt2-lm")
+
+
+def test_the_last_token_is_told_by_ids_and_by_the_mask():
+    """Which may say more: rows may be padded with another token than the config's."""
+    ids = jnp.array([[5, 6, 2, 2], [5, 6, 7, 8], [9, 9, 5, 6]])
+    mask = jnp.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]])
+    hidden = jnp.zeros((3, 4, 1))
+    for pad, given, wanted in (
+        (2, mask, [1, 2, 3]), (2, None, [1, 3, 3]), (8, mask, [1, 2, 3]), (None, mask, [1, 2, 3]),
+        (None, None, [3, 3, 3]),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(last_token(ids, given, pad, hidden), wanted)
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -122,6 +122,16 @@ def test_other_settings_on_the_same_folder_are_refused(run, tiny_bert, sentence_
     assert (run / "run.json").read_bytes() == before
 
 
+def test_texts_of_one_label_are_refused(tiny_bert, tmp_path, capsys):
+    """Before anything is trained."""
+    (tmp_path / "one.csv").write_text("text,label\na film,good\na plot,good\n")
+    files = [option for name in ("--data", "--val") for option in (name, str(tmp_path / "one.csv"))]
+    where = ["--output", str(tmp_path / "run"), "--model", str(tiny_bert)]
+    assert main(["finetune", *where, *files]) == 2
+    assert "all 2 training texts have the label 'good'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_commands_on_the_export(run, sentence_files, tmp_path, capsys):
     export = str(run / "export")
     assert main(["predict", export, "a lovely story", "an awful scene", "--json"]) == 0
@@ -132,6 +142,23 @@ def test_commands_on_the_export(run, sentence_files, tmp_path, capsys):
     metrics = json.loads(capsys.readouterr().out)
     results = json.loads((run / "results.json").read_text())
     assert metrics["accuracy"] == results["test"]["accuracy"]
+    with pytest.raises(SystemExit):  # it is no option, and not one without effect
+        main(["evaluate", export, "--test", str(sentence_files / "test.csv")])
+    capsys.readouterr()
+
+    pair = ["a lovely story", "--text-pair", "an awful scene"]
+    assert main(["predict", export, *pair, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text"], found["text_pair"]) == (pair[0], pair[2])
+    model, variables = fmjax.load(export)
+    batch = fmjax.load_tokenizer(export)(pair[0], pair[2], return_tensors="np")
+    assert batch["token_type_ids"].max() == 1
+    logits = np.asarray(model.apply(variables, **batch).logits[0], np.float64)
+    np.testing.assert_allclose(
+        list(found["scores"].values()), np.exp(logits) / np.exp(logits).sum(), atol=1e-5
+    )
+    assert main(["predict", export, "a story", *pair]) == 2
+    assert "1 text_pairs for 2 texts" in capsys.readouterr().err
 
     texts = tmp_path / "texts.txt"
     texts.write_text("a film\nthe plot\n")

@@ -13,6 +13,7 @@ from fmjax.data.images import ImageExamples
 from fmjax.models import cnn
 from fmjax.recipes.training import Training, train
 from fmjax.tasks import sequence_classification as task
+from fmjax.tasks.pixels import normalised
 from fmjax.train import adamw
 from fmjax.tree import flatten
 
@@ -49,7 +50,7 @@ def run(tmp_path):
             settings,
             model,
             variables,
-            task.loss(model),
+            normalised(task.loss(model), (0.5,), (0.5,)),
             batches(examples.columns(), batch_size=4),
             evaluate=evaluate,
             metric="loss",

@@ -283,3 +283,11 @@ def test_bad_batches_are_named(model_and_variables):
     empty = {**make_batch(), "weight": np.zeros(4, np.float32)}
     with pytest.raises(ValueError, match="num_tokens is 0"):
         causal_lm.evaluate(model, variables, [empty])
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused(model_and_variables):
+    model, _ = model_and_variables
+    seeing = model.clone(config=dataclasses.replace(model.config, is_decoder=False))
+    for make in (causal_lm.loss, causal_lm.token_log_probs, causal_lm.predict):
+        with pytest.raises(ValueError, match=r"is_decoder=False .* sees the tokens"):
+            make(seeing)

@@ -86,3 +86,19 @@ def test_choices_are_learnt(model_and_variables):
     for _ in range(40):
         state, metrics = step(state, batch)
     assert float(metrics["accuracy"].value) == 1.0
+
+
+def test_labels_that_are_no_choice(model_and_variables):
+    """-100 does not count, as in PyTorch; others make the loss nan, and do not wrap around."""
+    model, variables = model_and_variables
+    loss_fn = jax.jit(task.loss(model, train=False))
+    batch = make_batch()
+    loss, aux = loss_fn(variables, batch | {"labels": np.array([0, -100, 1, -100])}, None)
+    logits = np.array(model.apply(variables, input_ids=batch["input_ids"]).logits)
+    wanted = torch.nn.functional.cross_entropy(torch.tensor(logits[::2]), torch.tensor([0, 1]))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    assert float(aux.weight) == 2
+    for wrong in (-1, 3):
+        assert np.isnan(loss_fn(variables, batch | {"labels": np.array([0, wrong, 1, 2])}, None)[0])
+    with pytest.raises(ValueError, match=r"labels have the shape \(1,\).* 4 examples"):
+        loss_fn(variables, batch | {"labels": np.array([0])}, None)

@@ -98,32 +98,43 @@ def test_labels_that_are_no_class():
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     assert aux.weight == aux.metrics["accuracy"].weight == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    with pytest.raises(ValueError, match=r"labels are int.* \[4, 1\]; classes are int \[B\]"):
-        run(variables, {}, batch | {"labels": batch["labels"][:, None]}, None)
     for wrong in (3, -1):
         assert np.isnan(run(variables, {}, batch | {"labels": np.array([0, wrong, 1, 7])}, None)[1])
 
 
-def test_labels_of_another_shape_are_refused():
-    """They would be repeated over rows or classes."""
-    for kind, wrong in (
-        (task.SINGLE, np.zeros((4, 1), int)),
-        (task.SINGLE, np.zeros(1, int)),
-        (task.MULTI, np.zeros((4, 1), np.float32)),
-        (task.MULTI, np.zeros(3, np.float32)),
-        (task.REGRESSION, np.zeros((1, 4), np.float32)),
-    ):
-        model, variables = make_model(kind)
-        batch = make_batch(kind) | {"labels": wrong}
-        with pytest.raises(ValueError, match=r"labels have the shape .* they must be \(4"):
-            task.loss(model)(variables, batch, jax.random.key(0))
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (task.SINGLE, (1,)), (task.SINGLE, (4, 1)), (task.SINGLE, (3,)),
+        (task.MULTI, (4,)), (task.MULTI, (4, 1)), (task.REGRESSION, (1,)),
+         (task.REGRESSION, (1, 4)),
+    ],
+)  # fmt: skip
+def test_labels_are_not_broadcast(kind, shape):
+    model, variables = make_model(kind)
+    batch = make_batch(kind) | {"labels": np.zeros(shape, np.float32)}
+    with pytest.raises(ValueError, match=rf"labels have the shape \({shape[0]},.*takes \(4,"):
+        jax.eval_shape(task.loss(model, train=False), variables, batch, None)
+
+
+def test_heads_of_tokens_are_refused():
+    model, variables = fmjax.create("bert", make_model(task.SINGLE)[0].config, head="masked_lm",
+                                    rng=jax.random.key(0))  # fmt: skip
+    with pytest.raises(ValueError, match=r"the head 'masked_lm', whose logits \(4, "):
+        jax.eval_shape(task.loss(model, train=False), variables, make_batch(task.SINGLE), None)
+
+
+def test_rows_without_weights_count_alike():
     model, variables = make_model(task.SINGLE)
     batch = make_batch(task.SINGLE)
-    expected = task.loss(model, train=False)(variables, batch, None)[0]
-    del batch["weight"]  # which may be missing, and shares be integers
-    for labels in (batch["labels"], np.eye(3, dtype=int)[batch["labels"]]):
-        loss = task.loss(model, train=False)(variables, batch | {"labels": labels}, None)[0]
-        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    loss_fn = task.loss(model, train=False)
+    weighed, aux = loss_fn(variables, batch, None)
+    assert batch.pop("weight").sum() == 4
+    plain, plain_aux = loss_fn(variables, batch, None)
+    np.testing.assert_array_equal(plain, weighed)
+    assert float(plain_aux.weight) == float(aux.weight) == 4
+    batch["labels"] = np.eye(3, dtype=int)[batch["labels"]]  # whole shares are shares too
+    np.testing.assert_allclose(loss_fn(variables, batch, None)[0], weighed, rtol=1e-6)
 
 
 def test_label_smoothing_equals_pytorch():
