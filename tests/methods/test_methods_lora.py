@@ -227,6 +227,7 @@ def test_generation_equals_that_of_merged_kernels():
 
 
 PLAIN = {"bert", "deberta", "mixtral"}
+NO_DENSE = {"dcgan", "dvae", "mobilenet_v2", "vqgan"}  # under their last heads
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ PLAIN = {"bert", "deberta", "mixtral"}
     [
         pytest.param(name, marks=[] if name in PLAIN else pytest.mark.slow)
         for name in families()
-        if name != "mobilenet_v2"  # whose last head has no dense layer
+        if name not in NO_DENSE
     ],
 )
 def test_whatever_is_added_is_read(name):
@@ -262,6 +263,15 @@ def test_whatever_is_added_is_read(name):
         for leaf in own:
             assert used[f"adapters/{module}/{leaf}"] == used[f"params/{module}/kernel"], module
     assert any(used[path] for path in used if path.startswith("adapters/"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(NO_DENSE))
+def test_where_there_is_no_dense_layer_it_is_said(name):
+    family = family_of(name)
+    variables = abstract_variables(family.Model(family.VARIANTS["tiny"], head=[*family.HEADS][-1]))
+    with pytest.raises(ValueError, match=r"'\*' matches .* no dense kernel"):
+        lora.add(variables, jax.random.key(0), rank=2, alpha=2, targets=("*",))
 
 
 def test_bad_targets_and_numbers(base, tmp_path):
