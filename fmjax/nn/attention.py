@@ -171,7 +171,7 @@ def attend(
     query = query.reshape(batch, groups, heads // groups * length, size)
 
     def capped(scores: Array) -> Array:  # [B, G, H / G * T, S] -> [B, H, T, S] float32
-        scores = scores.reshape(batch, heads, length, -1).astype(jnp.float32)
+        scores = scores.reshape(batch, heads, length, scores.shape[-1]).astype(jnp.float32)
         return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
     scores = capped(jnp.einsum("BGTK,BGSK->BGTS", query, key))
@@ -187,7 +187,7 @@ def attend(
     dropped = probabilities
     if rng is not None and drops:
         dropped = dropout(rng, probabilities, dropped_rate)
-    dropped = dropped.reshape(batch, groups, heads // groups * length, -1)
+    dropped = dropped.reshape(batch, groups, heads // groups * length, dropped.shape[-1])
     if prefix is None:
         out = jnp.einsum("BGTS,BGSK->BGTK", dropped, value)
     else:

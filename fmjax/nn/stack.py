@@ -107,6 +107,8 @@ def _computed_once(hidden: PyTree) -> PyTree:
     """
 
     def divided(x: Array) -> Array:
+        if x.size == 0:
+            return x
         any_value = x[(0,) * x.ndim]
         anything = (any_value >= 0) | (any_value < 0) | jnp.isnan(any_value)
         return x / jnp.where(anything, 1, 2).astype(x.dtype)

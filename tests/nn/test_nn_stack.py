@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from fmjax.models import family_of
 from fmjax.nn.norm import LayerNorm
 from fmjax.nn.stack import LayerOutput, _computed_once, run_stack
 
@@ -56,3 +57,13 @@ def test_values_and_gradients_are_the_same(first, dtype):
         np.testing.assert_array_equal(np.asarray(leaf, np.float32), np.asarray(same, np.float32))
     grad = jax.grad(lambda x: jnp.sum(3 * _computed_once(x)))(x)
     np.testing.assert_array_equal(np.asarray(grad, np.float32), 3.0)
+
+
+def test_no_examples_give_no_outputs():
+    """As in PyTorch, where an empty batch is a batch."""
+    for name, head in (("vit", "image_classification"), ("gpt2", "causal_lm")):
+        family = family_of(name)
+        model = family.Model(family.VARIANTS["tiny"], head=head)
+        inputs = {key: value[:0] for key, value in family.inputs(model.config, head).items()}
+        logits = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), **inputs))[0]  # noqa: B023
+        assert logits.logits.shape[0] == 0
