@@ -78,7 +78,7 @@ class Flax:
         import jax
         import optax
 
-        trained = params["params"] if "batch_stats" in params else params
+        trained = _trained(params)
         rest = {"batch_stats": params["batch_stats"]} if "batch_stats" in params else {}
         differentiate: Any = jax.grad(self._loss, has_aux=True)
         gradient, rest = differentiate(trained, rest, batch, key)
@@ -98,8 +98,7 @@ class Flax:
 
         if self._state is None:
             params = jax.tree.map(lambda leaf: leaf.copy(), self._params)
-            trained = params["params"] if "batch_stats" in params else params
-            self._state = params, self._optimizer.init(trained)
+            self._state = params, self._optimizer.init(_trained(params))
         params, moments = self._state
         for _ in range(count):
             self._key, key = jax.random.split(self._key)
@@ -129,6 +128,11 @@ class Flax:
         import jax
 
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _trained(params: Any) -> Any:
+    """What a class trains of its `params`, which may have statistics beside."""
+    return params["params"] if "batch_stats" in params else params
 
 
 def main() -> None:

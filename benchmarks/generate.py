@@ -25,7 +25,7 @@ import tyro
 from cases import Case, compare, create, inputs_of, make_batch, peers_of
 from record import Row
 from record import row as make_row
-from run import Settings, run
+from run import Settings, difference_of, run
 
 import fmjax
 from fmjax.models import gpt2
@@ -127,7 +127,7 @@ def run_case(case: Case, settings: Settings, peak: float) -> list[Row]:
             model_flops=flops,
             matmul_peak=peak,
             compiled=None,
-            max_difference=differences.get(side, max(differences.values(), default=None)),
+            max_difference=difference_of(side, differences),
         )
         rate = read / timing.median
         rows.append(

@@ -59,6 +59,11 @@ def turn(path: Path | None, *, alone: bool) -> Iterator[None]:
         yield
 
 
+def difference_of(side: str, differences: Mapping[str, float]) -> float | None:
+    """A peer's difference, of what `compare` found; of ours the largest; None without peers."""
+    return differences.get(side, max(differences.values(), default=None))
+
+
 def rows_of(
     case: Case,
     timings: Mapping[str, Timing],
@@ -83,7 +88,7 @@ def rows_of(
             model_flops=model_flops,
             matmul_peak=matmul_peak,
             compiled=compiled.get(side),
-            max_difference=differences.get(side, max(differences.values(), default=None)),
+            max_difference=difference_of(side, differences),
             peak_bytes=peak_bytes.get(side),
             joules=joules.get(side),
         )
